@@ -1,0 +1,21 @@
+"""Attention with linear biases: ALiBi (Press 2022, arXiv:2108.12409), §3.
+
+Instead of position embeddings, each head ``h`` adds ``−m_h · (i − j)`` to the score of query ``i``
+and key ``j``; the slopes ``m_h`` are fixed.
+"""
+
+import math
+
+import numpy as np
+
+
+def slopes(num_heads: int) -> np.ndarray:
+    """Slopes ``m_h``, float32 ``[h]``: ``2^(−8(h+1)/n)`` for ``n`` a power of two (§3).
+
+    For other ``n``, those of the power of two below, then every other slope of the one above, as
+    the authors' code and BLOOM do.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    values = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
+    values += [2.0 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
+    return np.asarray(values, np.float32)

@@ -1,0 +1,314 @@
+"""Attention: multi-head, grouped-query and multi-query in one function, and the layer around it.
+
+Multi-head attention (Vaswani 2017, eq. 1) when ``k == h``; multi-query (Shazeer 2019) when
+``k == 1``; grouped-query (Ainslie 2023, arXiv:2305.13245) between. Keys and values are never
+repeated in memory: the ``g = h / k`` queries of a group meet their key in one einsum.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers import alibi
+from layers.config import check
+from layers.hooks import Tap
+from layers.linear import Linear, fan_in_normal
+from layers.norm import Norm
+from layers.rotary import RotaryConfig, rotary, rotated_channels
+from layers.sharding import gather, place, spec
+from layers.state import KVCache
+
+# Not −inf: a row with nothing to see must stay finite, in its gradient too.
+MASKED = -1e30
+
+
+def attention(
+    q_bthc: jax.Array,
+    k_bskc: jax.Array,
+    v_bskc: jax.Array,
+    *,
+    q_positions_bt: jax.Array | None = None,
+    k_positions_bs: jax.Array | None = None,
+    q_segments_bt: jax.Array | None = None,
+    k_segments_bs: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    alibi_slopes_h: jax.Array | None = None,
+    soft_cap: float | None = None,
+    sinks_h: jax.Array | None = None,
+    scale: float | None = None,
+    tap: Tap | None = None,
+) -> jax.Array:
+    """``softmax(scale · q kᵀ + bias) v`` over the keys each query may see.
+
+    A key is seen when its position is ≥ 0, its segment is the query's, it is not in the future
+    (``causal``) and it is nearer than ``window``: ``|q_position − k_position| < window``. A query
+    that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
+
+    Args:
+      q_bthc: queries, ``h`` heads; k_bskc, v_bskc: ``k`` heads, ``h % k == 0``. Query head ``i``
+        uses key head ``i // (h / k)``.
+      q_positions_bt, k_positions_bs: int32; default ``0, 1, 2, …``. −1 marks padding.
+      q_segments_bt, k_segments_bs: int32; both or neither.
+      alibi_slopes_h: adds ``−slope · |q_position − k_position|`` (Press 2022, §3).
+      soft_cap: ``cap · tanh(score / cap)`` before masking (Gemma 2, 2408.00118, §2).
+      sinks_h: a logit a head that joins the softmax's denominator but brings no value, so that a
+        head can attend to nothing (gpt-oss; Miller 2023).
+      scale: default ``1 / sqrt(c)``.
+
+    Raises:
+      ConfigError: shapes that do not go together.
+    """
+    b, t, h, c = q_bthc.shape
+    s, k = k_bskc.shape[1:3]
+    check(h % k == 0, "num_heads", h, f"must be a multiple of num_kv_heads={k}")
+    check(k_bskc.shape == v_bskc.shape, "v.shape", v_bskc.shape, f"must equal k's {k_bskc.shape}")
+    check(window is None or window > 0, "window", window, "must be > 0")
+    check(
+        (q_segments_bt is None) == (k_segments_bs is None),
+        "segments",
+        "one of two",
+        "queries and keys both have segment ids, or neither",
+    )
+    g = h // k
+    q_positions = jnp.arange(t)[None] if q_positions_bt is None else q_positions_bt
+    k_positions = jnp.arange(s)[None] if k_positions_bs is None else k_positions_bs
+    scale = 1 / math.sqrt(c) if scale is None else scale
+
+    heads = ("batch", "time", "kv_heads", None, None)
+    q_btkgc = jnp.reshape(q_bthc * scale, (b, t, k, g, c), out_sharding=spec(*heads))
+    scores_bkgts = jnp.einsum(
+        "btkgc,bskc->bkgts", q_btkgc, k_bskc, preferred_element_type=jnp.float32
+    )
+    distance_bts = q_positions[:, :, None] - k_positions[:, None, :]
+    if alibi_slopes_h is not None:
+        slopes_kg = jnp.reshape(jnp.asarray(alibi_slopes_h, jnp.float32), (k, g))
+        slopes_kg = place(slopes_kg, "kv_heads", None)
+        scores_bkgts -= slopes_kg[:, :, None, None] * jnp.abs(distance_bts)[:, None, None]
+    if soft_cap is not None:
+        scores_bkgts = soft_cap * jnp.tanh(scores_bkgts / soft_cap)
+
+    seen_bts = jnp.broadcast_to((k_positions >= 0)[:, None, :], distance_bts.shape)
+    if causal:
+        seen_bts &= distance_bts >= 0
+    if window is not None:
+        seen_bts &= jnp.abs(distance_bts) < window
+    if q_segments_bt is not None and k_segments_bs is not None:
+        seen_bts &= q_segments_bt[:, :, None] == k_segments_bs[:, None, :]
+    scores_bkgts = jnp.where(seen_bts[:, None, None], scores_bkgts, MASKED)
+
+    top = jnp.max(scores_bkgts, axis=-1, keepdims=True)
+    if sinks_h is not None:
+        sinks_kg = place(jnp.reshape(sinks_h.astype(jnp.float32), (k, g)), "kv_heads", None)
+        top = jnp.maximum(top, sinks_kg[:, :, None, None])
+    top = jax.lax.stop_gradient(top)
+    weights_bkgts = jnp.exp(scores_bkgts - top)
+    total = jnp.sum(weights_bkgts, axis=-1, keepdims=True)
+    if sinks_h is not None:
+        total += jnp.exp(sinks_kg[:, :, None, None] - top)
+    # an all-masked row is uniform here: exp(MASKED − MASKED) = 1
+    any_seen_bts = jnp.any(seen_bts, axis=-1, keepdims=True)[:, None, None]
+    weights_bkgts = jnp.where(any_seen_bts, weights_bkgts / total, 0.0)
+    if tap is not None:
+        weights_bhts = tap("attention.weights", weights_bkgts.reshape(b, h, t, s))
+        weights_bkgts = weights_bhts.reshape(b, k, g, t, s)
+    y_btkgc = jnp.einsum("bkgts,bskc->btkgc", weights_bkgts.astype(v_bskc.dtype), v_bskc)
+    out = spec("batch", "time", "heads", None)
+    return jnp.reshape(y_btkgc, (b, t, h, c), out_sharding=out).astype(q_bthc.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer.
+
+    ``num_kv_heads`` None: as many as ``num_heads``. ``head_dim`` None: width / num_heads.
+    ``window``: reach of the pattern's ``"sliding"`` layers, in tokens, the query's own included.
+    ``soft_cap``, ``sinks``, ``scale``: see `attention`. ``qk_norm``: RMSNorm of queries and keys
+    over each head's channels (Henry 2020; Qwen3). ``qkv_bias``, ``out_bias``: biases.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    qk_norm: bool = False
+    sinks: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    scale: float | None = None
+
+    def __post_init__(self):
+        check(self.num_heads > 0, "num_heads", self.num_heads, "must be > 0")
+        check(
+            self.num_kv_heads is None
+            or (self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0),
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"must divide num_heads={self.num_heads}",
+        )
+        for name in ("head_dim", "window", "soft_cap", "scale"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be > 0 or None")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def channels(self, width: int) -> int:
+        """Channels of a head in a model of ``width``; raises `ConfigError` if they don't divide."""
+        if self.head_dim is not None:
+            return self.head_dim
+        heads = self.num_heads
+        check(width % heads == 0, "num_heads", heads, f"must divide width={width}, or set head_dim")
+        return width // heads
+
+
+class Attention(nnx.Module):
+    """Projections, positions, `attention`, output projection: one sequence mixer.
+
+    ``sliding`` limits the reach to ``config.window`` and makes the cache roll; ``rotary_config``
+    and ``use_alibi`` say how positions enter, if they do.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        sliding: bool = False,
+        rotary_config: RotaryConfig | None = None,
+        use_alibi: bool = False,
+        norm_eps: float = 1e-6,
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        h, k, c = config.num_heads, config.kv_heads, config.channels(width)
+        if sliding:
+            check(config.window is not None, "attention.window", None, "a sliding layer needs it")
+        if rotary_config is not None:
+            rotated_channels(c, rotary_config.fraction)
+        self.config, self.rotary_config, self.use_alibi = config, rotary_config, use_alibi
+        self.window = config.window if sliding else None
+        self.head_dim, self.dtype = c, dtype
+
+        def heads_in(heads: int, axis: str):
+            return Linear(
+                "btd,dhc->bthc",
+                (width, heads, c),
+                ("embed", axis, "head_dim"),
+                ("batch", "time", axis, None),
+                rngs=rngs,
+                bias=config.qkv_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+            )
+
+        self.query = heads_in(h, "heads")
+        self.key = heads_in(k, "kv_heads")
+        self.value = heads_in(k, "kv_heads")
+        self.out = Linear(
+            "bthc,hcd->btd",
+            (h, c, width),
+            ("heads", "head_dim", "embed"),
+            ("batch", "time", None),
+            rngs=rngs,
+            bias=config.out_bias,
+            init=fan_in_normal(out_scale, fan_in=h * c),
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+
+        def head_norm():
+            return Norm("rmsnorm", c, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
+
+        self.query_norm = head_norm() if config.qk_norm else None
+        self.key_norm = head_norm() if config.qk_norm else None
+        zeros = jnp.zeros((h,), param_dtype)
+        self.sinks = nnx.Param(zeros, axes=("heads",)) if config.sinks else None
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
+        """An empty cache of ``max_length`` tokens, or of ``window`` if that is fewer."""
+        rolling = self.window is not None and self.window < max_length
+        return KVCache.empty(
+            batch,
+            self.window if rolling else max_length,
+            self.config.kv_heads,
+            self.head_dim,
+            dtype or self.dtype,
+            rolling=rolling,
+        )
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: KVCache | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
+        tap = tap or Tap()
+        q, k, v = self.query(x_btd), self.key(x_btd), self.value(x_btd)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotary_config is not None:
+            turn = dataclasses.asdict(self.rotary_config)
+            q = rotary(q, positions_bt, **turn)
+            k = rotary(k, positions_bt, **turn)
+        q, k, v = tap("attention.query", q), tap("attention.key", k), tap("attention.value", v)
+
+        segments_bt = segment_ids_bt
+        k_positions, k_segments = positions_bt, segment_ids_bt
+        if state is not None:
+            positions_bt = jnp.broadcast_to(positions_bt, x_btd.shape[:2])
+            if segments_bt is None:
+                segments_bt = jnp.zeros_like(positions_bt)
+            seen_before = state
+            state = state.write(k, v, positions_bt, segments_bt)
+            held = state
+            if state.rolling and x_btd.shape[1] > 1:
+                # Writing many tokens overwrites keys the first of them still see, so look at what
+                # was there before and at the new ones. One token overwrites only what left the
+                # window.
+                held = dataclasses.replace(
+                    seen_before,
+                    keys_bskc=_append(seen_before.keys_bskc, k),
+                    values_bskc=_append(seen_before.values_bskc, v),
+                    positions_bs=_append(seen_before.positions_bs, positions_bt),
+                    segments_bs=_append(seen_before.segments_bs, segments_bt),
+                )
+            k, v = held.keys_bskc.astype(self.dtype), held.values_bskc.astype(self.dtype)
+            k_positions, k_segments = held.positions_bs, held.segments_bs
+        # Queries stay sharded along time; every device needs all keys.
+        k, v = (place(a, "batch", None, "kv_heads", None) for a in (k, v))
+        k_positions = place(jnp.broadcast_to(k_positions, k.shape[:2]), "batch", None)
+        if k_segments is not None:
+            k_segments = place(k_segments, "batch", None)
+        slopes_h = alibi.slopes(self.config.num_heads) if self.use_alibi else None
+        sinks_h = None if self.sinks is None else gather(self.sinks[...], self.sinks.axes)
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions_bt=positions_bt,
+            k_positions_bs=k_positions,
+            q_segments_bt=segments_bt,
+            k_segments_bs=k_segments,
+            window=self.window,
+            alibi_slopes_h=slopes_h,
+            soft_cap=self.config.soft_cap,
+            sinks_h=sinks_h,
+            scale=self.config.scale,
+            tap=tap,
+        )
+        return self.out(tap("attention.output", y)), state
+
+
+def _append(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate((old, new.astype(old.dtype)), axis=1)

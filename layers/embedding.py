@@ -1,0 +1,56 @@
+"""Token embedding and the additive position embeddings: learned, and sinusoidal (Vaswani 2017)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.linear import einsum
+from layers.sharding import gather, spec
+
+
+class Embedding(nnx.Module):
+    """A table ``[v, d]``: rows are looked up on the way in and, tied, multiplied on the way out."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        std: float,
+        axes: tuple[str | None, str | None] = ("vocab", "embed"),
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.dtype = dtype
+        table = jax.random.normal(rngs.params(), (vocab_size, width), param_dtype) * std
+        self.table = nnx.Param(table.astype(param_dtype), axes=axes)
+
+    def __call__(self, ids_bt: jax.Array) -> jax.Array:
+        """Rows ``[b, t, d]`` in the compute dtype; an id out of range gives NaN."""
+        table = gather(self.table[...], self.table.axes).astype(self.dtype)
+        out = spec("batch", "time", None)
+        return table.at[ids_bt].get(mode="fill", fill_value=jnp.nan, out_sharding=out)
+
+    def logits(self, x_btd: jax.Array) -> jax.Array:
+        """``x · tableᵀ``: float32 ``[b, t, v]``."""
+        return einsum(
+            "btd,vd->btv",
+            x_btd,
+            self.table[...],
+            dtype=self.dtype,
+            weight_axes=self.table.axes,
+            out_axes=("batch", "time", "vocab"),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def sinusoidal(positions_bt: jax.Array, width: int) -> jax.Array:
+    """``sin(p / 10000^(2i/d))`` in even channels, ``cos`` in odd (Vaswani 2017, §3.5).
+
+    Returns float32 ``[b, t, width]``; ``width`` must be even.
+    """
+    theta = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions_bt[..., None].astype(jnp.float32) * theta
+    pairs = jnp.stack((jnp.sin(angles), jnp.cos(angles)), axis=-1)
+    return pairs.reshape(*positions_bt.shape, width)

@@ -1,0 +1,1 @@
+"""How, fast, on this chip? Pure JAX in, pure JAX out; knows nothing of Flax."""

@@ -1,0 +1,87 @@
+"""The device mesh: five named axes, any of which may be 1."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from layers.config import ConfigError, check
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each axis splits; −1 on one axis takes the devices the others leave.
+
+    ``data``: batches split, parameters copied. ``fsdp``: batches and parameters split (ZeRO-3).
+    ``expert``: experts split. ``sequence``: time split. ``tensor``: heads, hidden units and
+    vocabulary split.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in AXES:
+            size = getattr(self, name)
+            check(size == -1 or size > 0, name, size, "must be > 0, or -1 to fill")
+        wild = [name for name in AXES if getattr(self, name) == -1]
+        check(len(wild) <= 1, "mesh", wild, "only one axis may be -1")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis → size on ``num_devices``; raises `ConfigError` unless they multiply to it."""
+        sizes = {name: getattr(self, name) for name in AXES}
+        known = math.prod(n for n in sizes.values() if n != -1)
+        spelt = " × ".join(f"{name}={n}" for name, n in sizes.items() if n != 1) or "1"
+        for name, n in sizes.items():
+            if n == -1:
+                if num_devices % known:
+                    raise ConfigError(
+                        f"mesh={spelt}: {num_devices} devices do not divide by {known}"
+                    )
+                sizes[name] = num_devices // known
+        total = math.prod(sizes.values())
+        if total != num_devices:
+            raise ConfigError(f"mesh={spelt}: needs {total} devices, there are {num_devices}")
+        return sizes
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence | None = None) -> Mesh:
+    """A mesh with the axes of ``config`` over ``devices`` (default: all), explicitly sharded.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
+        devices=devices,
+    )
+
+
+def initialize() -> None:
+    """Join the other processes of this run, where the environment says that there are any.
+
+    ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` names them by
+    hand; under Slurm, on TPU pods and on GKE `jax.distributed` finds them by itself when
+    ``ABLATE_DISTRIBUTED=1``. Call it before anything touches a device. CPU processes use gloo.
+    """
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif os.environ.get("ABLATE_DISTRIBUTED") == "1":
+        jax.distributed.initialize()

@@ -1,0 +1,123 @@
+"""The one table from logical axis names to mesh axes, and what follows from it.
+
+An axis has two places: where it *rests* (parameters, gradients, optimiser moments between steps)
+and where it is *computed* with. ``fsdp`` splits parameters at rest only: layers gather them just
+before use (`layers.sharding.gather`), and the gather's transpose scatters the gradients back.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from layers.config import check
+from layers.decoder import DecoderConfig
+
+Tree = TypeVar("Tree")
+
+# name: (at rest, in computation)
+RULES: Mapping[str, tuple[Any, Any]] = {
+    "batch": (("data", "fsdp"), ("data", "fsdp")),
+    "time": ("sequence", "sequence"),
+    "vocab": ("tensor", "tensor"),
+    "heads": ("tensor", "tensor"),
+    "kv_heads": ("tensor", "tensor"),
+    "mlp": ("tensor", "tensor"),
+    "embed": ("fsdp", None),
+    "head_dim": (None, None),
+    "norm": (None, None),
+}
+
+
+def _on_mesh(axes: Any, mesh: Mesh) -> Any:
+    """Mesh axes of one rule without those of size 1."""
+    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    return names[0] if len(names) == 1 else names or None
+
+
+def _table(mesh: Mesh, column: int) -> dict[str, Any]:
+    return {name: _on_mesh(places[column], mesh) for name, places in RULES.items()}
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Trace and run inside ``mesh``: `jax.set_mesh`, with the computation column in force.
+
+    A mesh of one device changes nothing at all, so that it costs nothing.
+    """
+    if mesh.size == 1:
+        yield
+        return
+    with jax.set_mesh(mesh), logical_axis_rules(tuple(_table(mesh, 1).items())):
+        yield
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """The resting `NamedSharding` of every leaf of ``tree``, as the same tree.
+
+    ``tree`` holds arrays or `jax.ShapeDtypeStruct`. An `nnx.Variable` with ``axes`` metadata is
+    placed by the table (the names are of its last dimensions: stacked parameters have one more in
+    front); everything else is replicated. Optimiser moments shaped like the model carry the model's
+    metadata, so they are placed alike.
+    """
+    table = _table(mesh, 0)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def of_variable(variable):
+        if not isinstance(variable, nnx.Variable) or "axes" not in variable.get_metadata():
+            return jax.tree.map(lambda _: replicated, variable)
+
+        def of_leaf(leaf):
+            axes = variable.axes
+            if leaf.ndim < len(axes):  # e.g. Adafactor's factored moments
+                return replicated
+            leading = (None,) * (leaf.ndim - len(axes))
+            return NamedSharding(mesh, PartitionSpec(*leading, *(table.get(a) for a in axes)))
+
+        return jax.tree.map(of_leaf, variable)
+
+    return jax.tree.map(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch ``[batch, time]`` of this process's rows as global arrays on ``mesh``."""
+    if mesh.size == 1:
+        return {name: jax.device_put(value) for name, value in batch.items()}
+    table = _table(mesh, 1)
+    sharding = NamedSharding(mesh, PartitionSpec(table["batch"], table["time"]))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
+
+
+def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_length: int) -> None:
+    """Check that model and batch divide over ``mesh``.
+
+    Raises:
+      ConfigError: names the field, its size and the mesh axis that does not divide it.
+    """
+    attention = config.attention
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for field, size, axis, ways in (
+        ("batch_size", batch_size, "data×fsdp", rows),
+        ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
+        ("width", config.width, "fsdp", mesh.shape["fsdp"]),
+        ("attention.num_heads", attention.num_heads, "tensor", mesh.shape["tensor"]),
+        ("attention.num_kv_heads", attention.kv_heads, "tensor", mesh.shape["tensor"]),
+        ("mlp.width", config.mlp.width, "tensor", mesh.shape["tensor"]),
+        ("vocab_size", config.vocab_size, "tensor", mesh.shape["tensor"]),
+    ):
+        check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
+    check(
+        mesh.shape["expert"] == 1,
+        "mesh.expert",
+        mesh.shape["expert"],
+        "must be 1: the model has no experts to split",
+    )
