@@ -78,10 +78,13 @@ def attention(
     k_positions = jnp.arange(s)[None] if k_positions_bs is None else k_positions_bs
     scale = 1 / math.sqrt(c) if scale is None else scale
 
-    heads = ("batch", "time", "kv_heads", None, None)
-    q_btkgc = jnp.reshape(q_bthc * scale, (b, t, k, g, c), out_sharding=spec(*heads))
+    # Heads before time, once for each operand: XLA:CPU multiplies that layout fastest.
+    split = spec("batch", "time", "kv_heads", None, None)
+    q_btkgc = jnp.reshape(q_bthc * scale, (b, t, k, g, c), out_sharding=split)
+    q_bkgtc = jnp.transpose(q_btkgc, (0, 2, 3, 1, 4))
+    k_bksc, v_bksc = jnp.swapaxes(k_bskc, 1, 2), jnp.swapaxes(v_bskc, 1, 2)
     scores_bkgts = jnp.einsum(
-        "btkgc,bskc->bkgts", q_btkgc, k_bskc, preferred_element_type=jnp.float32
+        "bkgtc,bksc->bkgts", q_bkgtc, k_bksc, preferred_element_type=jnp.float32
     )
     distance_bts = q_positions[:, :, None] - k_positions[:, None, :]
     if alibi_slopes_h is not None:
@@ -110,14 +113,21 @@ def attention(
     if sinks_h is not None:
         total += jnp.exp(sinks_kg[:, :, None, None] - top)
     # an all-masked row is uniform here: exp(MASKED − MASKED) = 1
-    any_seen_bts = jnp.any(seen_bts, axis=-1, keepdims=True)[:, None, None]
-    weights_bkgts = jnp.where(any_seen_bts, weights_bkgts / total, 0.0)
-    if tap is not None:
+    any_seen = jnp.any(seen_bts, axis=-1, keepdims=True)[:, None, None]
+    if tap is not None and tap.wants("attention.weights"):
+        weights_bkgts = jnp.where(any_seen, weights_bkgts / total, 0.0)
         weights_bhts = tap("attention.weights", weights_bkgts.reshape(b, h, t, s))
-        weights_bkgts = weights_bhts.reshape(b, k, g, t, s)
-    y_btkgc = jnp.einsum("bkgts,bskc->btkgc", weights_bkgts.astype(v_bskc.dtype), v_bskc)
-    out = spec("batch", "time", "heads", None)
-    return jnp.reshape(y_btkgc, (b, t, h, c), out_sharding=out).astype(q_bthc.dtype)
+        weights_bkgts, total = weights_bhts.reshape(b, k, g, t, s), jnp.ones_like(total)
+    y_bkgtc = jnp.einsum(
+        "bkgts,bksc->bkgtc",
+        weights_bkgts.astype(v_bksc.dtype),
+        v_bksc,
+        preferred_element_type=jnp.float32,
+    )
+    # divided after the product, as in FlashAttention-2: c numbers a row instead of s
+    y_bkgtc = jnp.where(any_seen, y_bkgtc / total, 0.0).astype(q_bthc.dtype)
+    y_btkgc = jnp.transpose(y_bkgtc, (0, 3, 1, 2, 4))
+    return jnp.reshape(y_btkgc, (b, t, h, c), out_sharding=spec("batch", "time", "heads", None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,10 @@ class Tap:
         self._layer = layer
         self.captured: dict[str, jax.Array] = {}
 
+    def wants(self, name: str) -> bool:
+        """Whether anything is captured or edited at ``name``: if not, it need not be computed."""
+        return name in self._hooks.capture or name in self._hooks.edit
+
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
         if name in self._hooks.edit:
             x = self._hooks.edit[name](x, self._layer)
