@@ -1,0 +1,19 @@
+"""Data: corpora, tokenizers, packing and synthetic tasks, as Grain datasets of batches."""
+
+from research.data.config import DataConfig, SyntheticConfig
+from research.data.corpora import read_corpus
+from research.data.dataset import fingerprint, make_dataset, vocabulary_size
+from research.data.synthetic import TASKS
+from research.data.tokenizers import load_tokenizer, train_bpe
+
+__all__ = [
+    "TASKS",
+    "DataConfig",
+    "SyntheticConfig",
+    "fingerprint",
+    "load_tokenizer",
+    "make_dataset",
+    "read_corpus",
+    "train_bpe",
+    "vocabulary_size",
+]
