@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-import sys
 from typing import Any
 
 import grain
@@ -31,6 +30,9 @@ from research.data.synthetic import generate
 from research.data.tokenizers import load_tokenizer
 
 SPLITS = ("train", "validation")
+# Rows of an endless dataset: the largest length that Grain, which divides it as a float, keeps
+# exact; 285 years at a million rows a second.
+_ENDLESS = 2**53
 # Elements are views into memory, so Grain's 16 reading threads would only cost.
 _IN_LINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
@@ -76,20 +78,22 @@ def make_dataset(
         seed, num_epochs = 0, num_epochs or 1
     if config.source == "synthetic":
         rows = _SyntheticRows(config, split, seed)
-        fresh = len(rows) == sys.maxsize
+        fresh = split == "train" and config.synthetic.examples is None
         check(not (fresh and num_epochs), "num_epochs", num_epochs,
               "must be None while synthetic.examples is None: there is no end to an epoch")
         dataset = grain.MapDataset.source(rows)
         # fresh examples are independent already, and endless: neither shuffled nor repeated
         if not fresh:
-            dataset = dataset.seed(seed).shuffle().repeat(num_epochs)
-        batches = _share(dataset, rows.empty(), config, process_index, process_count)
+            dataset = _epochs(dataset, seed, num_epochs)
+        padding = rows.empty() if num_epochs else None
+        batches = _share(dataset, padding, config, process_index, process_count)
     else:
         documents = _split_of(config, split)
         if config.packing == "concat":
             rows = ConcatenatedRows(documents, config.sequence_length)
-            dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(num_epochs)
-            padding = empty_row(config.sequence_length, documents.tokens.dtype)
+            dataset = _epochs(grain.MapDataset.source(rows), seed, num_epochs)
+            empty = empty_row(config.sequence_length, documents.tokens.dtype)
+            padding = empty if num_epochs else None
             batches = _share(dataset, padding, config, process_index, process_count).map(finish)
         else:
             batches = _first_fit(
@@ -144,13 +148,21 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
     return record
 
 
+def _epochs(dataset: grain.MapDataset, seed: int, num_epochs: int | None) -> grain.MapDataset:
+    """Shuffle anew each epoch. Grain hashes the seed, so seed 1 is not seed 0 an epoch later."""
+    return dataset.seed(seed).shuffle().repeat(num_epochs or _ENDLESS // len(dataset))
+
+
 def _share(
-    dataset: grain.MapDataset, padding: dict[str, np.ndarray], config: DataConfig,
+    dataset: grain.MapDataset, padding: dict[str, np.ndarray] | None, config: DataConfig,
     process_index: int, process_count: int,
 ) -> grain.IterDataset:
-    """Batch this process' rows only: of every ``process_count`` shares, the one it owns."""
+    """Batch this process' rows only: of every ``process_count`` shares, the one it owns.
+
+    ``padding`` is the row that fills the last batch of a finite dataset.
+    """
     missing = -len(dataset) % config.batch_size
-    if len(dataset) < sys.maxsize and missing:
+    if padding is not None and missing:
         ends = grain.MapDataset.source([padding] * missing)
         dataset = grain.MapDataset.concatenate([dataset, ends])
     shares = dataset.batch(config.batch_size // process_count)
@@ -168,7 +180,7 @@ def _first_fit(
     """
     chunks = grain.MapDataset.source(Chunks(documents, config.sequence_length))
     packed = grain.experimental.FirstFitPackIterDataset(
-        chunks.seed(seed).shuffle().repeat(num_epochs).to_iter_dataset(_IN_LINE),
+        _epochs(chunks, seed, num_epochs).to_iter_dataset(_IN_LINE),
         length_struct={"pairs": config.sequence_length},
         num_packing_bins=config.packing_bins,
         seed=seed,
@@ -188,7 +200,7 @@ class _SyntheticRows:
         self._task, self._length = config.synthetic, config.sequence_length
         self._key = (SPLITS.index(split), seed)
         sizes = {"train": self._task.examples, "validation": self._task.validation_examples}
-        self._size = sizes[split] or sys.maxsize
+        self._size = sizes[split] or _ENDLESS
 
     def __len__(self) -> int:
         return self._size
