@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from layers import alibi
@@ -36,7 +37,7 @@ def attention(
     k_segments_bs: jax.Array | None = None,
     causal: bool = True,
     window: int | None = None,
-    alibi_slopes_h: jax.Array | None = None,
+    alibi_slopes_h: jax.Array | np.ndarray | None = None,
     soft_cap: float | None = None,
     sinks_h: jax.Array | None = None,
     scale: float | None = None,
@@ -244,14 +245,14 @@ class Attention(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
         """An empty cache of ``max_length`` tokens, or of ``window`` if that is fewer."""
-        rolling = self.window is not None and self.window < max_length
+        capacity = min(max_length, self.window or max_length)
         return KVCache.empty(
             batch,
-            self.window if rolling else max_length,
+            capacity,
             self.config.kv_heads,
             self.head_dim,
             dtype or self.dtype,
-            rolling=rolling,
+            rolling=capacity < max_length,
         )
 
     def __call__(

@@ -106,4 +106,4 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)
+    return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -7,7 +7,7 @@ same and so is the checkpoint.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ class Block(nnx.Module):
     """A mixer and an MLP, each with its norm and residual connection."""
 
     def __init__(self, config: DecoderConfig, kind: str, *, rngs: nnx.Rngs):
-        dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+        dtypes = _dtypes(config)
         out_scale = 1 / math.sqrt(2 * config.num_layers)
         self.norm_position = config.norm_position
         self.parallel = config.parallel_residual
@@ -161,14 +161,11 @@ class Block(nnx.Module):
         )
         self.mlp = Mlp(config.mlp, config.width, rngs=rngs, out_scale=out_scale, **dtypes)
 
-        def norm(present: bool):
-            return make_norm(config) if present else None
-
         both = config.norm_position == "both"
-        self.mixer_norm = norm(True)
-        self.mlp_norm = norm(not self.parallel)
-        self.mixer_post_norm = norm(both)
-        self.mlp_post_norm = norm(both)
+        self.mixer_norm = make_norm(config)
+        self.mlp_norm = None if self.parallel else make_norm(config)
+        self.mixer_post_norm = make_norm(config) if both else None
+        self.mlp_post_norm = make_norm(config) if both else None
 
     def __call__(self, x_btd, positions_bt, segment_ids_bt, state, tap: Tap):
         """Returns ``(x_btd, state)``."""
@@ -180,21 +177,20 @@ class Block(nnx.Module):
         def feed_forward(x):
             return tap("mlp.output", self.mlp(x))
 
+        def normalise(norm, y):
+            return y if norm is None else norm(y)
+
         if self.norm_position == "post":
             y, state = mix(x)
             x = self.mixer_norm(x + y)
-            return self.mlp_norm(x + feed_forward(x)), state
-
-        def after(norm, y):
-            return y if norm is None else norm(y)
-
+            return normalise(self.mlp_norm, x + feed_forward(x)), state
         normed = self.mixer_norm(x)
         y, state = mix(normed)
-        y = after(self.mixer_post_norm, y)
+        y = normalise(self.mixer_post_norm, y)
         if self.parallel:
-            return x + y + after(self.mlp_post_norm, feed_forward(normed)), state
+            return x + y + normalise(self.mlp_post_norm, feed_forward(normed)), state
         x = x + y
-        return x + after(self.mlp_post_norm, feed_forward(self.mlp_norm(x))), state
+        return x + normalise(self.mlp_post_norm, feed_forward(normalise(self.mlp_norm, x))), state
 
 
 class Decoder(nnx.Module):
@@ -205,7 +201,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+        dtypes = _dtypes(config)
         self.config = config
         self.embedding = Embedding(
             config.vocab_size, config.width, rngs=rngs, std=config.init_std, **dtypes
@@ -355,6 +351,10 @@ class Decoder(nnx.Module):
             each = jnp.stack([layer[name] for layer in captured if name in layer], axis=1)
             taps[name] = each.reshape(-1, *each.shape[2:])
         return x, (None if state is None else states), taps
+
+
+def _dtypes(config: DecoderConfig) -> dict[str, Any]:
+    return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
 def unstack(tree, repeats: int) -> list:

@@ -1,6 +1,7 @@
 """Feed-forward layers: plain (GELU, ReLU) and gated (SwiGLU, GeGLU; Shazeer 2020, eq. 6)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Mlp(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.activation = config.activation
-        dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
 
         def into_hidden():
             return Linear(

@@ -19,7 +19,7 @@ def spec(*axes: str | None) -> PartitionSpec | None:
     rules = dict(get_logical_axis_rules())
     if not rules:
         return None
-    return PartitionSpec(*(rules.get(axis) for axis in axes))
+    return PartitionSpec(*(None if axis is None else rules.get(axis) for axis in axes))
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
