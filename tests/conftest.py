@@ -1,0 +1,39 @@
+"""What tests share: nothing but a way to run a script as a user's process would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """``run_script(source, devices=8)``: run Python ``source`` on virtual CPU devices.
+
+    Returns its standard output; the test fails with its standard error if it exits non-zero.
+    """
+
+    def run(source: str, *, devices: int = 8, timeout: float = 600) -> str:
+        script = tmp_path / "script.py"
+        script.write_text(source)
+        done = subprocess.run(
+            [sys.executable, script],
+            env=environment(devices),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The environment of a process with ``devices`` virtual CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
