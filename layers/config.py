@@ -53,7 +53,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     values = {}
     for name, value in mapping.items():
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
+            near = difflib.get_close_matches(str(name), fields, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"{prefix}{name}={value!r}: no such field; {hint}")
         values[name] = _convert(hints[name], value, prefix + name)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.attention import Attention, AttentionConfig
-from layers.config import check, check_choice
+from layers.config import ConfigError, check, check_choice
 from layers.embedding import Embedding, sinusoidal
 from layers.hooks import Hooks, Tap
 from layers.linear import Linear
 from layers.mlp import Mlp, MlpConfig
 from layers.norm import NORMS, Norm
-from layers.rotary import RotaryConfig
+from layers.rotary import RotaryConfig, rotated_channels
 from layers.sharding import place
 from layers.state import KVCache
 
@@ -125,7 +125,12 @@ class DecoderConfig:
             True,
             "needs norm_position=pre or both",
         )
-        self.attention.channels(self.width)
+        try:
+            channels = self.attention.channels(self.width)
+        except ConfigError as error:
+            raise ConfigError(f"attention.{error}") from None
+        if self.position == "rotary":
+            rotated_channels(channels, self.rotary.fraction)
 
     @property
     def repeats(self) -> int:

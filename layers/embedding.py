@@ -30,7 +30,9 @@ class Embedding(nnx.Module):
         """Rows ``[b, t, d]`` in the compute dtype; an id out of range gives NaN."""
         table = gather(self.table[...], self.table.axes).astype(self.dtype)
         out = spec("batch", "time", None)
-        return table.at[ids_bt].get(mode="fill", fill_value=jnp.nan, out_sharding=out)
+        return table.at[ids_bt].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=out
+        )
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """``x · tableᵀ``: float32 ``[b, t, v]``."""

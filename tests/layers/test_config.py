@@ -1,0 +1,97 @@
+"""Configuration: one line naming the field, for whatever is wrong."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from layers.attention import AttentionConfig
+from layers.config import ConfigError, check_choice, from_mapping
+from layers.decoder import DecoderConfig
+from layers.mlp import MlpConfig
+
+GOOD = dict(
+    vocab_size=11, width=8, num_layers=2, attention=dict(num_heads=2), mlp=dict(width=16)
+)
+
+
+def test_builds_nested_dataclasses_from_mappings_and_config_dicts():
+    want = DecoderConfig(11, 8, 2, AttentionConfig(2), MlpConfig(16))
+    assert from_mapping(DecoderConfig, GOOD) == want
+    assert from_mapping(DecoderConfig, ConfigDict(GOOD)) == want
+    assert from_mapping(DecoderConfig, dict(GOOD, attention=AttentionConfig(2))) == want
+    assert from_mapping(DecoderConfig, dataclasses.asdict(want)) == want
+
+
+def test_converts_int_to_float_list_to_tuple_and_none():
+    changed = dict(GOOD, norm_eps=1, pattern=["attention", "attention"], logit_cap=None)
+    config = from_mapping(DecoderConfig, changed)
+    assert config.norm_eps == 1.0 and isinstance(config.norm_eps, float)
+    assert config.pattern == ("attention", "attention")
+    assert from_mapping(DecoderConfig, dict(GOOD, logit_cap=30)).logit_cap == 30.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(widht=8), "model.widht=8: no such field; did you mean 'width'?"),
+        (dict(attention=dict(num_heads=2, wndow=4)),
+         "model.attention.wndow=4: no such field; did you mean 'window'?"),
+        (dict(width="8"), "model.width='8': must be int, not str"),
+        (dict(width=8.0), "model.width=8.0: must be int, not float"),
+        (dict(num_layers=True), "model.num_layers=True: must be int, not bool"),
+        (dict(norm_eps=True), "model.norm_eps=True: must be float, not bool"),
+        (dict(scan=1), "model.scan=1: must be bool, not int"),
+        (dict(width=None), "model.width=None: must be int, not NoneType"),
+        (dict(pattern="attention"), "model.pattern='attention': must be a list"),
+        (dict(pattern=["attention", 3]), "model.pattern[1]=3: must be str, not int"),
+        (dict(attention=4), "model.attention=4: must be a mapping of fields"),
+        (dict(attention=dict()), "model.attention.num_heads: required, of type int"),
+        (dict(attention=dict(num_heads=2, window=2.5)),
+         "model.attention.window=2.5: must be int, not float"),
+        (dict(width=-8), "model.width=-8: must be > 0"),
+        (dict(mlp=dict(width=-1)), "model.mlp.width=-1: must be > 0"),
+        (dict(norm_eps=float("nan")), "model.norm_eps=nan: must be > 0"),
+        (dict(max_length=0), "model.max_length=0: must be > 0 or None"),
+        (dict(position="rotry"),
+         "model.position='rotry': must be one of rotary, alibi, learned, sinusoidal, none "
+         "(did you mean 'rotary'?)"),
+        (dict(pattern=["slidng"]),
+         "model.pattern[0]='slidng': must be one of attention, sliding (did you mean 'sliding'?)"),
+        (dict(pattern=[]), "model.pattern=(): must name at least one layer"),
+        (dict(num_layers=3, pattern=["attention"] * 2),
+         "model.num_layers=3: must be a multiple of the pattern's length 2"),
+        (dict(pattern=["sliding"]),
+         "model.attention.window=None: the pattern's sliding layers need it"),
+        (dict(position="learned"), "model.max_length=None: learned positions need it"),
+        (dict(position="sinusoidal", width=9, attention=dict(num_heads=3)),
+         "model.width=9: sinusoidal positions need an even one"),
+        (dict(norm_bias=True), "model.norm_bias=True: only layernorm has one"),
+        (dict(parallel_residual=True, norm_position="post"),
+         "model.parallel_residual=True: needs norm_position=pre or both"),
+        (dict(attention=dict(num_heads=3)),
+         "model.attention.num_heads=3: must divide width=8, or set head_dim"),
+        (dict(attention=dict(num_heads=8)),
+         "model.rotary.fraction=1.0: of head_dim=1 rotates 1 channels; must be an even number ≥ 2"),
+        ({3: 4}, None),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line_naming_the_field(changes, message):
+    with pytest.raises(ConfigError) as raised:
+        from_mapping(DecoderConfig, {**GOOD, **changes}, "model")
+    assert "\n" not in str(raised.value)
+    if message is not None:
+        assert str(raised.value) == message
+
+
+def test_a_missing_field_and_a_value_that_is_no_mapping():
+    with pytest.raises(ConfigError, match="^vocab_size: required, of type int$"):
+        from_mapping(DecoderConfig, {k: v for k, v in GOOD.items() if k != "vocab_size"})
+    with pytest.raises(ConfigError, match="^DecoderConfig=7: must be a mapping of fields$"):
+        from_mapping(DecoderConfig, 7)
+
+
+def test_a_choice_suggests_a_near_miss_only():
+    check_choice("x", "a", ("a", "b"))
+    with pytest.raises(ConfigError, match="^x='zebra': must be one of a, b$"):
+        check_choice("x", "zebra", ("a", "b"))

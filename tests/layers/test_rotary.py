@@ -1,0 +1,108 @@
+"""Rotary embedding against complex numbers, Hugging Face, and its own invariance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layers.config import ConfigError
+from layers.rotary import RotaryConfig, rotary
+
+
+def complex_form(x, positions, base=10_000.0):
+    """Eq. 13 of the paper, pairs as complex numbers times ``e^{ipθ}``, float64, interleaved."""
+    c = x.shape[-1]
+    theta = base ** (-2.0 * np.arange(c // 2) / c)
+    z = x[..., 0::2] + 1j * x[..., 1::2]
+    z = z * np.exp(1j * positions[:, :, None, None] * theta)
+    return np.stack((z.real, z.imag), -1).reshape(x.shape)
+
+
+X = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+NEAR = np.array([[0, 1, 2, 3, 4], [7, 9, 30, 31, 500]], np.int32)
+
+
+@pytest.mark.parametrize("base", [10_000.0, 500_000.0])
+def test_interleaved_is_the_papers_complex_product(base):
+    got = rotary(X, NEAR, base=base, interleaved=True)
+    np.testing.assert_allclose(got, complex_form(X.astype(np.float64), NEAR, base), atol=1e-4)
+
+
+def test_halves_are_the_interleaved_form_with_channels_permuted():
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # evens first: pairs (0,1) become (0, c/2)
+    halves = rotary(X[..., order], NEAR)
+    np.testing.assert_allclose(halves, rotary(X, NEAR, interleaved=True)[..., order], atol=1e-6)
+
+
+def test_matches_hugging_face():
+    torch = pytest.importorskip("torch")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    theta = 10_000.0 ** (-np.arange(0, 8, 2) / 8)
+    angles = NEAR[..., None] * theta
+    cos, sin = (torch.tensor(np.concatenate((f(angles),) * 2, -1)) for f in (np.cos, np.sin))
+    x = torch.tensor(X.astype(np.float64)).transpose(1, 2)
+    want, _ = llama.apply_rotary_pos_emb(x, x, cos, sin)
+    np.testing.assert_allclose(rotary(X, NEAR), want.transpose(1, 2).numpy(), atol=1e-4)
+
+
+def test_a_fraction_rotates_the_first_channels_and_passes_the_rest():
+    got = rotary(X, NEAR, fraction=0.5)
+    np.testing.assert_array_equal(got[..., 4:], X[..., 4:])
+    np.testing.assert_array_equal(got[..., :4], rotary(X[..., :4], NEAR))
+
+
+@pytest.mark.parametrize("where", [10_000, 100_000])
+def test_float32_angles_far_away(where):
+    """The angle p·θ is float32, so at p = 100,000 it is known to about p·2⁻²³ = 0.012 radians."""
+    positions = np.array([[where - 2, where - 1, where]] * 2, np.int32)
+    x = X[:, :3] / np.abs(X[:, :3]).max()
+    got = np.asarray(rotary(x, positions, interleaved=True), np.float64)
+    want = complex_form(x.astype(np.float64), positions)
+    assert np.abs(got - want).max() < 1.5 * where * 2**-23
+
+
+@jax.jit
+def score(q, k, p, s, shift):
+    where = jnp.stack((p, s))[None] + shift
+    qk = rotary(jnp.stack((q, k))[None, :, None], where)
+    return jnp.vdot(qk[0, 0], qk[0, 1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
+def test_scores_depend_on_the_difference_of_positions_alone(p, s, shift):
+    q, k = X[0, 0, 0], X[0, 1, 0]
+    a, b = score(q, k, p, s, 0), score(q, k, p, s, shift)
+    np.testing.assert_allclose(a, b, atol=5e-3)
+
+
+def test_keeps_lengths_dtype_and_position_zero():
+    y = rotary(jnp.asarray(X, jnp.bfloat16), NEAR)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.linalg.norm(rotary(X, NEAR), axis=-1), np.linalg.norm(X, axis=-1), rtol=1e-5
+    )
+    np.testing.assert_array_equal(rotary(X, np.zeros((1, 5), np.int32)), X)
+
+
+def test_scaling_maps_the_frequencies():
+    """Position interpolation by 2: position 2p turns as far as p did."""
+    got = rotary(X, 2 * NEAR, scaling=lambda theta: theta / 2)
+    np.testing.assert_allclose(got, rotary(X, NEAR), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RotaryConfig(base=1.0), "^base=1.0: must be > 1$"),
+        (lambda: RotaryConfig(fraction=0.0), r"^fraction=0.0: must be in \(0, 1\]$"),
+        (lambda: RotaryConfig(fraction=1.5), r"^fraction=1.5: must be in \(0, 1\]$"),
+        (lambda: rotary(X[..., :7], NEAR), "^rotary.fraction=1.0: .* an even number ≥ 2$"),
+        (lambda: rotary(X, NEAR, fraction=0.1), "^rotary.fraction=0.1: .* rotates 0 channels"),
+    ],
+)
+def test_refuses(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
