@@ -1,0 +1,170 @@
+"""Generation with a cache: the prompts in one call, then a token a row at a time on the device."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.config import check
+from layers.decoder import Decoder
+from layers.state import KVCache
+from research.inference.sampling import SamplingConfig, sample
+
+SMALLEST_BUCKET = 16
+STREAMED_TOKENS = 8  # tokens a row between two looks at the device while streaming
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """Where each row stands: its cache, the token to read next, and what has stopped."""
+
+    state: tuple[KVCache, ...]
+    token_b: jax.Array
+    position_b: jax.Array
+    stopped_b: jax.Array
+    step: jax.Array
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    *,
+    max_length: int | None = None,
+    stream: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New tokens after each of ``prompts``, which may differ in length.
+
+    A row ends with its first stop token, which is part of what is returned, or at
+    ``sampling.max_new_tokens``. A greedy row's tokens are those it would have alone; a sampled
+    row's depend on the seed and its index, not on the prompts beside it.
+
+    Compiles once for each batch size, sampling config (its seed apart) and prompt length rounded up
+    to a power of two.
+
+    Args:
+      max_length: what a row's prompt and new tokens together may come to; None: as they need. A
+        model with learned positions has its own limit besides.
+      stream: called with ``(row, token)`` soon after each token is chosen; in a row, in order. It
+        changes no token.
+
+    Raises:
+      ConfigError: no prompts, an empty one, a token outside the vocabulary, or a prompt that with
+        ``max_new_tokens`` exceeds a limit. Nothing is compiled before.
+    """
+    limit = _check(model, prompts, sampling, max_length)
+    chunk = STREAMED_TOKENS if stream else sampling.max_new_tokens
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens_bt in _chunks(model, prompts, sampling, limit, chunk):
+        for token_b in tokens_bt.T:
+            for row, token in enumerate(token_b.tolist()):
+                if token >= 0:
+                    rows[row].append(token)
+                    if stream:
+                        stream(row, token)
+    return rows
+
+
+def _check(model, prompts, sampling, max_length) -> int | None:
+    """The tightest limit on a row's length, if there is one; raises what `generate` promises."""
+    config = model.config
+    check(len(prompts) > 0, "prompts", list(prompts), "must hold at least one prompt")
+    check(max_length is None or max_length > 0, "max_length", max_length, "must be > 0 or None")
+    limit, name = max_length, "max_length"
+    if config.position == "learned" and (limit is None or config.max_length < limit):
+        limit, name = config.max_length, "the model's max_length"
+    for i, stop in enumerate(sampling.stop_tokens):
+        check(stop < config.vocab_size, f"stop_tokens[{i}]", stop,
+              f"must be below vocab_size={config.vocab_size}")  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        check(isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str),
+              f"prompts[{row}]", prompt, "must be a list of tokens")  # fmt: skip
+        check(len(prompt) > 0, f"prompts[{row}]", list(prompt), "must hold at least one token")
+        for i, token in enumerate(prompt):
+            integer = isinstance(token, int | np.integer)
+            check(integer and 0 <= token < config.vocab_size, f"prompts[{row}][{i}]", token,
+                  f"must be an integer in [0, vocab_size={config.vocab_size})")  # fmt: skip
+        total = len(prompt) + sampling.max_new_tokens
+        check(limit is None or total <= limit, f"len(prompts[{row}])", len(prompt),
+              f"with max_new_tokens={sampling.max_new_tokens} exceeds {name}={limit}")  # fmt: skip
+    return limit
+
+
+def _chunks(model, prompts, sampling, limit, chunk) -> Iterator[np.ndarray]:
+    """Yields int32 ``[b, chunk]`` new tokens until all rows have stopped; −1 after a row's end.
+
+    The cache is filled with all but each prompt's last token; that one begins the loop, so the
+    prompt's logits, which nobody reads, are never computed.
+    """
+    lengths_b = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = max(SMALLEST_BUCKET, 1 << int(lengths_b.max() - 1).bit_length())
+    capacity = width + sampling.max_new_tokens
+    if limit is not None:
+        width, capacity = min(width, limit), min(capacity, limit)
+    tokens_bt = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_bt[row, : len(prompt) - 1] = prompt[:-1]
+    positions_bt = np.broadcast_to(np.arange(width, dtype=np.int32), tokens_bt.shape)
+    positions_bt = np.where(positions_bt < lengths_b[:, None] - 1, positions_bt, -1)
+    progress = _Progress(
+        state=_fill(model, tokens_bt, positions_bt, capacity=capacity),
+        token_b=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
+        position_b=jnp.asarray(lengths_b - 1),
+        stopped_b=jnp.zeros(len(prompts), bool),
+        step=jnp.zeros((), jnp.int32),
+    )
+    key = jax.random.key(sampling.seed)
+    # what the program does not depend on must not compile it again
+    sampling, total = dataclasses.replace(sampling, seed=0), sampling.max_new_tokens
+    for done in range(0, total, chunk):
+        count = min(chunk, total - done)
+        progress, new_bt = _decode(model, progress, key, count, sampling=sampling, most=chunk)
+        yield np.asarray(new_bt)
+        if np.all(progress.stopped_b):
+            return
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _fill(model, tokens_bt, positions_bt, *, capacity):
+    state = model.init_state(tokens_bt.shape[0], capacity)
+    return model(tokens_bt, positions_bt, state=state).state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("sampling", "most"), donate_argnames="progress"
+)
+def _decode(model, progress, key, count, *, sampling, most):
+    """``count ≤ most`` more tokens a row, int32 ``[b, most]``, −1 in the rest.
+
+    Leaves early when all rows have stopped.
+    """
+    new_bt = jnp.full((progress.token_b.shape[0], most), -1, jnp.int32)
+
+    def unfinished(carry):
+        i, progress, _ = carry
+        return (i < count) & ~jnp.all(progress.stopped_b)
+
+    def advance(carry):
+        i, progress, new_bt = carry
+        position_b = jnp.where(progress.stopped_b, -1, progress.position_b)
+        out = model(progress.token_b[:, None], position_b[:, None], state=progress.state)
+        token_b = sample(out.logits_btv[:, 0], jax.random.fold_in(key, progress.step), sampling)
+        new_bt = new_bt.at[:, i].set(jnp.where(progress.stopped_b, -1, token_b))
+        stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
+        moved = _Progress(
+            state=out.state,
+            token_b=token_b,
+            position_b=progress.position_b + 1,
+            stopped_b=progress.stopped_b | jnp.any(token_b[:, None] == stops, axis=1),
+            step=progress.step + 1,
+        )
+        return i + 1, moved, new_bt
+
+    _, progress, new_bt = jax.lax.while_loop(
+        unfinished, advance, (jnp.zeros((), jnp.int32), progress, new_bt)
+    )
+    return progress, new_bt
