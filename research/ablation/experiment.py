@@ -1,0 +1,189 @@
+"""Experiment: what one file under ``experiments/`` declares, checked when it is loaded."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from layers.config import ConfigError, check_choice
+from research.ablation.claims import Claim
+from research.ablation.overrides import assign, assign_text, near
+
+SCALES = ("smoke", "cpu", "gpu", "paper")
+_REQUIRED = ("PAPER", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config", "run")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: the experiment's configuration with some fields changed.
+
+    Attributes:
+      name: also the name of its folder.
+      overrides: dotted field → value, or a function of the experiment's configuration (without any
+        arm's overrides) that gives the value.
+      after: an arm declared earlier; this one starts from its finished unit of the same seed.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    after: str | None = None
+
+    def __post_init__(self):
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"arm={self.name!r}: must be letters, digits, '_', '-' and '.'")
+
+
+def silent(step: int, total: int, metrics: Mapping[str, float]) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm with one seed: the smallest thing that is run, finished or resumed.
+
+    Attributes:
+      config: the configuration with the arm's overrides applied, locked.
+      arm, seed: which.
+      workdir: its own folder; the same one again after an interruption.
+      after: the folder of the finished unit that this one starts from, or None.
+      progress: ``progress(step, total, metrics)``; call it as often as is convenient. Shown of the
+        metrics: ``loss`` and ``tokens_per_second``, where given.
+    """
+
+    config: ConfigDict
+    arm: str
+    seed: int
+    workdir: Path
+    after: Path | None = None
+    progress: Callable[[int, int, Mapping[str, float]], None] = silent
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A loaded experiment file; ``name`` is its path under the package, e.g. architecture/gqa."""
+
+    name: str
+    module: ModuleType
+
+    @property
+    def paper(self) -> str:
+        return self.module.PAPER
+
+    @property
+    def matched(self) -> str:
+        return self.module.MATCHED
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.module.SEEDS)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return tuple(self.module.ARMS)
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        return tuple(self.module.CLAIMS)
+
+    @property
+    def title(self) -> str:
+        """The first line of the file's docstring."""
+        return (self.module.__doc__ or "").strip().splitlines()[0]
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        return self.module.run(unit)
+
+    def arm(self, name: str) -> Arm:
+        """The arm called ``name``; `ConfigError` suggests a near one."""
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ConfigError(f"arm={name!r}: {near(name, [a.name for a in self.arms])}")
+
+    def config(self, scale: str, overrides: Sequence[str] = ()) -> ConfigDict:
+        """The locked configuration at ``scale`` with ``field=value`` texts applied."""
+        check_choice("scale", scale, SCALES)
+        config = self.module.get_config(scale).lock()
+        for text in overrides:
+            assign_text(config, text)
+        return config
+
+    def arm_config(self, config: ConfigDict, arm: Arm) -> ConfigDict:
+        """A copy of ``config`` with the overrides of ``arm``, which win over what is there."""
+        changed = config.copy_and_resolve_references().lock()
+        for name, value in arm.overrides.items():
+            try:
+                assign(changed, name, value(config) if callable(value) else value)
+            except ConfigError as error:
+                raise ConfigError(f"{self.name}: arm {arm.name!r}: {error}") from None
+        return changed
+
+
+def discover(package: str = "experiments") -> list[str]:
+    """Names of all experiment files below ``package``, sorted, without importing any of them."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"package={package!r}: no such package")
+    names = []
+    for root in map(Path, spec.submodule_search_locations):
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if not any(part.startswith(("_", ".")) for part in parts):
+                names.append("/".join(parts))
+    return sorted(names)
+
+
+def load(name: str, package: str = "experiments") -> Experiment:
+    """Import the experiment ``name`` and check that it declares everything.
+
+    Raises:
+      ConfigError: unknown name (a near one is suggested), or a declaration missing or unusable;
+        the file is named.
+    """
+    known = discover(package)
+    if name not in known:
+        stems = [full for full in known if full.split("/")[-1] == name]
+        hint = f"did you mean {stems[0]!r}?" if stems else near(name, known)
+        raise ConfigError(f"experiment={name!r}: {hint}")
+    module = importlib.import_module(f"{package}.{name.replace('/', '.')}")
+    path = f"{package}/{name}.py"
+    missing = [entry for entry in _REQUIRED if not hasattr(module, entry)]
+    if not (module.__doc__ or "").strip():
+        missing.insert(0, "a docstring")
+    if missing:
+        raise ConfigError(f"{path}: missing {', '.join(missing)}")
+    _validate(path, module)
+    return Experiment(name, module)
+
+
+def _validate(path: str, module: ModuleType) -> None:
+    def require(condition, message):
+        if not condition:
+            raise ConfigError(f"{path}: {message}")
+
+    for entry in ("PAPER", "MATCHED"):
+        require(isinstance(getattr(module, entry), str), f"{entry} must be text")
+        require(getattr(module, entry).strip(), f"{entry} is empty")
+    for entry in ("get_config", "run"):
+        require(callable(getattr(module, entry)), f"{entry} must be a function")
+    for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim)):
+        values = getattr(module, entry)
+        require(isinstance(values, (tuple, list)), f"{entry} must be a tuple of {kind.__name__}")
+        require(len(values) > 0, f"{entry} is empty")
+        for value in values:
+            require(isinstance(value, kind), f"{entry} holds {value!r}, not {kind.__name__}")
+        labels = [value if kind is int else value.name for value in values]
+        require(len(set(labels)) == len(labels), f"{entry} has a name twice: {labels}")
+    require(min(module.SEEDS) >= 0, f"SEEDS={module.SEEDS}: must be ≥ 0")
+    earlier: set[str] = set()
+    for arm in module.ARMS:
+        known = arm.after is None or arm.after in earlier
+        require(known, f"arm {arm.name!r}: after={arm.after!r} must be an arm declared before it")
+        earlier.add(arm.name)

@@ -1,0 +1,99 @@
+"""Typed assignment to a `ConfigDict`: ``a.b=z`` from a command line, or an arm's values."""
+
+import ast
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from layers.config import ConfigError
+
+
+def assign(config: ConfigDict, field: str, value: Any) -> None:
+    """Set the existing dotted ``field`` of ``config``, keeping its type; None fields take any.
+
+    Raises:
+      ConfigError: no such field (a near one is suggested), or ``value`` has another type.
+    """
+    parent, name = _find(config, field)
+    if isinstance(value, dict):
+        value = ConfigDict(value)
+    if isinstance(parent[name], bool) != isinstance(value, bool) and parent[name] is not None:
+        raise ConfigError(_mismatch(field, value, parent[name]))
+    try:
+        parent[name] = value
+    except (TypeError, ValueError):
+        raise ConfigError(_mismatch(field, value, parent[name])) from None
+
+
+def assign_text(config: ConfigDict, text: str) -> str:
+    """Apply ``field=value`` as typed on a command line, by the field's present type; its name.
+
+    Numbers, ``true``/``false``, ``None`` and tuples are read as Python writes them; a text field
+    takes the text as it is; a tuple field takes a single item too. None fields take any of these.
+
+    Raises:
+      ConfigError: no ``=``, no such field, a group of fields, or a value of another type.
+    """
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text}: write an override as --config.field=value")
+    parent, name = _find(config, field)
+    assign(config, field, _parse(field, value, parent[name]))
+    return field
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field → value of a nested mapping; empty mappings stay as values."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, (dict, ConfigDict)) and len(value):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What to say after an unknown ``name``: the nearest of ``known``, or all of them."""
+    match = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known) or 'none'}"
+
+
+def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
+    node: Any = config
+    *parents, name = field.split(".")
+    for depth, part in enumerate((*parents, name)):
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"{field}: {'.'.join(parents[:depth])} has no fields")
+        if part not in node:
+            hint = near(part, list(node))
+            elsewhere = difflib.get_close_matches(field, list(flatten(config)), 1)
+            if hint.startswith("known") and elsewhere:
+                hint = f"did you mean {elsewhere[0]!r}?"
+            raise ConfigError(f"{field}: no such field; {hint}")
+        if depth < len(parents):
+            node = node[part]
+    return node, name
+
+
+def _parse(field: str, text: str, current: Any) -> Any:
+    if isinstance(current, ConfigDict):
+        raise ConfigError(f"{field}={text}: a group; set one of its fields: {', '.join(current)}")
+    if isinstance(current, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(current, (tuple, list)):
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    wanted = {bool: bool, int: int, float: (int, float)}.get(type(current), object)
+    if not isinstance(value, wanted):
+        raise ConfigError(_mismatch(field, value, current))
+    return value
+
+
+def _mismatch(field: str, value: Any, current: Any) -> str:
+    return f"{field}={value!r}: must be {type(current).__name__}, as {current!r} is"

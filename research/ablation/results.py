@@ -1,0 +1,56 @@
+"""Results: the metrics of finished units, by arm and seed, paired over seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.ablation.overrides import near
+
+
+class NotRun(Exception):
+    """A unit or a metric that a claim needs is not there; the message says which."""
+
+
+class Results:
+    """What ``measure`` functions read.
+
+    Attributes:
+      seeds: the seeds compared; every array has one row for each, in this order.
+      arms: names of the arms that have at least one finished unit.
+    """
+
+    def __init__(
+        self, units: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]
+    ) -> None:
+        self._units = dict(units)
+        self.seeds = tuple(seeds)
+        self.arms = tuple(dict.fromkeys(arm for arm, seed in self._units if seed in self.seeds))
+
+    def metric(self, arm: str, name: str) -> np.ndarray:
+        """float64 [seeds] (or [seeds, ...] for a list) of metric ``name`` of ``arm``.
+
+        Raises:
+          NotRun: a seed of the arm is not finished, or does not report the metric.
+        """
+        rows = []
+        for seed in self.seeds:
+            if (arm, seed) not in self._units:
+                raise NotRun(f"arm {arm!r} seed {seed} is not finished")
+            metrics = self._units[arm, seed]
+            if name not in metrics:
+                hint = near(name, sorted(metrics))
+                raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {hint}")
+            rows.append(np.asarray(metrics[name], np.float64))
+        if len({row.shape for row in rows}) > 1:
+            raise NotRun(f"arm {arm!r}: {name!r} has another length for each seed")
+        return np.stack(rows) if rows else np.zeros(0)
+
+    def scalars(self, arm: str) -> dict[str, dict[int, float]]:
+        """Metric → seed → value, of the finished units of ``arm``; lists are left out."""
+        found: dict[str, dict[int, float]] = {}
+        for seed in self.seeds:
+            for name, value in self._units.get((arm, seed), {}).items():
+                if not isinstance(value, (list, tuple)):
+                    found.setdefault(name, {})[seed] = float(value)
+        return found

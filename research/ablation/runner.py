@@ -1,0 +1,232 @@
+"""Runs units: skips what is finished, resumes what is not, and never overwrites either.
+
+``workdir/<arm>/seed<k>/`` holds ``unit.json`` (the configuration, written first), whatever ``run``
+writes, and ``result.json`` (written last, at once) or ``failed.json``.
+"""
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layers.config import ConfigError
+from research.ablation.experiment import Experiment, Unit
+from research.ablation.files import plain, read_json, write_json
+from research.ablation.overrides import flatten
+from research.ablation.progress import Progress
+from research.ablation.results import Results
+
+RESULT, FAILED, UNIT = "result.json", "failed.json", "unit.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do, decided before it starts.
+
+    Attributes:
+      units: in running order: seed by seed, arms as declared, so sources come first.
+      chosen: the arms asked for; ``units`` holds their sources too.
+      warnings: one line for each arm that a ``--config`` override does not reach.
+    """
+
+    experiment: Experiment
+    scale: str
+    overrides: tuple[str, ...]
+    chosen: tuple[str, ...]
+    seeds: tuple[int, ...]
+    workdir: Path
+    units: tuple[Unit, ...]
+    warnings: tuple[str, ...]
+
+    def require_whole(self) -> None:
+        """`ConfigError` unless this is the experiment as declared, which alone is recorded."""
+        declared = tuple(arm.name for arm in self.experiment.arms), self.experiment.seeds
+        if (self.chosen, self.seeds) != declared or self.overrides:
+            raise ConfigError("--record: needs all arms and seeds, and no --config overrides")
+
+
+def plan(
+    experiment: Experiment,
+    scale: str,
+    workdir: Path,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """The units of ``experiment`` at ``scale``, configured and checked against ``workdir``.
+
+    Args:
+      arms, seeds: what to run; None is all. The arms that an arm starts from are added.
+      overrides: ``field=value`` texts.
+
+    Raises:
+      ConfigError: unknown scale, arm or field, a value of a wrong type, an override that reaches
+        no arm, or a unit in ``workdir`` that was started with another configuration.
+    """
+    seeds = experiment.seeds if seeds is None else tuple(dict.fromkeys(seeds))
+    names = [arm.name for arm in experiment.arms]
+    wanted = {experiment.arm(name).name for name in (names if arms is None else arms)}
+    if not wanted or not seeds or min(seeds) < 0:
+        raise ConfigError(f"arms={sorted(wanted)}, seeds={list(seeds)}: at least one, seeds ≥ 0")
+    chosen = tuple(name for name in names if name in wanted)
+    needed = set(chosen)
+    for arm in reversed(experiment.arms):  # sources are declared before what starts from them
+        if arm.name in needed and arm.after:
+            needed.add(arm.after)
+    selected = [arm for arm in experiment.arms if arm.name in needed]
+    config = experiment.config(scale, overrides)
+    warnings = []
+    for text in overrides:
+        field = text.partition("=")[0]
+        hidden = [a.name for a in selected if any(_covers(own, field) for own in a.overrides)]
+        if len(hidden) == len(selected):
+            raise ConfigError(f"{text}: every arm that runs sets {field} itself")
+        warnings += [f"arm {arm!r} sets {field} itself: {text} does not reach it" for arm in hidden]
+    units = tuple(
+        Unit(
+            config=experiment.arm_config(config, arm),
+            arm=arm.name,
+            seed=seed,
+            workdir=_folder(workdir, arm.name, seed),
+            after=_folder(workdir, arm.after, seed) if arm.after else None,
+        )
+        for seed in seeds
+        for arm in selected
+    )
+    for unit in units:
+        _check_same(unit)
+    return Plan(
+        experiment,
+        scale,
+        tuple(overrides),
+        chosen,
+        seeds,
+        workdir,
+        units,
+        tuple(warnings),
+    )
+
+
+def state(unit: Unit) -> str:
+    """``finished``, ``failed``, ``interrupted`` or ``new``."""
+    for name, word in ((RESULT, "finished"), (FAILED, "failed"), (UNIT, "interrupted")):
+        if (unit.workdir / name).exists():
+            return word
+    return "new"
+
+
+def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
+    """Run all units that are not finished; (arm, seed) → message of those that failed.
+
+    A unit that raises is recorded and the others go on, except those that start from it.
+    KeyboardInterrupt and SIGTERM (as SystemExit) end the run; what was done stays, and the same
+    call later goes on from there.
+    """
+    failures: dict[tuple[str, int], str] = {}
+    with _terminable(), progress.over(len(planned.units)):
+        for unit in planned.units:
+            if state(unit) == "finished":
+                progress.skip(unit.arm, unit.seed)
+                continue
+            started = time.monotonic()
+            progress.start(unit.arm, unit.seed, resumed=state(unit) == "interrupted")
+            message = _run_unit(planned.experiment, replace(unit, progress=progress.step))
+            if message:
+                failures[unit.arm, unit.seed] = message
+            progress.finish(unit.arm, unit.seed, time.monotonic() - started, message)
+    return failures
+
+
+def results(planned: Plan) -> Results:
+    """The metrics of all finished units that the plan covers."""
+    found = {
+        (unit.arm, unit.seed): read_json(unit.workdir / RESULT)["metrics"]
+        for unit in planned.units
+        if state(unit) == "finished"
+    }
+    return Results(found, planned.seeds)
+
+
+def _run_unit(experiment: Experiment, unit: Unit) -> str:
+    """Run one unit to its ``result.json``; the message of its failure, or the empty text."""
+    unit.workdir.mkdir(parents=True, exist_ok=True)
+    (unit.workdir / FAILED).unlink(missing_ok=True)
+    described = dict(arm=unit.arm, seed=unit.seed, config=unit.config)
+    write_json(unit.workdir / UNIT, described)
+    started = time.time()
+    try:
+        if unit.after is not None and not (unit.after / RESULT).exists():
+            raise RuntimeError(f"arm {unit.after.parent.name!r} of the same seed did not finish")
+        metrics = _checked(experiment.run(unit))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        message = f"{type(error).__name__}: {lines[0]}"
+        write_json(
+            unit.workdir / FAILED,
+            dict(described, error=message, traceback=traceback.format_exc()),
+        )
+        return message
+    write_json(
+        unit.workdir / RESULT,
+        dict(described, metrics=metrics, started=started, seconds=time.time() - started),
+    )
+    return ""
+
+
+def _checked(metrics: Any) -> Mapping[str, Any]:
+    """``metrics`` in JSON's types, or TypeError unless it maps names to numbers or lists."""
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise TypeError(f"run returned {metrics!r}: must be a mapping of metrics")
+    numbers = {name: plain(value) for name, value in metrics.items()}
+    for name, value in numbers.items():
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                float(item)
+            except (TypeError, ValueError):
+                raise TypeError(f"run returned {name}={value!r}: must be numbers") from None
+    return numbers
+
+
+def _folder(workdir: Path, arm: str, seed: int) -> Path:
+    return workdir / arm / f"seed{seed}"
+
+
+def _covers(own: str, field: str) -> bool:
+    return field == own or field.startswith(own + ".") or own.startswith(field + ".")
+
+
+def _check_same(unit: Unit) -> None:
+    """Refuse a unit that was started with another configuration: it would mix two experiments."""
+    path = unit.workdir / UNIT
+    if state(unit) == "new":
+        return
+    before, now = flatten(read_json(path)["config"]), flatten(plain(unit.config))
+    for field in (*now, *before):
+        if before.get(field) != now.get(field) or (field in before) != (field in now):
+            raise ConfigError(
+                f"{unit.workdir}: was run with {field}={before.get(field, 'absent')!r}, "
+                f"now {now.get(field, 'absent')!r}: choose another --workdir or remove it"
+            )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) inside, as Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

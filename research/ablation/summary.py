@@ -1,0 +1,161 @@
+"""What a run found: a summary in JSON's types, its tables, and the choice to record it."""
+
+import datetime
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from layers.config import ConfigError
+from research.ablation.claims import interval95, judge, target
+from research.ablation.figure import draw
+from research.ablation.files import plain, read_json, write_atomically, write_json, write_text
+from research.ablation.results import Results
+from research.ablation.runner import RESULT, Plan, results, state
+
+
+def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Everything that the board and a reader need to know of a run, in JSON's types."""
+    found, experiment = results(planned), planned.experiment
+    units = []
+    for unit in planned.units:
+        if state(unit) == "finished":
+            result = read_json(unit.workdir / RESULT)
+            units.append({key: result[key] for key in ("arm", "seed", "seconds", "metrics")})
+    claims = []
+    for claim in experiment.claims:
+        verdict = judge(claim, found)
+        claims.append(
+            dict(
+                name=claim.name,
+                statement=claim.statement,
+                paper=claim.paper,
+                target=target(claim),
+                gate=claim.gate.statement if claim.gate else None,
+                **{key: getattr(verdict, key) for key in ("status", "reason", "mean", "low")},
+                **{key: getattr(verdict, key) for key in ("high", "seeds", "values")},
+            )
+        )
+    return plain(
+        dict(
+            experiment=experiment.name,
+            title=experiment.title,
+            paper=experiment.paper,
+            matched=experiment.matched,
+            scale=planned.scale,
+            arms=[arm for arm in dict.fromkeys(unit.arm for unit in planned.units)],
+            seeds=planned.seeds,
+            overrides=planned.overrides,
+            command=command,
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            seconds=sum(unit["seconds"] for unit in units),
+            claims=claims,
+            metrics={arm: _spread(found, arm) for arm in found.arms},
+            units=units,
+            config=experiment.config(planned.scale, planned.overrides),
+            environment=environment,
+        )
+    )
+
+
+def save(planned: Plan, summary: Mapping[str, Any], folder: Path, stem: str = "") -> list[Path]:
+    """Write summary.json, table.md and figure.png (or ``stem``.json, …) into ``folder``."""
+    names = [f"{stem}.{end}" for end in ("json", "md", "png")]
+    data, table, figure = (
+        folder / name for name in (names if stem else ("summary.json", "table.md", "figure.png"))
+    )
+    found = results(planned)
+    if found.arms:
+        write_atomically(figure, lambda path: draw(planned.experiment, found, path))
+    write_text(table, markdown(summary))
+    write_json(data, summary)  # last: the board is built from it
+    return [data, table, *([figure] if found.arms else [])]
+
+
+def record(planned: Plan, summary: Mapping[str, Any], root: Path) -> list[Path]:
+    """Write the record ``<root>/<branch>/<name>-<scale>.json``, .md and .png.
+
+    Raises:
+      ConfigError: the run is not the experiment as declared, or a unit is not finished.
+    """
+    planned.require_whole()
+    missing = [f"{u.arm}/seed{u.seed}" for u in planned.units if state(u) != "finished"]
+    if missing:
+        raise ConfigError(f"--record: not recorded, unfinished: {', '.join(missing)}")
+    branch, _, stem = planned.experiment.name.rpartition("/")
+    return save(planned, summary, root / branch, f"{stem}-{planned.scale}")
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The verdicts and the arms × metrics table as Markdown."""
+    lines = [f"# {summary['title']}", "", f"Paper: {summary['paper']}  "]
+    lines += [f"Matched on: {summary['matched']}  ", f"Scale: {summary['scale']}", ""]
+    lines += ["| claim | paper | verdict | effect | why |", "|---|---|---|---|---|"]
+    for claim in summary["claims"]:
+        row = (claim["statement"], claim["paper"], claim["status"], effect(claim), claim["reason"])
+        lines.append(_row(row))
+    names = metric_names(summary)
+    lines += ["", _row(("arm", *names)), "|---|" + "---:|" * len(names)]
+    for arm, spread in summary["metrics"].items():
+        lines.append(_row((arm, *(number(spread.get(name)) for name in names))))
+    return "\n".join(lines) + "\n"
+
+
+def arms_table(summary: Mapping[str, Any]) -> Table:
+    """Arms × metrics, mean ± half of the 95% interval."""
+    table = Table(title=f"{summary['experiment']} at {summary['scale']} scale: mean ± 95%")
+    table.add_column("arm", overflow="fold")
+    names = metric_names(summary)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for arm, spread in summary["metrics"].items():
+        table.add_row(arm, *(number(spread.get(name)) for name in names))
+    return table
+
+
+def claim_lines(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence a claim."""
+    return [
+        f"{claim['status'].upper()}: {claim['statement']} ({claim['reason']}; "
+        f"paper: {claim['paper'] or 'no number'})"
+        for claim in summary["claims"]
+    ]
+
+
+def metric_names(summary: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for arm in summary["metrics"].values() for name in arm))
+
+
+def number(spread: Mapping[str, Any] | None) -> str:
+    """``1.234 ± 0.012``; without an interval only the mean; nothing for nothing."""
+    if spread is None:
+        return ""
+    average = f"{float(spread['mean']):.4g}"
+    if spread["low"] is None:
+        return average
+    return f"{average} ± {(float(spread['high']) - float(spread['low'])) / 2:.2g}"
+
+
+def effect(claim: Mapping[str, Any]) -> str:
+    """``0.004 [-0.002, 0.011], < 0.02``: the effect, its interval, what was claimed."""
+    if claim["mean"] is None:
+        return f"must be {claim['target']}"
+    interval = ""
+    if claim["low"] is not None and claim["low"] != claim["high"]:
+        interval = f" [{claim['low']:.4g}, {claim['high']:.4g}]"
+    return f"{claim['mean']:.4g}{interval}, must be {claim['target']}"
+
+
+def _spread(found: Results, arm: str) -> dict[str, dict[str, Any]]:
+    spread = {}
+    for name, by_seed in found.scalars(arm).items():
+        values = list(by_seed.values())
+        low, high = interval95(values) if len(values) > 1 else (None, None)
+        spread[name] = dict(mean=sum(values) / len(values), low=low, high=high, seeds=len(values))
+    return spread
+
+
+def _row(cells: Any) -> str:
+    escape: Callable[[Any], str] = lambda cell: str(cell).replace("|", "\\|")  # noqa: E731
+    return "| " + " | ".join(escape(cell) for cell in cells) + " |"

@@ -1,0 +1,214 @@
+"""The command ``ablate``: list the experiments, run one to its verdicts, build the board.
+
+Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served.
+"""
+
+import argparse
+import difflib
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from layers.config import ConfigError
+
+# Only argparse above: `ablate --help` answers at once, what needs JAX is imported in the commands.
+
+_EXAMPLES = """examples:
+  ablate list
+  ablate run architecture/gqa --scale=smoke
+  ablate run architecture/gqa --arms=mha,gqa --seeds=0,1 --config.training.steps=100
+  ablate run architecture/gqa --record && ablate report
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message):
+        raise ConfigError(message.replace("argument COMMAND: ", ""))
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            match = difflib.get_close_matches(str(value), known, 1)
+            hint = f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
+            raise ConfigError(f"{action.metavar or action.dest}={value!r}: {hint}")
+
+
+def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> int:
+    """Run the command line ``argv`` (default: the process's); the exit code.
+
+    ``package`` is where experiments are looked for.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments, overrides = _split(argv)
+        options = _parser().parse_args(arguments)
+        if overrides and options.command is not _run:
+            raise ConfigError(f"--config.{overrides[0]}: only `ablate run` takes overrides")
+        options.overrides, options.package, options.argv = overrides, package, argv
+        return options.command(options)
+    except ValueError as error:  # ConfigError and what validation raises
+        print(f"ablate: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ablate: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``argv`` without its ``--config.x=y``, and those as ``x=y``."""
+    prefix = "--config."
+    rest = [word for word in argv if not word.startswith(prefix)]
+    return rest, [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "ablate",
+        description="Does the paper's claim hold, here, with this code?",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_list, _add_run, _add_report):
+        add(commands)
+    return parser
+
+
+def _add_list(commands) -> None:
+    parser = commands.add_parser("list", help="every experiment, its claims and last verdicts")
+    _add_results(parser)
+    parser.set_defaults(command=_list)
+
+
+def _add_run(commands) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run an experiment to its verdicts; resumes what is not finished",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="an experiment, e.g. architecture/gqa")
+    parser.add_argument("--scale", default="cpu", help="smoke, cpu (default), gpu or paper")
+    parser.add_argument("--arms", help="names with commas between; default: all")
+    parser.add_argument("--seeds", help="numbers with commas between; default: the experiment's")
+    parser.add_argument("--workdir", type=Path, help="default: runs/NAME/SCALE")
+    parser.add_argument("--record", action="store_true", help="write the record for the board")
+    parser.add_argument("--list-units", action="store_true", help="show the units and stop")
+    parser.add_argument_group("configuration").add_argument(
+        "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
+    )
+    _add_results(parser)
+    parser.set_defaults(command=_run)
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="build the board from the records")
+    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
+    _add_results(parser)
+    parser.set_defaults(command=_report)
+
+
+def _add_results(parser) -> None:
+    parser.add_argument("--results", type=Path, help="folder of records; default: the package's")
+
+
+def _list(options) -> int:
+    from rich.console import Console
+
+    from research.ablation import report
+    from research.ablation.experiment import discover, load
+
+    verdicts: dict[tuple[str, str], str] = {}
+    for record in report.records(options.results or report.RESULTS):
+        for claim in record["claims"]:
+            known = verdicts.get((record["experiment"], claim["name"]))
+            text = f"{claim['status']} ({record['scale']})"
+            verdicts[record["experiment"], claim["name"]] = f"{known}, {text}" if known else text
+    console = Console(highlight=False, markup=False)
+    broken = 0
+    for name in discover(options.package):
+        try:
+            experiment = load(name, options.package)
+        except Exception as error:  # one broken file must not hide the others
+            broken = 2
+            print(f"ablate: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        console.print(name, style="bold")
+        console.print(f"  {experiment.paper}", style="dim")
+        for claim in experiment.claims:
+            verdict = verdicts.get((name, claim.name), "not run")
+            console.print(f"  {claim.name}: {verdict}")
+    return broken
+
+
+def _run(options) -> int:
+    from rich.console import Console
+
+    from research.ablation import report, runner, summary
+    from research.ablation.experiment import load
+    from research.ablation.progress import Progress
+
+    experiment = load(options.name, options.package)
+    planned = runner.plan(
+        experiment,
+        options.scale,
+        options.workdir or Path("runs") / experiment.name / options.scale,
+        arms=options.arms.split(",") if options.arms else None,
+        seeds=_seeds(options.seeds),
+        overrides=options.overrides,
+    )
+    if options.record:
+        planned.require_whole()
+    for warning in planned.warnings:
+        print(f"ablate: {warning}", file=sys.stderr)
+    console = Console(highlight=False, markup=False)
+    if options.list_units:
+        for unit in planned.units:
+            console.print(f"{unit.arm} seed {unit.seed}: {runner.state(unit)}")
+        return 0
+    failures = runner.execute(planned, Progress(console))
+    from research.training.environment import environment
+
+    found = summary.summarize(planned, environment(), f"ablate {shlex.join(options.argv)}")
+    paths = summary.save(planned, found, planned.workdir)
+    console.print(summary.arms_table(found))
+    for line in summary.claim_lines(found):
+        console.print(line)
+    for (arm, seed), message in failures.items():
+        print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
+    if options.record and not failures:
+        paths += summary.record(planned, found, options.results or report.RESULTS)
+    console.print(f"written: {', '.join(map(str, paths))}")
+    return 1 if failures else 0
+
+
+def _report(options) -> int:
+    from research.ablation import report
+
+    root = options.results or report.RESULTS
+    if options.check:
+        stale = report.stale(root)
+        for path in stale:
+            print(f"ablate: {path} is stale: run `ablate report`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in report.write(root):
+        print(path)
+    return 0
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds={text}: must be numbers with commas between") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from layers.config import ConfigError
+from research.ablation import load, runner
+from research.ablation.files import write_atomically, write_json
+from research.ablation.progress import Progress
+
+
+@pytest.fixture
+def experiment(make_package):
+    return load("branch/wide", make_package())
+
+
+@pytest.fixture
+def work(tmp_path):
+    return tmp_path / "work"
+
+
+def execute(planned):
+    return runner.execute(planned, Progress(Console(file=io.StringIO())))
+
+
+def log(work):
+    return (work / "log").read_text().splitlines()
+
+
+def test_order_sources_and_configs(experiment, work):
+    planned = runner.plan(experiment, "cpu", work, arms=["tuned"], seeds=[1, 0])
+    assert [(u.arm, u.seed) for u in planned.units] == [
+        ("wide", 1), ("tuned", 1), ("wide", 0), ("tuned", 0),
+    ]  # fmt: skip
+    wide, tuned = planned.units[:2]
+    assert tuned.after == wide.workdir == work / "wide" / "seed1"
+    assert (wide.config.model.width, wide.config.steps, tuned.config.steps) == (8, 3, 5)
+    assert wide.config.is_locked
+
+
+def test_runs_then_skips_what_is_finished(experiment, work):
+    planned = runner.plan(experiment, "cpu", work)
+    assert execute(planned) == {}
+    before = {path: path.read_bytes() for path in work.rglob("result.json")}
+    assert len(before) == 9
+    assert execute(runner.plan(experiment, "cpu", work)) == {}
+    assert len(log(work)) == 9
+    assert before == {path: path.read_bytes() for path in work.rglob("result.json")}
+    assert runner.results(planned).metric("wide", "curve").shape == (3, 2)
+
+
+@pytest.mark.parametrize("how, raised", [("interrupt", KeyboardInterrupt), ("term", SystemExit)])
+def test_an_interrupted_run_goes_on_where_it_was(experiment, work, monkeypatch, how, raised):
+    planned = runner.plan(experiment, "cpu", work)
+    monkeypatch.setenv("FAKE_TRAP", f"wide/1/1/{how}")
+    with pytest.raises(raised):
+        execute(planned)
+    states = [runner.state(unit) for unit in planned.units]
+    assert states == ["finished"] * 4 + ["interrupted"] + ["new"] * 4
+    monkeypatch.delenv("FAKE_TRAP")
+    assert execute(runner.plan(experiment, "cpu", work)) == {}
+    assert log(work)[4:6] == ["wide 1 from 0", "wide 1 from 2"]
+    assert len(log(work)) == 10
+
+
+def test_a_failed_unit_does_not_stop_the_others(experiment, work, monkeypatch):
+    planned = runner.plan(experiment, "cpu", work, seeds=[0])
+    monkeypatch.setenv("FAKE_TRAP", "wide/0/0/fail")
+    failures = execute(planned)
+    assert failures["wide", 0] == "RuntimeError: lost"
+    assert "did not finish" in failures["tuned", 0]
+    assert [runner.state(u) for u in planned.units] == ["finished", "failed", "failed"]
+    failed = json.loads((work / "wide/seed0/failed.json").read_text())
+    assert "Traceback" in failed["traceback"]
+    monkeypatch.delenv("FAKE_TRAP")
+    assert execute(planned) == {}
+    assert not (work / "wide/seed0/failed.json").exists()
+
+
+def test_another_configuration_is_refused_not_overwritten(experiment, work):
+    planned = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
+    execute(planned)
+    before = (work / "narrow/seed0/result.json").read_bytes()
+    with pytest.raises(ConfigError, match="was run with noise=0.01, now 0.5"):
+        runner.plan(experiment, "cpu", work, overrides=["noise=0.5"])
+    assert (work / "narrow/seed0/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stepz=3", "stepz: no such field; did you mean 'steps'?"),
+        ("model.widht=3", "did you mean 'width'?"),
+        ("steps=many", "steps='many': must be int"),
+        ("steps=2.5", "steps=2.5: must be int"),
+        ("steps=true", "steps=True: must be int"),
+        ("model=3", "model=3: a group"),
+        ("steps.x=3", "steps has no fields"),
+        ("steps", "--config.field=value"),
+    ],
+)
+def test_bad_overrides(experiment, work, override, message):
+    with pytest.raises(ConfigError) as error:
+        runner.plan(experiment, "cpu", work, overrides=[override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides_are_typed_and_reach_arms(experiment, work):
+    texts = ["noise=1", "model.width=6", "model.window=7", "model.name=3"]
+    planned = runner.plan(experiment, "cpu", work, overrides=texts)
+    narrow, wide, _ = planned.units[:3]
+    assert (narrow.config.noise, narrow.config.model.window) == (1.0, 7)
+    assert narrow.config.model.name == "3"
+    assert wide.config.model.width == 12
+    assert len(planned.warnings) == 1 and "arm 'wide' sets model.width" in planned.warnings[0]
+
+
+def test_an_override_that_reaches_nothing_is_an_error(experiment, work):
+    with pytest.raises(ConfigError, match="every arm that runs sets model.width itself"):
+        runner.plan(experiment, "cpu", work, arms=["wide"], overrides=["model.width=6"])
+
+
+@pytest.mark.parametrize("returned", [None, {}, {"loss": "low"}, {"loss": None}])
+def test_a_result_must_be_numbers(experiment, work, monkeypatch, returned):
+    monkeypatch.setattr(experiment.module, "run", lambda unit: returned)
+    planned = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
+    assert "TypeError: run returned" in execute(planned)["narrow", 0]
+
+
+def test_non_finite_metrics_survive_the_file(experiment, work, monkeypatch):
+    monkeypatch.setattr(experiment.module, "run", lambda unit: {"x": float("nan"), "y": [1, 2]})
+    planned = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
+    execute(planned)
+    found = runner.results(planned)
+    assert str(found.metric("narrow", "x")) == "[nan]"
+
+
+def test_a_write_that_breaks_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+
+    def broken(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_atomically(path, broken)
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_terminal_display_shows_the_unit():
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, force_terminal=True, width=140))
+    with progress.over(2):
+        progress.start("narrow", 0, resumed=False)
+        progress.step(1, 3, {"loss": 1.25, "tokens_per_second": 1000.0})
+        progress._bars.refresh()
+        progress.finish("narrow", 0, 1.0, "")
+    shown = screen.getvalue()
+    assert "unit 1 of 2: narrow, seed 0" in shown
+    assert "loss 1.250 · 1,000 tokens/s" in shown and "done in 1.0 s" in shown
