@@ -40,7 +40,8 @@ ul.claims p{margin:.25rem 0}
 .verdict{font-weight:700}
 .supported{color:var(--yes)}.not-supported{color:var(--no)}
 .inconclusive{color:var(--maybe)}.not-run{color:var(--none)}
-img{max-width:100%;height:auto;background:#fff;border-radius:.5rem}
+.figure{overflow-x:auto}
+img{width:100%;min-width:36rem;height:auto;background:#fff;border-radius:.5rem}
 pre{white-space:pre-wrap;background:var(--card);padding:.75rem;border-radius:.5rem}
 """
 
@@ -163,7 +164,7 @@ def _section(record: dict[str, Any]) -> str:
     if figure.exists():
         data = base64.b64encode(figure.read_bytes()).decode("ascii")
         alt = escape(f"{', '.join(names)} of each arm, with seeds and 95% intervals", quote=True)
-        image = f'<p><img alt="{alt}" src="data:image/png;base64,{data}"></p>\n'
+        image = f'<p class="figure"><img alt="{alt}" src="data:image/png;base64,{data}"></p>\n'
     anchor = _anchor(record)
     facts = (
         f"{record['scale']} scale · {device(record)} · {len(record['seeds'])} seeds · "
