@@ -1,9 +1,8 @@
 """Looking into and editing activations: ``tap(name, x)`` is the identity unless hooks are passed.
 
 Hooks are an argument, not state: a layer receives ``tap`` and calls it at named places, and the
-decoder returns what was captured. Names: ``embedding``, ``residual`` (a block's input),
-``attention.query``, ``attention.key``, ``attention.value``, ``attention.weights``,
-``attention.output``, ``mlp.output``, ``final`` (the normalised last residual).
+decoder returns what was captured. The places are `NAMES`; ``residual`` is a block's input and
+``final`` the normalised last residual.
 """
 
 import dataclasses
@@ -11,6 +10,19 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from layers.config import check_choice
+
+NAMES = (
+    "embedding",
+    "residual",
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.weights",
+    "attention.output",
+    "mlp.output",
+    "final",
+)
 Layer = int | jax.Array
 Edit = Callable[[jax.Array, Layer], jax.Array]
 
@@ -20,12 +32,21 @@ class Hooks:
     """What to capture and what to change.
 
     ``capture``: names whose arrays come back, those inside blocks stacked over layers.
-    ``edit``: name → ``f(x, layer) -> x``. ``layer`` is a Python int when the stack is unrolled and
-    a traced int32 when it is scanned, so choose with ``jnp.where(layer == 3, …)``; −1 outside.
+    ``edit``: name → ``f(x, layer) -> x``. ``layer`` may be a traced int32 (it is when the stack is
+    scanned or recomputed), so choose with ``jnp.where(layer == 3, …)``; −1 outside blocks.
+
+    Raises:
+      ConfigError: a name that is not one of `NAMES`, which would see and change nothing.
     """
 
     capture: tuple[str, ...] = ()
     edit: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in self.capture:
+            check_choice("capture", name, NAMES)
+        for name in self.edit:
+            check_choice("edit", name, NAMES)
 
 
 class Tap:

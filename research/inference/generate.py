@@ -134,9 +134,7 @@ def _fill(model, tokens_bt, positions_bt, *, capacity):
     return model(tokens_bt, positions_bt, state=state).state
 
 
-@functools.partial(
-    jax.jit, static_argnames=("sampling", "most"), donate_argnames="progress"
-)
+@functools.partial(jax.jit, static_argnames=("sampling", "most"), donate_argnames="progress")
 def _decode(model, progress, key, count, *, sampling, most):
     """``count ≤ most`` more tokens a row, int32 ``[b, most]``, −1 in the rest.
 

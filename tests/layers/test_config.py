@@ -10,9 +10,7 @@ from layers.config import ConfigError, check_choice, from_mapping
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 
-GOOD = dict(
-    vocab_size=11, width=8, num_layers=2, attention=dict(num_heads=2), mlp=dict(width=16)
-)
+GOOD = dict(vocab_size=11, width=8, num_layers=2, attention=dict(num_heads=2), mlp=dict(width=16))
 
 
 def test_builds_nested_dataclasses_from_mappings_and_config_dicts():
@@ -56,6 +54,8 @@ def test_converts_int_to_float_list_to_tuple_and_none():
         (dict(position="rotry"),
          "model.position='rotry': must be one of rotary, alibi, learned, sinusoidal, none "
          "(did you mean 'rotary'?)"),
+        (dict(dtype="float64"), "model.dtype='float64': must be one of float32, bfloat16, float16 "
+         "(did you mean 'float32'?)"),
         (dict(pattern=["slidng"]),
          "model.pattern[0]='slidng': must be one of attention, sliding (did you mean 'sliding'?)"),
         (dict(pattern=[]), "model.pattern=(): must name at least one layer"),

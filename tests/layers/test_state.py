@@ -83,7 +83,7 @@ def chunkings(draw):
     """Sizes from a few, so that few shapes compile; together they make every alignment."""
     sizes, left = [], T
     while left:
-        sizes.append(draw(st.sampled_from([n for n in (1, 2, 4, T) if n <= left])))
+        sizes.append(draw(st.sampled_from([n for n in (1, 4, T) if n <= left])))
         left -= sizes[-1]
     return sizes
 
@@ -93,6 +93,7 @@ def chunkings(draw):
 @given(sizes=chunkings(), row=st.sampled_from(sorted(ROWS)))
 def test_any_chunking_is_the_parallel_form(mixer, sizes, row):
     layer, (positions, segments) = make(mixer), rows(row)
+    segments = jnp.zeros_like(positions) if segments is None else segments  # to compile less
     want, _ = call(layer, X, positions, segments, None)
     got = in_chunks(layer, X, positions, segments, sizes)
     np.testing.assert_allclose(got, want, atol=2e-6)
