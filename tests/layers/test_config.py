@@ -55,7 +55,7 @@ def test_converts_int_to_float_list_to_tuple_and_none():
          "model.position='rotry': must be one of rotary, alibi, learned, sinusoidal, none "
          "(did you mean 'rotary'?)"),
         (dict(dtype="float64"), "model.dtype='float64': must be one of float32, bfloat16, float16 "
-         "(did you mean 'float32'?)"),
+         "(did you mean 'float16'?)"),
         (dict(pattern=["slidng"]),
          "model.pattern[0]='slidng': must be one of attention, sliding (did you mean 'sliding'?)"),
         (dict(pattern=[]), "model.pattern=(): must name at least one layer"),
