@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def generate(
     row's depend on the seed and its index, not on the prompts beside it.
 
     Compiles once for each batch size, sampling config (its seed apart) and prompt length rounded up
-    to a power of two.
+    to a power of two. Runs on one device: the cache's writes are not laid out over a mesh.
 
     Args:
       max_length: what a row's prompt and new tokens together may come to; None: as they need. A
@@ -69,24 +70,30 @@ def generate(
     return rows
 
 
-def _check(model, prompts, sampling, max_length) -> int | None:
+def _check(
+    model: Decoder,
+    prompts: Any,
+    sampling: SamplingConfig,
+    max_length: int | None,
+) -> int | None:
     """The tightest limit on a row's length, if there is one; raises what `generate` promises."""
     config = model.config
     check(len(prompts) > 0, "prompts", list(prompts), "must hold at least one prompt")
     check(max_length is None or max_length > 0, "max_length", max_length, "must be > 0 or None")
     limit, name = max_length, "max_length"
-    if config.position == "learned" and (limit is None or config.max_length < limit):
-        limit, name = config.max_length, "the model's max_length"
+    learned = config.max_length if config.position == "learned" else None
+    if learned is not None and (limit is None or learned < limit):
+        limit, name = learned, "the model's max_length"
     for i, stop in enumerate(sampling.stop_tokens):
         check(stop < config.vocab_size, f"stop_tokens[{i}]", stop,
               f"must be below vocab_size={config.vocab_size}")  # fmt: skip
     for row, prompt in enumerate(prompts):
-        check(isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str),
-              f"prompts[{row}]", prompt, "must be a list of tokens")  # fmt: skip
+        listed = isinstance(prompt, list | tuple | np.ndarray)
+        check(listed, f"prompts[{row}]", prompt, "must be a list of tokens")
         check(len(prompt) > 0, f"prompts[{row}]", list(prompt), "must hold at least one token")
         for i, token in enumerate(prompt):
-            integer = isinstance(token, int | np.integer)
-            check(integer and 0 <= token < config.vocab_size, f"prompts[{row}][{i}]", token,
+            allowed = isinstance(token, int | np.integer) and 0 <= int(token) < config.vocab_size
+            check(allowed, f"prompts[{row}][{i}]", token,
                   f"must be an integer in [0, vocab_size={config.vocab_size})")  # fmt: skip
         total = len(prompt) + sampling.max_new_tokens
         check(limit is None or total <= limit, f"len(prompts[{row}])", len(prompt),

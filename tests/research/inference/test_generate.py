@@ -14,7 +14,6 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.inference import SamplingConfig, generate
-from research.inference import generate as generate_function
 
 V = 17
 BASE = DecoderConfig(
@@ -137,7 +136,7 @@ def test_streaming_gives_the_same_tokens_in_order(options):
 def test_a_new_length_in_the_same_bucket_or_a_new_seed_compiles_nothing():
     import sys
 
-    module = sys.modules[generate_function.__module__]
+    module = sys.modules[generate.__module__]
     model, config = make("rotary"), SamplingConfig(max_new_tokens=NEW)
     generate(model, [[1, 2, 3]], config)
     before = module._fill._cache_size(), module._decode._cache_size()
@@ -148,7 +147,7 @@ def test_a_new_length_in_the_same_bucket_or_a_new_seed_compiles_nothing():
 def test_the_cache_is_donated_and_rolls():
     import sys
 
-    module = sys.modules[generate_function.__module__]
+    module = sys.modules[generate.__module__]
     model = make("all sliding, unrolled")
     state = model.init_state(1, 1000)
     assert state[0].capacity == 5
