@@ -152,7 +152,9 @@ def _run(options) -> int:
     from research.ablation import report, runner, summary
     from research.ablation.experiment import load
     from research.ablation.progress import Progress
+    from research.parallel import initialize
 
+    initialize()  # before anything asks which devices there are
     experiment = load(options.name, options.package)
     planned = runner.plan(
         experiment,
@@ -171,6 +173,7 @@ def _run(options) -> int:
         for unit in planned.units:
             console.print(f"{unit.arm} seed {unit.seed}: {runner.state(unit)}")
         return 0
+    _keep_compiled(planned.workdir / "compiled")
     failures = runner.execute(planned, Progress(console))
     from research.training.environment import environment
 
@@ -185,6 +188,15 @@ def _run(options) -> int:
         paths += summary.record(planned, found, options.results or report.RESULTS)
     console.print(f"written: {', '.join(map(str, paths))}")
     return 1 if failures else 0
+
+
+def _keep_compiled(folder: Path) -> None:
+    """Keep compiled programs, so that arms, seeds and a resumed run do not compile them again."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _report(options) -> int:

@@ -32,12 +32,24 @@ class SyntheticConfig:
     def __post_init__(self):
         check_choice("task", self.task, TASKS)
         check(self.vocab_size >= 4, "vocab_size", self.vocab_size, "must be at least 4")
-        check(isinstance(self.parameters, Mapping), "parameters", self.parameters,
-              "must be a mapping of the task's parameters")
-        check(self.examples is None or self.examples >= 1, "examples", self.examples,
-              "must be at least 1, or None for a fresh example each time")
-        check(self.validation_examples >= 1, "validation_examples", self.validation_examples,
-              "must be at least 1")
+        check(
+            isinstance(self.parameters, Mapping),
+            "parameters",
+            self.parameters,
+            "must be a mapping of the task's parameters",
+        )
+        check(
+            self.examples is None or self.examples >= 1,
+            "examples",
+            self.examples,
+            "must be at least 1, or None for a fresh example each time",
+        )
+        check(
+            self.validation_examples >= 1,
+            "validation_examples",
+            self.validation_examples,
+            "must be at least 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,31 +101,57 @@ class DataConfig:
     def __post_init__(self):
         check_choice("source", self.source, SOURCES)
         check_choice("packing", self.packing, PACKINGS)
-        check(self.sequence_length >= 2, "sequence_length", self.sequence_length,
-              "must be at least 2")
+        check(
+            self.sequence_length >= 2, "sequence_length", self.sequence_length, "must be at least 2"
+        )
         check(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         check(self.packing_bins >= 1, "packing_bins", self.packing_bins, "must be at least 1")
         check(self.prefetch >= 0, "prefetch", self.prefetch, "must be 0 or more")
-        check(0 <= self.validation_fraction < 1, "validation_fraction", self.validation_fraction,
-              "must be in [0, 1)")
+        check(
+            0 <= self.validation_fraction < 1,
+            "validation_fraction",
+            self.validation_fraction,
+            "must be in [0, 1)",
+        )
         check(bool(self.text_field), "text_field", self.text_field, "must name a field")
         for field in ("paths", "validation_paths"):
-            check(not isinstance(getattr(self, field), str), field, getattr(self, field),
-                  "must be a tuple of paths, not one string")
+            check(
+                not isinstance(getattr(self, field), str),
+                field,
+                getattr(self, field),
+                "must be a tuple of paths, not one string",
+            )
         if self.source == "files":
-            check(len(self.paths) >= 1, "paths", self.paths,
-                  "source='files' needs at least one path or glob")
+            check(
+                len(self.paths) >= 1,
+                "paths",
+                self.paths,
+                "source='files' needs at least one path or glob",
+            )
         elif self.source == "hf":
-            check(len(self.paths) == 1, "paths", self.paths,
-                  "source='hf' needs exactly one dataset name or directory")
+            check(
+                len(self.paths) == 1,
+                "paths",
+                self.paths,
+                "source='hf' needs exactly one dataset name or directory",
+            )
         else:
             check(not self.paths, "paths", self.paths, f"source={self.source!r} reads no paths")
-        check(self.source == "files" or not self.validation_paths, "validation_paths",
-              self.validation_paths, "only source='files' reads validation_paths")
+        check(
+            self.source == "files" or not self.validation_paths,
+            "validation_paths",
+            self.validation_paths,
+            "only source='files' reads validation_paths",
+        )
         if self.source == "synthetic":
             # one example now, so that a parameter that cannot work fails here and not in a run
             try:
-                generate(self.synthetic.task, (0,), self.sequence_length + 1,
-                         self.synthetic.vocab_size, self.synthetic.parameters)
+                generate(
+                    self.synthetic.task,
+                    (0,),
+                    self.sequence_length + 1,
+                    self.synthetic.vocab_size,
+                    self.synthetic.parameters,
+                )
             except ConfigError as error:
                 raise ConfigError(f"synthetic.{error}") from None

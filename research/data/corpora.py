@@ -22,8 +22,17 @@ _BINARY = {".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow", ".npy", "
 _RECORDS = {".array_record", ".arrayrecord"}
 # Packages installed next to the library, its tests (18 MB of generated cases), and what differs
 # between two machines with the same Python.
-_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib",
-               "__pycache__", "lib-dynload", "ensurepip"}
+_NOT_STDLIB = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "__pycache__",
+    "lib-dynload",
+    "ensurepip",
+}
 _MACHINE_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 
 
@@ -71,8 +80,12 @@ def read_corpus(config: DataConfig) -> Corpus:
     seen = _Hash()
     reader = {"stdlib": _stdlib, "files": _files, "hf": _hugging_face}[config.source]
     documents = [d for d in reader(config, seen) if d.text]
-    check(bool(documents), "paths" if config.paths else "source", config.paths or config.source,
-          "holds no document with any text")
+    check(
+        bool(documents),
+        "paths" if config.paths else "source",
+        config.paths or config.source,
+        "holds no document with any text",
+    )
     train, validation = [], []
     for document in documents:
         if config.tokenizer != "byte":  # bytes may be anything; other tokenizers read characters
@@ -106,7 +119,8 @@ def _stdlib(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in _NOT_STDLIB and not f.startswith("config-")]
         names += [
-            (Path(folder) / f).relative_to(root).as_posix() for f in files
+            (Path(folder) / f).relative_to(root).as_posix()
+            for f in files
             if f.endswith(".py") and not f.startswith(_MACHINE_FILES)
         ]
     for name in sorted(names):
@@ -127,11 +141,19 @@ def _expand(field: str, patterns: tuple[str, ...]) -> list[Path]:
             check(bool(matches), field, pattern, "no such file, and no file matches it as a glob")
             matches = [m for m in matches if not os.path.isdir(m)]
         for match in matches:
-            check(os.path.isfile(match), field, match,
-                  f"must be a file; for a directory give a glob such as {match}/**/*.txt")
+            check(
+                os.path.isfile(match),
+                field,
+                match,
+                f"must be a file; for a directory give a glob such as {match}/**/*.txt",
+            )
             check(os.access(match, os.R_OK), field, match, "must be readable")
-            check(Path(match).suffix not in _BINARY, field, match,
-                  "must be plain text, .jsonl or .array_record; unpack or convert it first")
+            check(
+                Path(match).suffix not in _BINARY,
+                field,
+                match,
+                "must be plain text, .jsonl or .array_record; unpack or convert it first",
+            )
             found.add(Path(match))
         check(bool(matches), field, pattern, "matches directories only, no file")
     return sorted(found)
@@ -169,14 +191,22 @@ def _jsonl(path: Path, content: bytes, config: DataConfig, field: str) -> Iterat
         except ValueError as error:
             raise ConfigError(f"{field}={where!r}: not a JSON line ({error})") from None
         check(isinstance(row, dict), field, where, "each line must be a JSON object")
-        check(config.text_field in row, "text_field", config.text_field,
-              f"no such field at {where}; fields there: {', '.join(map(str, row)) or 'none'}")
+        check(
+            config.text_field in row,
+            "text_field",
+            config.text_field,
+            f"no such field at {where}; fields there: {', '.join(map(str, row)) or 'none'}",
+        )
         yield _encode(row[config.text_field], config, where)
 
 
 def _encode(text: object, config: DataConfig, where: str) -> bytes:
-    check(isinstance(text, str), "text_field", config.text_field,
-          f"must hold a string, holds {type(text).__name__} at {where}")
+    check(
+        isinstance(text, str),
+        "text_field",
+        config.text_field,
+        f"must hold a string, holds {type(text).__name__} at {where}",
+    )
     try:
         return text.encode()  # type: ignore[union-attr]
     except UnicodeEncodeError as error:  # JSON can spell a lone surrogate
@@ -210,9 +240,7 @@ def _hugging_face(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
     try:
         import datasets
     except ImportError:
-        raise ConfigError(
-            "source='hf': needs the `hf` extra (pip install 'ablate[hf]')"
-        ) from None
+        raise ConfigError("source='hf': needs the `hf` extra (pip install 'ablate[hf]')") from None
     name = config.paths[0]
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
@@ -223,8 +251,12 @@ def _hugging_face(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
     except Exception as error:  # the library raises many types: missing, gated, offline, split
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"paths={name!r}: cannot load this dataset ({reason})") from None
-    check(config.text_field in rows.column_names, "text_field", config.text_field,
-          f"no such column in {name}; columns: {', '.join(rows.column_names)}")
+    check(
+        config.text_field in rows.column_names,
+        "text_field",
+        config.text_field,
+        f"no such column in {name}; columns: {', '.join(rows.column_names)}",
+    )
     for index, text in enumerate(rows.select_columns(config.text_field)):
         content = _encode(text[config.text_field], config, f"{name} row {index}")
         seen.add(str(index), content)

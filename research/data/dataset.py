@@ -68,19 +68,35 @@ def make_dataset(
     check_choice("split", split, SPLITS)
     check(0 <= seed < 2**31, "seed", seed, "must be in [0, 2**31)")
     check(process_count >= 1, "process_count", process_count, "must be at least 1")
-    check(0 <= process_index < process_count, "process_index", process_index,
-          f"must be in [0, {process_count})")
-    check(config.batch_size % process_count == 0, "batch_size", config.batch_size,
-          f"must be divisible by process_count {process_count}")
-    check(num_epochs is None or num_epochs >= 1, "num_epochs", num_epochs,
-          "must be at least 1, or None")
+    check(
+        0 <= process_index < process_count,
+        "process_index",
+        process_index,
+        f"must be in [0, {process_count})",
+    )
+    check(
+        config.batch_size % process_count == 0,
+        "batch_size",
+        config.batch_size,
+        f"must be divisible by process_count {process_count}",
+    )
+    check(
+        num_epochs is None or num_epochs >= 1,
+        "num_epochs",
+        num_epochs,
+        "must be at least 1, or None",
+    )
     if split == "validation":
         seed, num_epochs = 0, num_epochs or 1
     if config.source == "synthetic":
         rows = _SyntheticRows(config, split, seed)
         fresh = split == "train" and config.synthetic.examples is None
-        check(not (fresh and num_epochs), "num_epochs", num_epochs,
-              "must be None while synthetic.examples is None: there is no end to an epoch")
+        check(
+            not (fresh and num_epochs),
+            "num_epochs",
+            num_epochs,
+            "must be None while synthetic.examples is None: there is no end to an epoch",
+        )
         dataset = grain.MapDataset.source(rows)
         # fresh examples are independent already, and endless: neither shuffled nor repeated
         if not fresh:
@@ -96,9 +112,7 @@ def make_dataset(
             padding = empty if num_epochs else None
             batches = _share(dataset, padding, config, process_index, process_count).map(finish)
         else:
-            batches = _first_fit(
-                documents, config, seed, num_epochs, process_index, process_count
-            )
+            batches = _first_fit(documents, config, seed, num_epochs, process_index, process_count)
     if config.prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=config.prefetch
@@ -129,18 +143,24 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
                 digest.update(name.encode() + array.tobytes())
         task = config.synthetic
         return {
-            "source": "synthetic", "task": task.task, "parameters": dict(task.parameters),
-            "sequence_length": config.sequence_length, "vocab_size": task.vocab_size,
+            "source": "synthetic",
+            "task": task.task,
+            "parameters": dict(task.parameters),
+            "sequence_length": config.sequence_length,
+            "vocab_size": task.vocab_size,
             "sha256": digest.hexdigest(),
         }
     loaded = _load_cached(config)
     tokenizer = load_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
     record = {
-        "source": config.source, "sha256": loaded.sha256, "files": loaded.files,
+        "source": config.source,
+        "sha256": loaded.sha256,
+        "files": loaded.files,
         "bytes": loaded.bytes,
         "documents": {s: len(getattr(loaded, s).starts) - 1 for s in SPLITS},
         "tokens": {s: getattr(loaded, s).inputs for s in SPLITS},
-        "tokenizer": config.tokenizer, "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer": config.tokenizer,
+        "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
     }
     if config.source == "stdlib":
@@ -154,8 +174,11 @@ def _epochs(dataset: grain.MapDataset, seed: int, num_epochs: int | None) -> gra
 
 
 def _share(
-    dataset: grain.MapDataset, padding: dict[str, np.ndarray] | None, config: DataConfig,
-    process_index: int, process_count: int,
+    dataset: grain.MapDataset,
+    padding: dict[str, np.ndarray] | None,
+    config: DataConfig,
+    process_index: int,
+    process_count: int,
 ) -> grain.IterDataset:
     """Batch this process' rows only: of every ``process_count`` shares, the one it owns.
 
@@ -170,8 +193,12 @@ def _share(
 
 
 def _first_fit(
-    documents: TokenizedDocuments, config: DataConfig, seed: int, num_epochs: int | None,
-    process_index: int, process_count: int,
+    documents: TokenizedDocuments,
+    config: DataConfig,
+    seed: int,
+    num_epochs: int | None,
+    process_index: int,
+    process_count: int,
 ) -> grain.IterDataset:
     """Grain's first-fit packing. Every process packs the whole batch and keeps its rows.
 
@@ -207,7 +234,10 @@ class _SyntheticRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         tokens, weights = generate(
-            self._task.task, (*self._key, index), self._length + 1, self._task.vocab_size,
+            self._task.task,
+            (*self._key, index),
+            self._length + 1,
+            self._task.vocab_size,
             self._task.parameters,
         )
         return {
@@ -251,10 +281,14 @@ def _split_of(config: DataConfig, split: str) -> TokenizedDocuments:
 
 
 def _load_cached(config: DataConfig) -> _Loaded:
-    """Documents read and tokenised, kept while neither the fields they depend on nor a file change.
-    """
+    """Documents read and tokenised, kept while neither their fields nor a file change."""
     same = dataclasses.replace(
-        config, sequence_length=2, batch_size=1, packing="concat", packing_bins=1, prefetch=0,
+        config,
+        sequence_length=2,
+        batch_size=1,
+        packing="concat",
+        packing_bins=1,
+        prefetch=0,
         synthetic=SyntheticConfig(),
     )
     files = source_files(config)

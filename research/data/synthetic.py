@@ -37,8 +37,13 @@ def copy(
 
 
 def associative_recall(
-    rng: np.random.Generator, length: int, vocab_size: int, *, pairs: int = 4,
-    distance: int | None = None, queries: int = 1,
+    rng: np.random.Generator,
+    length: int,
+    vocab_size: int,
+    *,
+    pairs: int = 4,
+    distance: int | None = None,
+    queries: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Key-value pairs among filler, then keys asked again for their values (Ba et al., 2016).
 
@@ -53,22 +58,34 @@ def associative_recall(
     """
     keys = (vocab_size - 1) // 2
     start = length - 2 * queries  # the first query
-    check(queries >= 1 and start >= 2 * queries, "queries", queries,
-          f"must be in [1, {length // 4}] for length {length}")
+    check(
+        queries >= 1 and start >= 2 * queries,
+        "queries",
+        queries,
+        f"must be in [1, {length // 4}] for length {length}",
+    )
     if distance is None:
         offset, asked = start % 2, None
     else:
         # queries and their pairs are two blocks of the same shape, `distance` + 1 apart
         low, high = 2 * queries - 1, start - 1
-        check(low <= distance <= high, "distance", distance,
-              f"must be in [{low}, {high}] for length {length} and queries {queries}")
+        check(
+            low <= distance <= high,
+            "distance",
+            distance,
+            f"must be in [{low}, {high}] for length {length} and queries {queries}",
+        )
         first = start - distance - 1
         # a pair never straddles the queried block, so slots share its parity
         offset, asked = first % 2, first // 2 + np.arange(queries)
     slots = (start - offset) // 2
-    check(queries <= pairs <= min(slots, keys), "pairs", pairs,
-          f"must be in [{queries}, {min(slots, keys)}] for length {length}, vocab_size "
-          f"{vocab_size} and queries {queries}")
+    check(
+        queries <= pairs <= min(slots, keys),
+        "pairs",
+        pairs,
+        f"must be in [{queries}, {min(slots, keys)}] for length {length}, vocab_size "
+        f"{vocab_size} and queries {queries}",
+    )
     if asked is None:
         chosen = rng.permutation(slots)[:pairs]
     else:
@@ -98,8 +115,12 @@ def induction(
     query = length - 2
     if distance is None and query > 1:
         distance = int(rng.integers(1, query))
-    check(distance is not None and 1 <= distance < query, "distance", distance,
-          f"must be in [1, {query - 1}] for length {length}, which must be at least 4")
+    check(
+        distance is not None and 1 <= distance < query,
+        "distance",
+        distance,
+        f"must be in [1, {query - 1}] for length {length}, which must be at least 4",
+    )
     tokens = rng.integers(1, vocab_size, length).astype(np.int32)
     tokens[query - distance - 1] = tokens[query] = 0
     tokens[-1] = tokens[query - distance]
@@ -130,14 +151,23 @@ def generate(
     check_choice("task", task, TASKS)
     function = TASKS[task]
     known = [
-        p.name for p in inspect.signature(function).parameters.values()
+        p.name
+        for p in inspect.signature(function).parameters.values()
         if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
     for name, value in parameters.items():
-        check(name in known, f"parameters.{name}", value,
-              f"task {task!r} takes {', '.join(known) or 'no parameters'}")
-        check(value is None or (isinstance(value, int) and not isinstance(value, bool)),
-              f"parameters.{name}", value, "must be an integer or None")
+        check(
+            name in known,
+            f"parameters.{name}",
+            value,
+            f"task {task!r} takes {', '.join(known) or 'no parameters'}",
+        )
+        check(
+            value is None or (isinstance(value, int) and not isinstance(value, bool)),
+            f"parameters.{name}",
+            value,
+            "must be an integer or None",
+        )
     try:
         return function(np.random.default_rng(tuple(seed)), length, vocab_size, **parameters)
     except ConfigError as error:

@@ -76,8 +76,12 @@ class JsonTokenizer:
     def _special(self, field: str, token: str) -> int:
         identifier = self._tokenizer.token_to_id(token)
         added = [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
-        check(identifier is not None, field, token,
-              f"must be a token of the tokenizer, e.g. one of {added[:8]}")
+        check(
+            identifier is not None,
+            field,
+            token,
+            f"must be a token of the tokenizer, e.g. one of {added[:8]}",
+        )
         return identifier
 
     def encode(self, text: str) -> list[int]:
@@ -119,8 +123,11 @@ def _modified(path: str) -> int:
 
 
 def train_bpe(
-    texts: Iterable[str], vocab_size: int, path: str | Path,
-    bos_token: str = "<bos>", eos_token: str = "<eos>",
+    texts: Iterable[str],
+    vocab_size: int,
+    path: str | Path,
+    bos_token: str = "<bos>",
+    eos_token: str = "<eos>",
 ) -> int:
     """Train a byte-level BPE on ``texts`` and save it as ``path`` (a ``tokenizer.json``).
 
@@ -132,13 +139,19 @@ def train_bpe(
     """
     specials = list(dict.fromkeys([bos_token, eos_token]))
     least = 256 + len(specials)
-    check(vocab_size >= least, "vocab_size", vocab_size,
-          f"must be at least {least}: 256 bytes and the special tokens")
+    check(
+        vocab_size >= least,
+        "vocab_size",
+        vocab_size,
+        f"must be at least {least}: 256 bytes and the special tokens",
+    )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -74,8 +74,9 @@ def test_split_is_by_text_whatever_the_order(tmp_path):
     lines = [json.dumps({"text": f"document {i}"}) for i in range(300)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.jsonl").write_text("\n".join(lines[::-1] + lines))
-    a, b = (read_corpus(files(tmp_path / n, validation_fraction=0.1))
-            for n in ("a.jsonl", "b.jsonl"))
+    a, b = (
+        read_corpus(files(tmp_path / n, validation_fraction=0.1)) for n in ("a.jsonl", "b.jsonl")
+    )
     assert set(a.validation) == set(b.validation) and set(a.train) == set(b.train)
     assert not set(b.train) & set(b.validation)
     assert 15 < len(a.validation) < 45
@@ -85,9 +86,9 @@ def test_split_is_by_text_whatever_the_order(tmp_path):
 def test_validation_by_hand(tmp_path):
     for name in ("train", "held"):
         (tmp_path / f"{name}.txt").write_text(name)
-    corpus = read_corpus(files(
-        tmp_path / "train.txt", validation_paths=(str(tmp_path / "held.txt"),)
-    ))
+    corpus = read_corpus(
+        files(tmp_path / "train.txt", validation_paths=(str(tmp_path / "held.txt"),))
+    )
     assert (corpus.train, corpus.validation) == ([b"train"], [b"held"])
 
 
@@ -120,13 +121,16 @@ def test_empty_corpus_is_refused(tmp_path):
     refuse(files(tmp_path / "a.jsonl"), "holds no document with any text")
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"text": "x"', r"a.jsonl:2': not a JSON line"),
-    ("[1]", r"a.jsonl:2': each line must be a JSON object"),
-    ('{"body": "x"}', r"text_field='text': no such field at .*a.jsonl:2; fields there: body"),
-    ('{"text": 3}', r"text_field='text': must hold a string, holds int at .*a.jsonl:2"),
-    (r'{"text": "\ud800"}', r"text_field='text': not valid Unicode at .*a.jsonl:2"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "x"', r"a.jsonl:2': not a JSON line"),
+        ("[1]", r"a.jsonl:2': each line must be a JSON object"),
+        ('{"body": "x"}', r"text_field='text': no such field at .*a.jsonl:2; fields there: body"),
+        ('{"text": 3}', r"text_field='text': must hold a string, holds int at .*a.jsonl:2"),
+        (r'{"text": "\ud800"}', r"text_field='text': not valid Unicode at .*a.jsonl:2"),
+    ],
+)
 def test_bad_jsonl_names_the_line(line, message, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
@@ -166,15 +170,15 @@ def test_hugging_face_reads_rows(monkeypatch):
             raise FileNotFoundError("no\nsuch dataset")
         return _Rows()
 
-    monkeypatch.setitem(
-        sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset)
-    )
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     config = DataConfig(source="hf", paths=("name",), hf_subset="en", hf_split="test")
     assert documents(config) == [b"row 0", b"row 1", b"row 2"]
     assert calls == [("name", "en", "test")]
     refuse(DataConfig(source="hf", paths=("gone",)), "paths='gone': cannot load .*no such dataset")
-    refuse(DataConfig(source="hf", paths=("name",), text_field="body"),
-           "text_field='body': no such column in name; columns: text, label")
+    refuse(
+        DataConfig(source="hf", paths=("name",), text_field="body"),
+        "text_field='body': no such column in name; columns: text, label",
+    )
 
 
 def test_hugging_face_library_on_disk(tmp_path):

@@ -33,7 +33,8 @@ def configs(jsonl, **options):
         "prefetch": DataConfig(**files, **small, packing="first_fit", prefetch=2),
         "synthetic": DataConfig(source="synthetic", synthetic=RECALL, **small),
         "finite": DataConfig(
-            source="synthetic", **small,
+            source="synthetic",
+            **small,
             synthetic=SyntheticConfig("copy", 16, {}, examples=21, validation_examples=10),
         ),
     }
@@ -227,42 +228,52 @@ def test_config_from_a_mapping_names_the_path():
     )
     assert config.synthetic.vocab_size == 8
     with pytest.raises(ConfigError, match=r"data\.synthetic\.parameters\.distance=999: .*\[1, "):
-        from_mapping(DataConfig, {
-            "source": "synthetic",
-            "synthetic": {"task": "associative_recall", "parameters": {"distance": 999}},
-        }, "data")
+        from_mapping(
+            DataConfig,
+            {
+                "source": "synthetic",
+                "synthetic": {"task": "associative_recall", "parameters": {"distance": 999}},
+            },
+            "data",
+        )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"sequence_length": 1}, "sequence_length=1: must be at least 2"),
-    ({"batch_size": 0}, "batch_size=0"),
-    ({"source": "stdlb"}, "source='stdlb': .*did you mean 'stdlib'"),
-    ({"packing": "best"}, "packing='best'"),
-    ({"packing_bins": 0}, "packing_bins=0"),
-    ({"prefetch": -1}, "prefetch=-1"),
-    ({"validation_fraction": 1.0}, r"validation_fraction=1.0: must be in \[0, 1\)"),
-    ({"source": "files"}, r"paths=\(\): "),
-    ({"source": "files", "paths": "a.txt"}, "paths='a.txt': must be a tuple"),
-    ({"source": "hf", "paths": ("a", "b")}, r"paths=\('a', 'b'\): .*exactly one"),
-    ({"paths": ("a",)}, "reads no paths"),
-    ({"validation_paths": ("a",)}, "validation_paths=.*only source='files'"),
-    ({"text_field": ""}, "text_field=''"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sequence_length": 1}, "sequence_length=1: must be at least 2"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"source": "stdlb"}, "source='stdlb': .*did you mean 'stdlib'"),
+        ({"packing": "best"}, "packing='best'"),
+        ({"packing_bins": 0}, "packing_bins=0"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1.0: must be in \[0, 1\)"),
+        ({"source": "files"}, r"paths=\(\): "),
+        ({"source": "files", "paths": "a.txt"}, "paths='a.txt': must be a tuple"),
+        ({"source": "hf", "paths": ("a", "b")}, r"paths=\('a', 'b'\): .*exactly one"),
+        ({"paths": ("a",)}, "reads no paths"),
+        ({"validation_paths": ("a",)}, "validation_paths=.*only source='files'"),
+        ({"text_field": ""}, "text_field=''"),
+    ],
+)
 def test_config_errors(options, message):
     with pytest.raises(ConfigError, match=message) as error:
         DataConfig(**options)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"process_count": 3}, "batch_size=4: must be divisible by process_count 3"),
-    ({"process_index": 2, "process_count": 2}, r"process_index=2: must be in \[0, 2\)"),
-    ({"process_count": 0}, "process_count=0"),
-    ({"split": "test"}, "split='test': must be one of train, validation"),
-    ({"seed": -1}, "seed=-1"),
-    ({"num_epochs": 0}, "num_epochs=0"),
-    ({"num_epochs": 1}, "num_epochs=1: must be None while synthetic.examples is None"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"process_count": 3}, "batch_size=4: must be divisible by process_count 3"),
+        ({"process_index": 2, "process_count": 2}, r"process_index=2: must be in \[0, 2\)"),
+        ({"process_count": 0}, "process_count=0"),
+        ({"split": "test"}, "split='test': must be one of train, validation"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_epochs": 0}, "num_epochs=0"),
+        ({"num_epochs": 1}, "num_epochs=1: must be None while synthetic.examples is None"),
+    ],
+)
 def test_argument_errors(arguments, message, jsonl):
     with pytest.raises(ConfigError, match=message):
         make_dataset(configs(jsonl)["synthetic"], **arguments)

@@ -31,8 +31,11 @@ def segments(batch_list):
     """Every segment of every row as (tokens, targets), after checking the row's bookkeeping."""
     for batch in batch_list:
         assert {k: v.dtype.name for k, v in batch.items()} == {
-            "tokens": "int32", "targets": "int32", "positions": "int32",
-            "segment_ids": "int32", "weights": "float32",
+            "tokens": "int32",
+            "targets": "int32",
+            "positions": "int32",
+            "segment_ids": "int32",
+            "weights": "float32",
         }
         for row in range(len(batch["tokens"])):
             tokens, targets, positions, ids, weights = (
@@ -63,8 +66,15 @@ def test_every_token_once_and_targets_from_the_same_document(packing, sizes, len
     owner = {t: i for i, document in enumerate(encoded) for t in document}
     seen, begun = [], []
     with pytest.MonkeyPatch.context() as patch:
-        made = batches(patch, encoded, sequence_length=length, batch_size=batch, packing=packing,
-                       packing_bins=3, seed=seed)
+        made = batches(
+            patch,
+            encoded,
+            sequence_length=length,
+            batch_size=batch,
+            packing=packing,
+            packing_bins=3,
+            seed=seed,
+        )
     for tokens, targets in segments(made):
         inner = tokens[tokens != BOS]
         assert len({owner[t] for t in inner}) <= 1
@@ -86,8 +96,14 @@ def test_every_token_once_and_targets_from_the_same_document(packing, sizes, len
 def test_two_epochs_hold_every_token_twice(sizes, length, epochs):
     for packing in ("concat", "first_fit"):
         with pytest.MonkeyPatch.context() as patch:
-            made = batches(patch, unique_documents(sizes), sequence_length=length, batch_size=2,
-                           packing=packing, num_epochs=epochs)
+            made = batches(
+                patch,
+                unique_documents(sizes),
+                sequence_length=length,
+                batch_size=2,
+                packing=packing,
+                num_epochs=epochs,
+            )
         count = np.bincount(np.concatenate([t[t >= 300] for t, _ in segments(made)]))[300:]
         assert (count == epochs).all()
 
@@ -96,8 +112,13 @@ def test_two_epochs_hold_every_token_twice(sizes, length, epochs):
 @given(sizes=SIZES, length=st.integers(2, 24))
 def test_first_fit_keeps_whole_what_fits(sizes, length):
     with pytest.MonkeyPatch.context() as patch:
-        made = batches(patch, unique_documents(sizes), sequence_length=length, batch_size=2,
-                       packing="first_fit")
+        made = batches(
+            patch,
+            unique_documents(sizes),
+            sequence_length=length,
+            batch_size=2,
+            packing="first_fit",
+        )
     found = [tokens for tokens, _ in segments(made)]
     # inputs of a document are bos and its ids; it is cut only as often as it must be
     assert len(found) == sum(-(-(size + 1) // length) for size in sizes)

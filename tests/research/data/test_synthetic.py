@@ -33,16 +33,26 @@ def test_copy(length, data):
 
 
 @settings(max_examples=200)
-@given(length=st.integers(12, 80), queries=st.integers(1, 3), pairs=st.integers(3, 5),
-       seed=st.integers(0, 999), data=st.data())
+@given(
+    length=st.integers(12, 80),
+    queries=st.integers(1, 3),
+    pairs=st.integers(3, 5),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
 def test_associative_recall(length, queries, pairs, seed, data):
     start = length - 2 * queries
     distance = data.draw(st.none() | st.integers(2 * queries - 1, start - 1))
     slots = (start - ((start - (distance or 0) - (distance is not None)) % 2)) // 2
     if pairs > slots:
         return
-    tokens, weights = generate("associative_recall", (seed,), length, 21,
-                               {"pairs": pairs, "queries": queries, "distance": distance})
+    tokens, weights = generate(
+        "associative_recall",
+        (seed,),
+        length,
+        21,
+        {"pairs": pairs, "queries": queries, "distance": distance},
+    )
     answers = np.flatnonzero(weights)
     np.testing.assert_array_equal(answers, start + 1 + 2 * np.arange(queries))
     shown = np.flatnonzero((tokens[:start] >= 1) & (tokens[:start] <= 10))
@@ -76,30 +86,46 @@ def test_distances_and_values_vary():
     assert gaps == set(range(1, 14))
 
 
-@pytest.mark.parametrize("task, length, parameters, message", [
-    ("cpoy", 16, {}, "task='cpoy': .*did you mean 'copy'"),
-    ("copy", 16, {"symbols": 8}, r"parameters.symbols=8: must be in \[1, 7\] for length 16"),
-    ("copy", 16, {"symbol": 8}, "parameters.symbol=8: task 'copy' takes symbols"),
-    ("copy", 16, {"symbols": 1.5}, "parameters.symbols=1.5: must be an integer"),
-    ("associative_recall", 16, {"distance": 14}, r"parameters.distance=14: must be in \[1, 13\]"),
-    ("associative_recall", 16, {"queries": 5}, r"parameters.queries=5: must be in \[1, 4\]"),
-    ("associative_recall", 16, {"pairs": 8}, r"parameters.pairs=8: must be in \[1, 7\]"),
-    ("associative_recall", 16, {"queries": 2, "pairs": 1}, r"parameters.pairs=1: must be in \[2,"),
-    ("induction", 16, {"distance": 14}, r"parameters.distance=14: must be in \[1, 13\]"),
-    ("induction", 3, {}, "which must be at least 4"),
-])
+@pytest.mark.parametrize(
+    "task, length, parameters, message",
+    [
+        ("cpoy", 16, {}, "task='cpoy': .*did you mean 'copy'"),
+        ("copy", 16, {"symbols": 8}, r"parameters.symbols=8: must be in \[1, 7\] for length 16"),
+        ("copy", 16, {"symbol": 8}, "parameters.symbol=8: task 'copy' takes symbols"),
+        ("copy", 16, {"symbols": 1.5}, "parameters.symbols=1.5: must be an integer"),
+        (
+            "associative_recall",
+            16,
+            {"distance": 14},
+            r"parameters.distance=14: must be in \[1, 13\]",
+        ),
+        ("associative_recall", 16, {"queries": 5}, r"parameters.queries=5: must be in \[1, 4\]"),
+        ("associative_recall", 16, {"pairs": 8}, r"parameters.pairs=8: must be in \[1, 7\]"),
+        (
+            "associative_recall",
+            16,
+            {"queries": 2, "pairs": 1},
+            r"parameters.pairs=1: must be in \[2,",
+        ),
+        ("induction", 16, {"distance": 14}, r"parameters.distance=14: must be in \[1, 13\]"),
+        ("induction", 3, {}, "which must be at least 4"),
+    ],
+)
 def test_impossible_tasks_are_refused(task, length, parameters, message):
     with pytest.raises(ConfigError, match=message):
         generate(task, (0,), length, 32, parameters)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"task": "x"}, "task='x'"),
-    ({"vocab_size": 3}, "vocab_size=3: must be at least 4"),
-    ({"parameters": [1]}, r"parameters=\[1\]: must be a mapping"),
-    ({"examples": 0}, "examples=0"),
-    ({"validation_examples": 0}, "validation_examples=0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"task": "x"}, "task='x'"),
+        ({"vocab_size": 3}, "vocab_size=3: must be at least 4"),
+        ({"parameters": [1]}, r"parameters=\[1\]: must be a mapping"),
+        ({"examples": 0}, "examples=0"),
+        ({"validation_examples": 0}, "validation_examples=0"),
+    ],
+)
 def test_config_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         SyntheticConfig(**options)

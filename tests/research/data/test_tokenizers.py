@@ -52,8 +52,14 @@ def test_bpe_merges_and_is_the_same_each_time(trained, tmp_path):
 def test_bpe_reaches_batches(trained, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(f'{{"text": "the cat {i}"}}' for i in range(50)))
-    config = DataConfig(source="files", paths=(str(path),), tokenizer=trained, batch_size=2,
-                        sequence_length=16, packing="first_fit")
+    config = DataConfig(
+        source="files",
+        paths=(str(path),),
+        tokenizer=trained,
+        batch_size=2,
+        sequence_length=16,
+        packing="first_fit",
+    )
     tokenizer = load_tokenizer(trained)
     batch = next(iter(make_dataset(config)))
     segment = batch["segment_ids"][0] == 1

@@ -1,0 +1,108 @@
+"""The standard subject of an architecture ablation: a small decoder trained on real text.
+
+Experiments share one starting configuration per scale and change what they are about, so that a
+difference between two arms is a difference between two techniques.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from layers.attention import AttentionConfig
+from layers.config import check_choice, from_mapping
+from layers.decoder import Decoder, DecoderConfig
+from layers.mlp import MlpConfig
+from research.ablation.experiment import SCALES, Unit
+from research.data import DataConfig, vocabulary_size
+from research.parallel import MeshConfig
+from research.training import TrainingConfig, TrainResult, evaluate, load_model, train
+
+# scale: width, layers, heads, mlp width, sequence length, batch size, steps
+_SIZES = {
+    "smoke": (32, 2, 4, 64, 32, 4, 6),
+    "cpu": (128, 2, 8, 344, 128, 16, 240),
+    "gpu": (512, 8, 8, 1376, 1024, 64, 3000),
+    "paper": (4096, 32, 32, 11008, 4096, 512, 250_000),
+}
+
+
+def language_model(scale: str) -> ConfigDict:
+    """``model``, ``data``, ``training`` and ``mesh`` of the byte-level decoder at ``scale``.
+
+    Every field is in the result, so that every field can be overridden. The text is the running
+    Python's standard library: prose and code that every machine has.
+    """
+    check_choice("scale", scale, SCALES)
+    width, layers, heads, mlp, length, batch, steps = _SIZES[scale]
+    accelerator = scale in ("gpu", "paper")
+    data = DataConfig(sequence_length=length, batch_size=batch)
+    model = DecoderConfig(
+        vocab_size=vocabulary_size(data),
+        width=width,
+        num_layers=layers,
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=width // heads),
+        mlp=MlpConfig(width=mlp),
+        dtype="bfloat16" if accelerator else "float32",
+        # XLA:CPU lays out an unrolled stack better; a deep one compiles faster scanned
+        scan=accelerator,
+        remat="full" if scale == "paper" else "none",
+    )
+    parts = dict(
+        model=model,
+        data=data,
+        training=TrainingConfig(steps=steps),
+        mesh=MeshConfig(data=1, fsdp=-1) if accelerator else MeshConfig(),
+    )
+    config = ConfigDict({name: dataclasses.asdict(part) for name, part in parts.items()})
+    training = config.training
+    training.optimizer.learning_rate = 6e-4 if accelerator else 3e-3
+    training.optimizer.warmup_steps = max(1, steps // 20)
+    training.eval_batches = 2 if scale == "smoke" else 16
+    training.eval_every = max(1, steps // 4)
+    training.checkpoint_every = max(1, steps // 4)
+    return config
+
+
+def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> TrainResult:
+    """Train the unit's model on the unit's data, resuming what its workdir holds.
+
+    ``init`` maps the freshly initialised model to the one to start from.
+    """
+    return train(
+        from_mapping(DecoderConfig, unit.config.model, "model"),
+        _data(unit),
+        from_mapping(TrainingConfig, unit.config.training, "training"),
+        mesh=from_mapping(MeshConfig, unit.config.mesh, "mesh"),
+        seed=unit.seed,
+        workdir=unit.workdir,
+        init=init,
+        progress=unit.progress,
+    )
+
+
+def load_unit(workdir: Path) -> Decoder:
+    """The final model of the finished unit in ``workdir``."""
+    return load_model(workdir)
+
+
+def evaluate_unit(
+    unit: Unit, model: Decoder, *, tokens: int | None = None, length: int | None = None
+) -> dict[str, float]:
+    """Held-out ``loss`` (nats a token) and ``accuracy`` of ``model`` on the unit's data.
+
+    About ``tokens`` tokens (default: as in training) in sequences of ``length`` (default: the
+    trained one), the same ones for every model.
+    """
+    data = _data(unit)
+    length = length or data.sequence_length
+    tokens = tokens or unit.config.training.eval_batches * data.batch_size * data.sequence_length
+    batch_size = max(1, min(data.batch_size, tokens // length))
+    data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
+    found = evaluate(model, data, batches=max(1, tokens // (length * batch_size)))
+    return {name: found[name] for name in ("loss", "accuracy")}
+
+
+def _data(unit: Unit) -> DataConfig:
+    return from_mapping(DataConfig, unit.config.data, "data")

@@ -1,0 +1,138 @@
+"""Checkpoints: model, moments, step, key and data position, in one atomic Orbax save.
+
+Arrays are saved under their path in the state, so a checkpoint outlives a change of class, and are
+restored straight into the sharding asked for, whatever mesh wrote them.
+"""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from layers.config import ConfigError
+
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest ``keep``, and the one with the lowest held-out loss.
+
+    Saving is asynchronous: the arrays are copied and written while training goes on; a save that
+    did not finish leaves no checkpoint behind.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        # Orbax reports each finished save and each skipped option as a warning
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: -metrics.get("loss", float("inf")),
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                create=True,
+            ),
+            item_names=("state", "position"),
+        )
+
+    def save(self, step: int, state: Any, position: Mapping[str, Any], loss: float | None) -> None:
+        """Begin to save; ``position`` is JSON: where the data iterator and the metrics stand."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flatten(state)),
+                position=ocp.args.JsonSave(dict(position)),
+            ),
+            metrics=None if loss is None else {"loss": loss},
+        )
+
+    def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
+        """The newest readable checkpoint as ``(state, position)``, or None if there is none at all.
+
+        ``abstract`` holds shapes, dtypes and shardings. A checkpoint that cannot be read is moved
+        aside with a warning, in favour of the one before.
+
+        Raises:
+          ConfigError: there are checkpoints but none can be read, or the newest one holds another
+            model.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        wanted = _flatten(abstract)
+        for step in steps:
+            try:
+                found = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(wanted),
+                        position=ocp.args.JsonRestore(),
+                    ),
+                )
+            except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+                self._refuse_another_model(step, wanted)
+                reason = str(error).strip().splitlines()[0][:200]
+                warnings.warn(
+                    f"checkpoint {self.directory.name}/{step} cannot be read and is moved aside "
+                    f"({type(error).__name__}: {reason})",
+                    stacklevel=2,
+                )
+                self._set_aside(step)
+                continue
+            leaves = [found["state"][name] for name in wanted]
+            return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["position"]
+        if steps:
+            raise ConfigError(
+                f"workdir={str(self.directory.parent)!r}: none of its checkpoints can be read"
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _refuse_another_model(self, step: int, wanted: Mapping[str, Any]) -> None:
+        try:
+            held = self._manager.item_metadata(step)["state"]
+        except Exception:  # unreadable even there: damaged, which the caller deals with
+            return
+        if not isinstance(held, Mapping) or not held:
+            return
+        for name, array in wanted.items():
+            shape = getattr(held.get(name), "shape", None)
+            if shape is None or tuple(shape) != tuple(array.shape):
+                raise ConfigError(
+                    f"checkpoint {step}: {name} has shape {shape}, the model's is {array.shape}"
+                )
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.directory.with_name("unreadable")
+        aside.mkdir(exist_ok=True)
+        place = aside / str(step)
+        number = 0
+        while place.exists():
+            number += 1
+            place = aside / f"{step}-{number}"
+        shutil.move(self.directory / str(step), place)
+        self._manager.reload()
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Path → leaf; random keys as the numbers they hold."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}

@@ -1,0 +1,32 @@
+"""A run whose loss is no longer a number stops, and says where."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the gradient is not finite; the message names the step and the batch."""
+
+
+def check_finite(
+    step: int,
+    metrics: Mapping[str, float],
+    batch: Mapping[str, np.ndarray],
+    workdir: Path | None,
+) -> None:
+    """Raise `DivergenceError` unless loss and gradient norm of ``step`` are finite.
+
+    The batch is written to ``workdir`` as ``diverged-<step>.npz``, to look at.
+    """
+    wrong = [name for name in ("loss", "gradient_norm") if not np.isfinite(metrics[name])]
+    if not wrong:
+        return
+    where = ""
+    if workdir is not None:
+        path = workdir / f"diverged-{step}.npz"
+        np.savez(path, **{name: np.asarray(value) for name, value in batch.items()})
+        where = f", its batch is in {path.name}"
+    numbers = ", ".join(f"{name}={metrics[name]}" for name in wrong)
+    raise DivergenceError(f"step {step}: {numbers}{where}; the last checkpoint is from before it")

@@ -1,0 +1,51 @@
+"""Held-out loss and accuracy."""
+
+import itertools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from layers.config import check
+from layers.decoder import Decoder
+from research.data import DataConfig, make_dataset
+from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh
+from research.training.step import LossFn, make_eval_step, next_token_loss
+
+
+def evaluate(
+    model: Decoder,
+    data: DataConfig,
+    *,
+    batches: int,
+    mesh: Mesh | None = None,
+    loss_fn: LossFn = next_token_loss,
+) -> dict[str, float]:
+    """Means over the first ``batches`` batches of the held-out split, the same ones every time.
+
+    Returns ``loss`` in nats a token, ``accuracy``, and whatever else ``loss_fn`` sums, each per
+    unit of label weight.
+
+    Raises:
+      ConfigError: ``batches`` < 1, or a held-out split without labels.
+    """
+    check(batches > 0, "batches", batches, "must be > 0")
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    step = make_eval_step(loss_fn)
+    dataset = make_dataset(
+        data,
+        split="validation",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    totals: dict[str, float] = {}
+    with use_mesh(mesh):
+        pending = [
+            step(model, shard_batch(batch, mesh)) for batch in itertools.islice(dataset, batches)
+        ]
+    for sums in pending:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64))
+    weight = totals.pop("weight", 0.0)
+    check(weight > 0, "data", data.source, "its held-out split has nothing to predict")
+    return {name: total / weight for name, total in totals.items()}

@@ -1,0 +1,356 @@
+"""The training loop: resumes what a workdir holds, and leaves it resumable whatever happens."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.config import ConfigError, check, from_mapping
+from layers.decoder import Decoder, DecoderConfig
+from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
+from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
+from research.training.checkpoint import Checkpoints
+from research.training.config import TrainingConfig
+from research.training.divergence import check_finite
+from research.training.environment import environment
+from research.training.evaluate import evaluate
+from research.training.flops import peak_flops, train_flops_per_token
+from research.training.metrics import Metrics
+from research.training.optimizers import make_optimizer
+from research.training.progress import bar
+from research.training.state import TrainState
+from research.training.step import LossFn, make_step, next_token_loss
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The trained ``model`` and the last ``metrics``: of the last step and the last evaluation."""
+
+    model: Decoder
+    metrics: dict[str, float]
+
+
+class Preempted(SystemExit):
+    """SIGTERM arrived; everything was saved. Exit status 0: the scheduler may start it again."""
+
+    def __init__(self):
+        super().__init__(0)
+
+
+def train(
+    model: DecoderConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    *,
+    seed: int = 0,
+    workdir: Path | str | None = None,
+    mesh: MeshConfig = MeshConfig(),
+    init: Callable[[Decoder], Decoder] | None = None,
+    progress: Progress | None = None,
+    loss_fn: LossFn = next_token_loss,
+) -> TrainResult:
+    """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
+
+    A resumed run gives the same numbers, bit for bit, as one that was never interrupted, on the
+    same mesh and machine. SIGTERM saves and raises `Preempted` (exit status 0); Ctrl-C saves and
+    raises KeyboardInterrupt.
+
+    Args:
+      seed: of the initial weights and of the order of the data.
+      workdir: where checkpoints, metrics and the environment are written; None writes nothing.
+      init: maps the freshly initialised model to the one to start from; not called on resume.
+      progress: called with ``(step, steps, metrics)``; None shows a bar.
+      loss_fn: see `research.training.step.next_token_loss`.
+
+    Raises:
+      ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
+        with another configuration; before anything is compiled.
+      DivergenceError: a loss or gradient that is not finite; the last good checkpoint stays.
+    """
+    the_mesh = make_mesh(mesh)
+    validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
+    _check_parts(model, data, training, the_mesh)
+    workdir = None if workdir is None else Path(workdir)
+    lead = jax.process_index() == 0
+    dataset = iter(
+        make_dataset(
+            data,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
+    configuration = dict(model=model, data=data, training=training, mesh=mesh)
+    if workdir is not None:
+        _begin(workdir, configuration, seed, lead)
+
+    optimizer = make_optimizer(training.optimizer, training.steps)
+
+    def fresh_state(model: Decoder) -> TrainState:
+        key = jax.random.key_data(jax.random.key(seed))
+        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), key)
+
+    def fresh_model() -> Decoder:
+        return Decoder(model, rngs=nnx.Rngs(seed))
+
+    abstract = jax.eval_shape(lambda: fresh_state(fresh_model()))
+    placed = shardings(abstract, the_mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", training.keep) if workdir else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(the_mesh))
+        if checkpoints:
+            stack.callback(checkpoints.close)
+        restored = None
+        if checkpoints:
+            targets = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
+            )
+            restored = checkpoints.restore(targets)
+        if restored is not None:
+            state, position = restored
+            dataset.set_state(position["data"])
+        elif init is None:
+            state = jax.jit(lambda: fresh_state(fresh_model()), out_shardings=placed)()
+            position = {}
+        else:
+            first = init(jax.jit(fresh_model, out_shardings=placed.model)())
+            state = jax.jit(fresh_state, out_shardings=placed)(first)
+            position = {}
+        log = Metrics(workdir, int(state.step)) if workdir and lead else None
+        if log:
+            stack.callback(log.close)
+        if progress is None:
+            progress = stack.enter_context(bar(training.steps))
+        stopped = stack.enter_context(_signals())
+        run = _Run(
+            data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn
+        )
+        return run.go(state, dict(position.get("metrics", {})))
+
+
+class _Run:
+    """The loop itself, with everything it writes to."""
+
+    def __init__(
+        self, data, training, mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn
+    ):
+        self.data, self.training, self.mesh = data, training, mesh
+        self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
+        self.workdir, self.progress, self.stopped = workdir, progress, stopped
+        self.loss_fn = loss_fn
+        self.metrics: dict[str, float] = {}
+        self.saved = -1
+
+    def go(self, state: TrainState, metrics: dict[str, float]) -> TrainResult:
+        training, steps = self.training, self.training.steps
+        self.metrics = metrics
+        step_fn = make_step(training, self.loss_fn)
+        tokens = self.data.batch_size * self.data.sequence_length
+        flops = train_flops_per_token(state.model, self.data.sequence_length) * tokens
+        peak = peak_flops()
+        start = done = int(state.step)
+        self.saved = start if start else -1
+        pending = None
+        since, since_step = time.perf_counter(), start
+        while done < steps:
+            batch = next(self.dataset)
+            state, computed = step_fn(state, shard_batch(batch, self.mesh))
+            done += 1
+            # Step N runs while the numbers of step N − 1 are read.
+            if pending is not None:
+                self._read(*pending)
+            pending = (done, computed, batch)
+            if done == start + 1:
+                # the first step holds the compilation, which is no part of the speed
+                self._read(*pending)
+                pending = None
+                since, since_step = time.perf_counter(), done
+            speed = {}
+            if done > since_step:
+                seconds = (time.perf_counter() - since) / (done - since_step)
+                speed["tokens_per_second"] = tokens / seconds
+                if peak:
+                    speed["mfu"] = flops / seconds / (peak * self.mesh.size)
+            if done % training.log_every == 0 and speed and self.log:
+                self.log.write("timing", done, speed)
+            self.progress(done, steps, {**self.metrics, **speed})
+            due = done % training.checkpoint_every == 0 or done == steps or self.stopped
+            evaluated = self._evaluates(done)
+            if due or evaluated:
+                if pending is not None:
+                    self._read(*pending)
+                    pending = None
+                if evaluated:
+                    self._evaluate(done, state.model)
+                if due:
+                    self._save(done, state, evaluated)
+            if self.stopped and done < steps:
+                if self.checkpoints:
+                    self.checkpoints.close()
+                raise KeyboardInterrupt if signal.SIGINT in self.stopped else Preempted
+        return TrainResult(state.model, dict(self.metrics))
+
+    def _read(self, step: int, computed, batch) -> None:
+        """Wait for a step's numbers; stop if they are not finite; log them when due."""
+        values = {name: float(value) for name, value in computed.items()}
+        check_finite(step, values, batch, self.workdir)
+        self.metrics.update(values)
+        if self.log and step % self.training.log_every == 0:
+            self.log.write("metrics", step, values)
+
+    def _evaluates(self, step: int) -> bool:
+        due = step % self.training.eval_every == 0 or step == self.training.steps
+        return due and self.training.eval_batches > 0
+
+    def _evaluate(self, step: int, model: Decoder) -> None:
+        batches = self.training.eval_batches
+        held_out = evaluate(model, self.data, batches=batches, mesh=self.mesh, loss_fn=self.loss_fn)
+        found = {f"eval_{name}": value for name, value in held_out.items()}
+        self.metrics.update(found)
+        if self.log:
+            self.log.write("metrics", step, found)
+
+    def _save(self, step: int, state: TrainState, evaluated: bool) -> None:
+        if self.checkpoints is None or step == self.saved:
+            return
+        position = {"data": self.dataset.get_state(), "metrics": self.metrics}
+        loss = self.metrics["eval_loss"] if evaluated else None
+        self.checkpoints.save(step, state, position, loss)
+        self.saved = step
+
+
+def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
+    """The model of the newest checkpoint in ``workdir``, as `train` left it.
+
+    Raises:
+      ConfigError: ``workdir`` holds no run, or no checkpoint that can be read.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
+    held = json.loads(path.read_text())
+    config = from_mapping(DecoderConfig, held["model"], "model")
+    training = from_mapping(TrainingConfig, held["training"], "training")
+    optimizer = make_optimizer(training.optimizer, training.steps)
+
+    def fresh() -> TrainState:
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        key = jax.random.key_data(jax.random.key(0))
+        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), key)
+
+    abstract = jax.eval_shape(fresh)
+    targets = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        abstract,
+        shardings(abstract, make_mesh(mesh)),
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", training.keep)
+    try:
+        restored = checkpoints.restore(targets)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
+    return restored[0].model
+
+
+def _check_parts(model, data, training, mesh) -> None:
+    vocabulary = vocabulary_size(data)
+    check(
+        vocabulary <= model.vocab_size,
+        "model.vocab_size",
+        model.vocab_size,
+        f"must be at least the data's {vocabulary}",
+    )
+    limit = model.max_length if model.position == "learned" else None
+    check(
+        limit is None or data.sequence_length <= limit,
+        "data.sequence_length",
+        data.sequence_length,
+        f"must be at most model.max_length={limit}",
+    )
+    parts = training.gradient_accumulation
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+    check(
+        data.batch_size % rows == 0,
+        "training.gradient_accumulation",
+        parts,
+        f"× data × fsdp = {rows} must divide data.batch_size={data.batch_size}",
+    )
+
+
+def _begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
+    """Write what the run is, or refuse a workdir that holds another one.
+
+    The mesh may change between runs; whatever decides the numbers may not.
+    """
+    described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
+    described = json.loads(json.dumps({**described, "seed": seed}))
+    path = workdir / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for field, was, now in _differences(before, described):
+            if not field.startswith("mesh."):
+                raise ConfigError(
+                    f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
+                )
+        return
+    if not lead:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / "environment.json", environment())
+        _write(workdir / "data.json", fingerprint(configuration["data"]))
+        _write(path, described)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r}: cannot be written: {error.strerror}"
+        ) from None
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**now, **before}:
+            where = f"{path}.{name}" if path else name
+            yield from _differences(before.get(name), now.get(name), where)
+    elif before != now:
+        yield path, before, now
+
+
+def _write(path: Path, content: Any) -> None:
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that ask the run to stop, collected while inside; a second Ctrl-C is not."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen  # only the main thread may set handlers
+        return
+
+    def note(number, frame):
+        if number == signal.SIGINT and seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

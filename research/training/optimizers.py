@@ -1,0 +1,158 @@
+"""Optimisers and learning-rate schedules by name, all of them optax's."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from layers.config import check, check_choice
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What turns gradients into steps.
+
+    ``schedule``: linear warm-up over ``warmup_steps``, then ``cosine`` or ``linear`` decay to
+    ``final_fraction`` of the peak, ``constant``, or ``wsd`` (Hu 2024, arXiv:2404.06395):
+    constant, then linear decay over the last ``decay_fraction`` of the steps.
+    ``b1``, ``b2``: decay of the first (or only) and second moment. ``weight_decay`` is decoupled
+    and spares biases and norms. ``clip_norm``: largest global norm of a gradient, or None.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        check_choice("name", self.name, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be > 0")
+        check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be ≥ 0")
+        for name in ("final_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, name, value, "must be in [0, 1]")
+        for name in ("b1", "b2"):
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+        check(self.eps > 0, "eps", self.eps, "must be > 0")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be ≥ 0")
+        clip = self.clip_norm
+        check(clip is None or clip > 0, "clip_norm", clip, "must be > 0 or None")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each of ``steps`` steps.
+
+    Raises:
+      ConfigError: the warm-up (and, for ``wsd``, the decay) take more than all steps.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else 0
+    check(
+        warmup + decay <= steps,
+        "optimizer.warmup_steps",
+        warmup,
+        f"with a decay of {decay} must be at most steps={steps}",
+    )
+    final, rest = peak * config.final_fraction, max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+        "linear": optax.linear_schedule(peak, final, rest),
+        "constant": optax.constant_schedule(peak),
+        "wsd": optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, max(1, decay))],
+            [rest - decay],
+        ),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # the first step is not wasted at 0
+    rise = optax.linear_schedule(peak / warmup, peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, then the optimiser called ``config.name`` with its schedule over ``steps``."""
+    rate = make_schedule(config, steps)
+    decay: dict[str, Any] = dict(weight_decay=config.weight_decay)
+    match config.name:
+        case "adamw":
+            optimizer = optax.adamw(rate, config.b1, config.b2, config.eps, **decay, mask=decayed)
+        case "lion":
+            optimizer = optax.lion(rate, config.b1, config.b2, **decay, mask=decayed)
+        case "adafactor":  # Shazeer 2018, with an absolute step size (no parameter scale)
+            optimizer = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.add_decayed_weights(config.weight_decay, decayed),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            optimizer = optax.contrib.muon(
+                rate,
+                beta=config.b1,
+                **decay,
+                weight_decay_mask=decayed,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=config.weight_decay,
+                adam_learning_rate=rate,
+                muon_weight_dimension_numbers=muon_dimensions,
+                # steps as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2), so one rate serves
+                consistent_rms=0.2,
+            )
+        case _:
+            optimizer = optax.chain(
+                optax.trace(config.b1) if config.b1 else optax.identity(),
+                optax.add_decayed_weights(config.weight_decay, decayed),
+                optax.scale_by_learning_rate(rate),
+            )
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def decayed(params: Any) -> Any:
+    """The tree of ``params`` with True where weight decay applies: on weights, not biases."""
+    return _map_variables(lambda variable: len(variable.axes) > 1, params)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """For Muon (Jordan 2024): the input and output dimensions of every map between spaces.
+
+    ``embed`` is one side of it and the other named dimensions are the other; a stack's leading
+    dimension is a batch of maps. Embeddings, heads, norms and biases are None: Adam takes them.
+    """
+
+    def of(variable):
+        axes = variable.axes
+        if len(axes) < 2 or "embed" not in axes or "vocab" in axes or None in axes:
+            return None
+        first = variable[...].ndim - len(axes)
+        embed = first + axes.index("embed")
+        others = tuple(i for i in range(first, first + len(axes)) if i != embed)
+        sides = ((embed,), others) if embed == first else (others, (embed,))
+        return optax.contrib.MuonDimensionNumbers(*sides)
+
+    return _map_variables(of, params)
+
+
+def _map_variables(f: Callable[[nnx.Variable], Any], tree: Any) -> Any:
+    return jax.tree.map(
+        lambda v: jax.tree.map(lambda _: f(v), v),
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )

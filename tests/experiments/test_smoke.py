@@ -1,0 +1,80 @@
+"""Every experiment file runs at smoke scale, judges its claims, and resumes what was cut off."""
+
+import contextlib
+
+import pytest
+
+from layers.config import from_mapping
+from layers.decoder import DecoderConfig
+from research.ablation import discover, judge, load
+from research.ablation.experiment import SCALES
+from research.ablation.runner import execute, plan, results
+from research.cli import main
+
+EXPERIMENTS = discover()
+
+
+class Quiet:
+    """A progress display that shows nothing and can stop the run at a step."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+
+    def over(self, total):
+        return contextlib.nullcontext()
+
+    def skip(self, arm, seed): ...
+
+    def start(self, arm, seed, resumed): ...
+
+    def finish(self, arm, seed, seconds, message):
+        assert not message, f"{arm}, seed {seed}: {message}"
+
+    def step(self, step, total, metrics):
+        if self.stop_at is not None and step >= self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_smoke_scale_runs_to_verdicts(name, tmp_path):
+    experiment = load(name)
+    planned = plan(experiment, "smoke", tmp_path, seeds=[0])
+    assert execute(planned, Quiet()) == {}
+    found = results(planned)
+    for claim in experiment.claims:
+        verdict = judge(claim, found)
+        assert verdict.status != "not run", f"{claim.name}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_interrupted_unit_resumes_to_the_same_metrics(name, tmp_path):
+    arm = [load(name).arms[0].name]
+    whole = plan(load(name), "smoke", tmp_path / "whole", arms=arm, seeds=[0])
+    execute(whole, Quiet())
+    cut = plan(load(name), "smoke", tmp_path / "cut", arms=arm, seeds=[0])
+    with pytest.raises(KeyboardInterrupt):
+        execute(cut, Quiet(stop_at=3))
+    assert results(cut).arms == ()
+    execute(cut, Quiet())
+    before, after = (p.units[0].workdir / "metrics.jsonl" for p in (whole, cut))
+    assert before.read_text() == after.read_text()
+    loss = "loss" if "loss" in results(whole).scalars(arm[0]) else "loss_1x"
+    assert results(whole).metric(arm[0], loss) == results(cut).metric(arm[0], loss)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_is_a_valid_model_at_every_scale(name, scale):
+    experiment = load(name)
+    config = experiment.config(scale)
+    for arm in experiment.arms:
+        from_mapping(DecoderConfig, experiment.arm_config(config, arm).model, "model")
+
+
+def test_a_wrong_field_is_one_line_and_runs_nothing(tmp_path, capsys):
+    argv = ["run", "architecture/gqa", "--scale=smoke", f"--workdir={tmp_path / 'w'}"]
+    assert main([*argv, "--config.model.num_layer=3"]) == 2
+    assert "did you mean 'num_layers'" in capsys.readouterr().err
+    assert main([*argv, "--config.model.num_layers=many"]) == 2
+    assert "model.num_layers='many': must be int" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
