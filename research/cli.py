@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cann
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -194,7 +195,7 @@ def _keep_compiled(folder: Path) -> None:
     """Keep compiled programs, so that arms, seeds and a resumed run do not compile them again."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

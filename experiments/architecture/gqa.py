@@ -23,7 +23,7 @@ from flax import nnx
 from layers.decoder import Decoder
 from layers.grouping import group_kv_heads
 from research.ablation import Arm, Claim, Unit, difference, mean, ratio
-from research.ablation.language_model import evaluate_unit, language_model, load_unit, train_unit
+from research.ablation.language_model import evaluate_unit, language_model, load_source, train_unit
 from research.ablation.measure import decode_speedup, state_bytes
 
 PAPER = "Ainslie 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv:2305.13245"
@@ -134,7 +134,7 @@ def run(unit: Unit):
     config, attention = unit.config, unit.config.model.attention
 
     def convert(fresh: Decoder) -> Decoder:
-        trained = load_unit(unit.after)
+        trained = load_source(unit)
         if config.conversion == "multi_head":
             return trained
         key = jax.random.key(unit.seed)

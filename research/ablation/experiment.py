@@ -57,7 +57,7 @@ class Unit:
         metrics: ``loss`` and ``tokens_per_second``, where given.
     """
 
-    config: ConfigDict
+    config: Any  # a locked ConfigDict, whose fields no type checker knows
     arm: str
     seed: int
     workdir: Path

@@ -44,7 +44,9 @@ def _draw_default(experiment: Experiment, results: Results, path: Path) -> None:
                 continue
             color = f"C{row % 10}"
             if len(values) > 1:
-                panel.plot(interval95(values), (row, row), color=color, linewidth=5, alpha=0.35)
+                panel.plot(
+                    interval95(list(values)), (row, row), color=color, linewidth=5, alpha=0.35
+                )
             panel.plot(values, np.full(len(values), row), ".", color=color, markersize=8)
             panel.plot(values.mean(), row, "|", color="black", markersize=14)
         panel.set_title(name, fontsize=10)

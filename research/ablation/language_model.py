@@ -6,7 +6,7 @@ difference between two arms is a difference between two techniques.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,8 +28,8 @@ _SIZES = {
 }
 
 
-def language_model(scale: str) -> ConfigDict:
-    """``model``, ``data``, ``training`` and ``mesh`` of the byte-level decoder at ``scale``.
+def language_model(scale: str) -> Any:
+    """A `ConfigDict`: ``model``, ``data``, ``training``, ``mesh`` of the decoder at ``scale``.
 
     Every field is in the result, so that every field can be overridden. The text is the running
     Python's standard library: prose and code that every machine has.
@@ -55,7 +55,7 @@ def language_model(scale: str) -> ConfigDict:
         training=TrainingConfig(steps=steps),
         mesh=MeshConfig(data=1, fsdp=-1) if accelerator else MeshConfig(),
     )
-    config = ConfigDict({name: dataclasses.asdict(part) for name, part in parts.items()})
+    config: Any = ConfigDict({name: dataclasses.asdict(part) for name, part in parts.items()})
     training = config.training
     training.optimizer.learning_rate = 6e-4 if accelerator else 3e-3
     training.optimizer.warmup_steps = max(1, steps // 20)
@@ -82,9 +82,10 @@ def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> 
     )
 
 
-def load_unit(workdir: Path) -> Decoder:
-    """The final model of the finished unit in ``workdir``."""
-    return load_model(workdir)
+def load_source(unit: Unit) -> Decoder:
+    """The final model of the unit that this one starts from (`Arm.after`)."""
+    assert unit.after is not None, f"arm {unit.arm!r} starts from no other"
+    return load_model(unit.after, from_mapping(MeshConfig, unit.config.mesh, "mesh"))
 
 
 def evaluate_unit(
@@ -96,11 +97,14 @@ def evaluate_unit(
     trained one), the same ones for every model.
     """
     data = _data(unit)
-    length = length or data.sequence_length
-    tokens = tokens or unit.config.training.eval_batches * data.batch_size * data.sequence_length
-    batch_size = max(1, min(data.batch_size, tokens // length))
+    length = data.sequence_length if length is None else length
+    if tokens is None:
+        rows = unit.config.training.eval_batches * data.batch_size
+    else:
+        rows = max(1, tokens // length)
+    batch_size = min(data.batch_size, rows)
     data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
-    found = evaluate(model, data, batches=max(1, tokens // (length * batch_size)))
+    found = evaluate(model, data, batches=rows // batch_size)
     return {name: found[name] for name in ("loss", "accuracy")}
 
 

@@ -13,6 +13,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from layers.config import ConfigError, check
 from research.data.config import DataConfig
@@ -225,7 +226,8 @@ def _array_record(path: Path, field: str, seen: _Hash) -> Iterator[bytes]:
             f"{field}={str(path)!r}: reading ArrayRecord needs `pip install array-record`"
         ) from None
     try:
-        with ArrayRecordDataSource(str(path)) as source:
+        source: Any = ArrayRecordDataSource(str(path))
+        with source:
             for start in range(0, len(source), 1024):
                 stop = min(start + 1024, len(source))
                 for index, text in enumerate(source.__getitems__(range(start, stop)), start):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -293,7 +294,7 @@ def _load_cached(config: DataConfig) -> _Loaded:
     )
     files = source_files(config)
     if config.tokenizer != "byte" and os.path.exists(config.tokenizer):
-        files.append(config.tokenizer)
+        files.append(Path(config.tokenizer))
     stats = tuple((str(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files)
     return _load(same, stats)
 

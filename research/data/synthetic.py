@@ -113,10 +113,10 @@ def induction(
     the second trigger to the first x; None draws it for each example.
     """
     query = length - 2
-    if distance is None and query > 1:
-        distance = int(rng.integers(1, query))
+    if distance is None:
+        distance = int(rng.integers(1, query)) if query > 1 else 0
     check(
-        distance is not None and 1 <= distance < query,
+        1 <= distance < query,
         "distance",
         distance,
         f"must be in [1, {query - 1}] for length {length}, which must be at least 4",

@@ -76,12 +76,9 @@ class JsonTokenizer:
     def _special(self, field: str, token: str) -> int:
         identifier = self._tokenizer.token_to_id(token)
         added = [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
-        check(
-            identifier is not None,
-            field,
-            token,
-            f"must be a token of the tokenizer, e.g. one of {added[:8]}",
-        )
+        if identifier is None:
+            allowed = f"must be a token of the tokenizer, e.g. one of {added[:8]}"
+            raise ConfigError(f"{field}={token!r}: {allowed}")
         return identifier
 
     def encode(self, text: str) -> list[int]:

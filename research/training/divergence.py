@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ def check_finite(
     where = ""
     if workdir is not None:
         path = workdir / f"diverged-{step}.npz"
-        np.savez(path, **{name: np.asarray(value) for name, value in batch.items()})
+        arrays: Any = {name: np.asarray(value) for name, value in batch.items()}
+        np.savez(path, **arrays)
         where = f", its batch is in {path.name}"
     numbers = ", ".join(f"{name}={metrics[name]}" for name in wrong)
     raise DivergenceError(f"step {step}: {numbers}{where}; the last checkpoint is from before it")

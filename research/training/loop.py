@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from layers.config import ConfigError, check, from_mapping
@@ -99,8 +98,7 @@ def train(
     optimizer = make_optimizer(training.optimizer, training.steps)
 
     def fresh_state(model: Decoder) -> TrainState:
-        key = jax.random.key_data(jax.random.key(seed))
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), key)
+        return TrainState.begin(model, optimizer, seed)
 
     def fresh_model() -> Decoder:
         return Decoder(model, rngs=nnx.Rngs(seed))
@@ -114,10 +112,7 @@ def train(
             stack.callback(checkpoints.close)
         restored = None
         if checkpoints:
-            targets = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
-            )
-            restored = checkpoints.restore(targets)
+            restored = checkpoints.restore(_targets(abstract, placed))
         if restored is not None:
             state, position = restored
             dataset.set_state(position["data"])
@@ -244,18 +239,10 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     config = from_mapping(DecoderConfig, held["model"], "model")
     training = from_mapping(TrainingConfig, held["training"], "training")
     optimizer = make_optimizer(training.optimizer, training.steps)
-
-    def fresh() -> TrainState:
-        model = Decoder(config, rngs=nnx.Rngs(0))
-        key = jax.random.key_data(jax.random.key(0))
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32), key)
-
-    abstract = jax.eval_shape(fresh)
-    targets = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        abstract,
-        shardings(abstract, make_mesh(mesh)),
+    abstract = jax.eval_shape(
+        lambda: TrainState.begin(Decoder(config, rngs=nnx.Rngs(0)), optimizer, 0)
     )
+    targets = _targets(abstract, shardings(abstract, make_mesh(mesh)))
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep)
     try:
         restored = checkpoints.restore(targets)
@@ -264,6 +251,13 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
     return restored[0].model
+
+
+def _targets(abstract: TrainState, placed: TrainState) -> TrainState:
+    """Shapes and dtypes with where to put them: what `Checkpoints.restore` asks for."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
+    )
 
 
 def _check_parts(model, data, training, mesh) -> None:

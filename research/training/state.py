@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from layers.decoder import Decoder
 
@@ -16,4 +18,20 @@ class TrainState:
     model: Decoder
     optimizer: Any
     step: jax.Array  # int32, steps done
-    key: jax.Array
+    key: jax.Array  # uint32, a key's data
+
+    @classmethod
+    def begin(
+        cls, model: Decoder, optimizer: optax.GradientTransformation, seed: int
+    ) -> "TrainState":
+        """Step 0 of training ``model``."""
+        params: Any = model  # optax's types know only containers of the language
+        key = jax.random.key_data(jax.random.key(seed))
+        return cls(model, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+
+    def apply(self, gradients: Decoder, optimizer: optax.GradientTransformation) -> "TrainState":
+        """The state after one update by ``optimizer``."""
+        params: Any = self.model
+        updates, moments = optimizer.update(gradients, self.optimizer, params)  # type: ignore[arg-type]
+        model: Any = optax.apply_updates(params, updates)
+        return TrainState(model, moments, self.step + 1, self.key)

@@ -94,14 +94,11 @@ def make_step(
             first, rest = ({k: v[i] for k, v in split.items()} for i in (0, slice(1, None)))
             carry = gradient(state.model, first, total)
             (gradients, sums), _ = jax.lax.scan(add, carry, rest)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.model)
-        model = optax.apply_updates(state.model, updates)
         metrics = {name: value / total for name, value in sums.items()}
         metrics["gradient_norm"] = optax.global_norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         metrics["weight"] = total
-        key = jax.random.fold_in(state.key, state.step)
-        return TrainState(model, moments, state.step + 1, key), metrics
+        return state.apply(gradients, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)
 
