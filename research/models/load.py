@@ -1,0 +1,164 @@
+"""A Hugging Face directory as a `Decoder`, one tensor on the host at a time."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+
+from layers.config import ConfigError, check
+from layers.decoder import Decoder, DecoderConfig
+from research.models.families import Family, decoder_config, family_of
+from research.models.table import Target, flat, forth, targets
+from research.parallel import make_mesh, shardings, use_mesh
+
+
+def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
+    """The model in ``directory``: config.json, and one or many safetensors files.
+
+    Each tensor is read, laid out and put where it rests on ``mesh`` before the next one is read.
+
+    Args:
+      mesh: default, one device.
+      overrides: fields of the `DecoderConfig` that do not change the weights' shapes, e.g.
+        ``dtype="bfloat16"``, ``param_dtype``, ``scan``, ``remat``.
+
+    Raises:
+      ConfigError: a missing file, an unsupported architecture or feature, a tensor that is missing,
+        unknown or of a wrong shape; named, in one line.
+    """
+    directory = Path(directory)
+    hf = _read_json(directory / "config.json")
+    family = family_of(hf)
+    config = dataclasses.replace(decoder_config(hf), **overrides)
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    placed = flat(shardings(abstract, mesh))
+    shapes = flat(abstract)
+    wanted = {target.name: target for target in targets(family.rows, config, shapes)}
+    with ExitStack() as stack:
+        stack.enter_context(use_mesh(mesh))
+        reader = stack.enter_context(Reader(directory))
+        names = {_canonical(name, family): name for name in reader.names}
+        _check_names(names, wanted, family, config.tie_embeddings)
+        arrays: dict[str, jax.Array] = {}
+        for target in wanted.values():
+            parts = _read(reader, names[target.name], target, config)
+            for path in target.paths:
+                part = next(parts).astype(shapes[path].dtype)
+                arrays[path] = _put(arrays.get(path), part, target, shapes[path], placed[path])
+                del part  # the next tensor is read only when this one is gone
+            del parts
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in shapes])
+
+
+class Reader:
+    """The tensors of a directory of safetensors files, by name, read one at a time."""
+
+    def __init__(self, directory: Path):
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            self._files = {k: directory / v for k, v in _read_json(index)["weight_map"].items()}
+        else:
+            single = directory / "model.safetensors"
+            check(single.exists(), "directory", str(directory), "holds no model.safetensors")
+            self._files = dict.fromkeys(self._open(single).keys(), single)
+        for path in set(self._files.values()):
+            check(path.exists(), "file", str(path), "is named by the index and missing")
+        self._opened: dict[Path, Any] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._opened.clear()
+
+    @property
+    def names(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def read(self, name: str) -> np.ndarray:
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = self._open(path)
+        try:
+            return self._opened[path].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"file={str(path)!r}: {name}: {error}") from None
+
+    @staticmethod
+    def _open(path: Path):
+        try:
+            return safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"file={str(path)!r}: cannot be read: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    check(path.parent.is_dir(), "directory", str(path.parent), "is not there")
+    check(path.exists(), "directory", str(path.parent), f"holds no {path.name}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"file={str(path)!r}: not JSON: {error}") from None
+
+
+def _canonical(name: str, family: Family) -> str:
+    """``name`` with the family's prefix, which checkpoints of the bare model lack."""
+    if name.startswith((family.prefix, "lm_head.")):
+        return name
+    return family.prefix + name
+
+
+def _check_names(
+    names: Mapping[str, str], wanted: Mapping[str, Target], family: Family, tied: bool
+) -> None:
+    for name in wanted:
+        check(name in names, "tensor", name, "is missing from the checkpoint")
+    for name in names:
+        known = name in wanted or name.endswith(family.ignored)
+        # some checkpoints keep a copy of the embedding as a tied head
+        known = known or (tied and name == "lm_head.weight")
+        check(known, "tensor", name, f"is no part of a {family.architecture} with this config")
+
+
+def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> Iterator[np.ndarray]:
+    """The tensor called ``name`` in our layout: the parts that go to ``target.paths``."""
+    tensor = reader.read(name)
+    check(
+        tensor.shape == target.shape,
+        f"tensor {target.name}",
+        list(tensor.shape),
+        f"must have shape {list(target.shape)}",
+    )
+    tensor = forth(target.pattern, tensor, config)
+    yield from (tensor,) if len(target.paths) == 1 else tensor
+
+
+def _put(
+    array: jax.Array | None,
+    part: np.ndarray,
+    target: Target,
+    shape: jax.ShapeDtypeStruct,
+    sharding: NamedSharding,
+) -> jax.Array:
+    """``array`` (zeros at first) with ``part`` in its place, sharded as it will rest."""
+    if target.index is None:
+        return jax.device_put(part, sharding)
+    if array is None:
+        array = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=sharding)()
+    row = jax.device_put(part[None], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec)))
+    return jax.block_until_ready(_replace_row(array, row, target.index))
+
+
+@jax.jit(donate_argnums=0)
+def _replace_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, row, index, axis=0)
