@@ -35,7 +35,7 @@ def get_config(scale):
     config.trained_length = config.data.sequence_length
     # learned positions beyond the trained length exist and are never trained
     config.model.max_length = FACTORS[-1] * config.trained_length
-    config.evaluation_tokens = {"smoke": 512, "cpu": 65_536}.get(scale, 1_048_576)
+    config.evaluation_tokens = {"smoke": 512, "cpu": 32_768}.get(scale, 1_048_576)
     return config
 
 

@@ -41,8 +41,8 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
     config = dataclasses.replace(decoder_config(hf), **overrides)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    placed = flat(shardings(abstract, mesh))
-    shapes = flat(abstract)
+    placed: dict[str, Any] = flat(shardings(abstract, mesh))
+    shapes: dict[str, Any] = flat(abstract)
     wanted = {target.name: target for target in targets(family.rows, config, shapes)}
     with ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
