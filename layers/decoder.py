@@ -95,11 +95,12 @@ class DecoderConfig:
             self.num_layers,
             f"must be a multiple of the pattern's length {len(self.pattern)}",
         )
+        window, sliding = self.attention.window, "sliding" in self.pattern
         check(
-            "sliding" not in self.pattern or self.attention.window is not None,
+            sliding == (window is not None),
             "attention.window",
-            None,
-            "the pattern's sliding layers need it",
+            window,
+            "the pattern's sliding layers need it" if sliding else "no layer of pattern is sliding",
         )
         check(
             self.position != "learned" or self.max_length is not None,

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
         options = _parser().parse_args(arguments)
         if overrides and options.command is not _run:
             raise ConfigError(f"--config.{overrides[0]}: only `ablate run` takes overrides")
-        options.overrides, options.package, options.argv = overrides, package, argv
+        options.overrides, options.package = overrides, package
         return options.command(options)
     except ValueError as error:  # ConfigError and what validation raises
         print(f"ablate: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -178,7 +178,7 @@ def _run(options) -> int:
     failures = runner.execute(planned, Progress(console))
     from research.training.environment import environment
 
-    found = summary.summarize(planned, environment(), f"ablate {shlex.join(options.argv)}")
+    found = summary.summarize(planned, environment(), _again(options, experiment.name))
     paths = summary.save(planned, found, planned.workdir)
     console.print(summary.arms_table(found))
     for line in summary.claim_lines(found):
@@ -189,6 +189,15 @@ def _run(options) -> int:
         paths += summary.record(planned, found, options.results or report.RESULTS)
     console.print(f"written: {', '.join(map(str, paths))}")
     return 1 if failures else 0
+
+
+def _again(options, name: str) -> str:
+    """The command that does this run again anywhere: without this machine's folders."""
+    words = ["ablate", "run", name, f"--scale={options.scale}"]
+    words += [f"--arms={options.arms}"] if options.arms else []
+    words += [f"--seeds={options.seeds}"] if options.seeds else []
+    words += [f"--config.{text}" for text in options.overrides]
+    return shlex.join(words + (["--record"] if options.record else []))
 
 
 def _keep_compiled(folder: Path) -> None:

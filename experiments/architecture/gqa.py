@@ -7,7 +7,8 @@ beats fresh heads (Figure 4); 5% of the pre-training steps are enough (Figure 5)
 
 Here a decoder with 8 query heads and 8 (MHA), 2 (GQA) or 1 (MQA) key-value heads is trained from
 scratch on equal tokens. The multi-head model is then converted to GQA in the three ways and trained
-for 5% more steps, beside the multi-head model trained on for as long.
+for 5% more steps, beside the multi-head model trained on for as long. At cpu scale 5% are a dozen
+steps: do not expect them to do what the paper's 50,000 do.
 
     ablate run architecture/gqa --scale=smoke    # seconds
     ablate run architecture/gqa                  # cpu: 2 cores, under 10 minutes

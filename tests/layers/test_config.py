@@ -63,6 +63,8 @@ def test_converts_int_to_float_list_to_tuple_and_none():
          "model.num_layers=3: must be a multiple of the pattern's length 2"),
         (dict(pattern=["sliding"]),
          "model.attention.window=None: the pattern's sliding layers need it"),
+        (dict(attention=dict(num_heads=2, window=4)),
+         "model.attention.window=4: no layer of pattern is sliding"),
         (dict(position="learned"), "model.max_length=None: learned positions need it"),
         (dict(position="sinusoidal", width=9, attention=dict(num_heads=3)),
          "model.width=9: sinusoidal positions need an even one"),

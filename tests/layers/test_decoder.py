@@ -32,6 +32,7 @@ CONFIGS = {
     "vaswani": dict(
         norm_position="post", position="sinusoidal", norm="layernorm", norm_bias=True,
         pattern=("attention",), mlp=MlpConfig(12, "relu", True), tie_embeddings=False,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2),
     ),
     "gpt-2": dict(
         position="learned", max_length=T, norm="layernorm", norm_bias=True, norm_eps=1e-5,

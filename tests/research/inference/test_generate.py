@@ -20,15 +20,16 @@ BASE = DecoderConfig(
     vocab_size=V,
     width=16,
     num_layers=2,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=5),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2),
     mlp=MlpConfig(24),
     init_std=1.0,
     tie_embeddings=False,
 )
+WINDOW = AttentionConfig(num_heads=4, num_kv_heads=2, window=5)
 CONFIGS = {
     "rotary": dict(),
-    "sliding": dict(pattern=("sliding", "attention")),
-    "all sliding, unrolled": dict(pattern=("sliding",), scan=False),
+    "sliding": dict(pattern=("sliding", "attention"), attention=WINDOW),
+    "all sliding, unrolled": dict(pattern=("sliding",), attention=WINDOW, scan=False),
     "alibi": dict(position="alibi"),
     "learned": dict(position="learned", max_length=32),
     "sinusoidal": dict(position="sinusoidal"),
