@@ -275,8 +275,17 @@ def _check_parts(model, data, training, mesh) -> None:
         data.sequence_length,
         f"must be at most model.max_length={limit}",
     )
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    # a process brings its own rows, whole: the other axes cannot reach across processes
+    processes = jax.process_count()
+    check(
+        ways % processes == 0,
+        "mesh.data×fsdp",
+        ways,
+        f"must be a multiple of the {processes} processes",
+    )
     parts = training.gradient_accumulation
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+    rows = ways * parts
     check(
         data.batch_size % rows == 0,
         "training.gradient_accumulation",
