@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from research.training.progress import describe
+
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -61,7 +63,7 @@ class Progress:
         now = time.monotonic()
         if not self._first[0]:
             self._first = (now, step)
-        shown = _spell(metrics)
+        shown = describe(metrics)
         if self._bars:
             self._bars.update(self._steps, completed=step, total=total, shown=shown)
         elif now - self._told >= _EVERY:
@@ -83,12 +85,3 @@ class Progress:
             self._bars.update(self._units, completed=self._done)
             self._bars.update(self._steps, visible=False)
         self._console.print(f"{self._label}: {outcome}", markup=False, highlight=False)
-
-
-def _spell(metrics: Mapping[str, float]) -> str:
-    parts = []
-    if "loss" in metrics:
-        parts.append(f"loss {float(metrics['loss']):.3f}")
-    if "tokens_per_second" in metrics:
-        parts.append(f"{float(metrics['tokens_per_second']):,.0f} tokens/s")
-    return " · ".join(parts)
