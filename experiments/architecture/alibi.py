@@ -17,7 +17,12 @@ and 8 times the length.
 """
 
 from research.ablation import Arm, Claim, Unit, difference
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import (
+    SINUSOIDAL,
+    evaluate_unit,
+    language_model,
+    train_unit,
+)
 
 PAPER = "Press 2022, Train Short, Test Long: Attention with Linear Biases, arXiv:2108.12409"
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
@@ -40,14 +45,14 @@ def get_config(scale):
 
 
 ARMS = (
-    *(
-        Arm(position, {"model.position": position})
-        for position in ("alibi", "rotary", "sinusoidal", "learned")
-    ),
+    Arm("alibi", {"model.position": "alibi"}),
+    Arm("rotary", {"model.position": "rotary"}),
+    Arm("sinusoidal", SINUSOIDAL),
+    Arm("learned", {"model.position": "learned"}),
     Arm(
         "sinusoidal_2x",
         {
-            "model.position": "sinusoidal",
+            **SINUSOIDAL,
             "data.sequence_length": lambda config: 2 * config.trained_length,
             "data.batch_size": lambda config: config.data.batch_size // 2,
         },

@@ -19,7 +19,12 @@ import numpy as np
 
 from layers.rotary import rotary
 from research.ablation import Arm, Claim, Unit, difference, mean
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import (
+    SINUSOIDAL,
+    evaluate_unit,
+    language_model,
+    train_unit,
+)
 
 PAPER = "Su 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864"
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
@@ -40,9 +45,11 @@ def get_config(scale):
     return config
 
 
-ARMS = tuple(
-    Arm(position, {"model.position": position})
-    for position in ("rotary", "learned", "sinusoidal", "none")
+ARMS = (
+    Arm("rotary", {"model.position": "rotary"}),
+    Arm("learned", {"model.position": "learned"}),
+    Arm("sinusoidal", SINUSOIDAL),
+    Arm("none", {"model.position": "none"}),
 )
 
 

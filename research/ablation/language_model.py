@@ -27,6 +27,12 @@ _SIZES = {
     "paper": (4096, 32, 32, 11008, 4096, 512, 250_000),
 }
 
+# Sinusoids have amplitude 1: without Vaswani's √d (2017, §3.4) they would drown the embeddings.
+SINUSOIDAL = {
+    "model.position": "sinusoidal",
+    "model.embedding_scale": lambda config: config.model.width**0.5,
+}
+
 
 def language_model(scale: str) -> Any:
     """A `ConfigDict`: ``model``, ``data``, ``training``, ``mesh`` of the decoder at ``scale``.
