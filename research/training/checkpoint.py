@@ -7,12 +7,13 @@ restored straight into the sharding asked for, whatever mesh wrote them.
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from layers.config import ConfigError
@@ -65,8 +66,8 @@ class Checkpoints:
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """The newest readable checkpoint as ``(state, position)``, or None if there is none at all.
 
-        ``abstract`` holds shapes, dtypes and shardings. A checkpoint that cannot be read is moved
-        aside with a warning, in favour of the one before.
+        ``abstract`` holds shapes, dtypes and shardings. A checkpoint that cannot be read is
+        passed over with a warning, and moved aside once an older one could be.
 
         Raises:
           ConfigError: there are checkpoints but none can be read, or the newest one holds another
@@ -74,6 +75,7 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         wanted = _flatten(abstract)
+        unreadable = []
         for step in steps:
             try:
                 found = self._manager.restore(
@@ -87,12 +89,14 @@ class Checkpoints:
                 self._refuse_another_model(step, wanted)
                 reason = str(error).strip().splitlines()[0][:200]
                 warnings.warn(
-                    f"checkpoint {self.directory.name}/{step} cannot be read and is moved aside "
+                    f"checkpoint {self.directory.name}/{step} cannot be read "
                     f"({type(error).__name__}: {reason})",
                     stacklevel=2,
                 )
-                self._set_aside(step)
+                unreadable.append(step)
                 continue
+            # Only now: were all moved away, the next start would find none and begin anew.
+            self._set_aside(unreadable)
             leaves = [found["state"][name] for name in wanted]
             return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["position"]
         if steps:
@@ -120,15 +124,20 @@ class Checkpoints:
                     f"checkpoint {step}: {name} has shape {shape}, the model's is {array.shape}"
                 )
 
-    def _set_aside(self, step: int) -> None:
-        aside = self.directory.with_name("unreadable")
-        aside.mkdir(exist_ok=True)
-        place = aside / str(step)
-        number = 0
-        while place.exists():
-            number += 1
-            place = aside / f"{step}-{number}"
-        shutil.move(self.directory / str(step), place)
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = self.directory.with_name("unreadable")
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                place = aside / str(step)
+                number = 0
+                while place.exists():
+                    number += 1
+                    place = aside / f"{step}-{number}"
+                shutil.move(self.directory / str(step), place)
+        multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
         self._manager.reload()
 
 

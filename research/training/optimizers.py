@@ -127,7 +127,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def decayed(params: Any) -> Any:
     """The tree of ``params`` with True where weight decay applies: on weights, not biases."""
-    return _map_variables(lambda variable: len(variable.axes) > 1, params)
+    # a bias of heads has two dimensions as well, but every map has ``embed`` on one side
+    return _map_variables(lambda v: len(v.axes) > 1 and "embed" in v.axes, params)
 
 
 def muon_dimensions(params: Any) -> Any:

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or damaged ends as one that was left alone, bit for bit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -142,8 +143,10 @@ def test_a_signal_to_the_process_saves(uninterrupted, tmp_path, number):
     assert_same(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("number, raised", [(15, Preempted), (2, KeyboardInterrupt)])
-@pytest.mark.parametrize("at", [1, 3, 7, 23])
+@pytest.mark.parametrize(
+    "number, raised, at",
+    [(15, Preempted, 1), (15, Preempted, 7), (15, Preempted, 23), (2, KeyboardInterrupt, 7)],
+)
 def test_a_signal_at_any_step_loses_none(uninterrupted, tmp_path, number, raised, at):
     def send(step, steps, metrics):
         if step == at:
@@ -186,3 +189,111 @@ def test_a_finished_run_computes_nothing_again(copy):
     rows = [json.loads(line) for line in before.splitlines()]
     final = {k: v for row in rows if row["step"] == 24 for k, v in row.items() if k != "step"}
     assert {k: result.metrics[k] for k in final} == final
+
+
+def truncate(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def truncate_arrays(checkpoint):
+    for path in (checkpoint / "state").rglob("d/*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_the_state(checkpoint):
+    shutil.rmtree(checkpoint / "state")
+
+
+def lose_the_position(checkpoint):
+    shutil.rmtree(checkpoint / "position")
+
+
+def empty(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, truncate_arrays, lose_the_state, lose_the_position, empty]
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(uninterrupted, copy, damage):
+    damage(copy / "checkpoints" / "24")
+    steps = []
+    with pytest.warns(UserWarning, match="checkpoint checkpoints/24 cannot be read") as warned:
+        run(copy, progress=lambda step, total, metrics: steps.append(step))
+    message = next(str(w.message) for w in warned if "cannot be read" in str(w.message))
+    assert "\n" not in message
+    assert steps == [21, 22, 23, 24]
+    assert (copy / "unreadable" / "24").is_dir()
+    assert_same(copy, uninterrupted)
+
+
+def test_no_readable_checkpoint_is_an_error_and_not_a_fresh_start(copy):
+    for checkpoint in (copy / "checkpoints").iterdir():
+        truncate(checkpoint)
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="none of its ch") as caught:
+        run(copy)
+    assert "\n" not in str(caught.value)
+    # nor is it one the second time
+    with pytest.raises(ConfigError):
+        run(copy)
+
+
+def test_a_workdir_of_another_run_is_refused(copy):
+    for change, field in (
+        (dict(model=dataclasses.replace(MODEL, width=64)), "model.width=64"),
+        (dict(data=dataclasses.replace(DATA, batch_size=4)), "data.batch_size=4"),
+        (dict(training=dataclasses.replace(TRAINING, steps=30)), "training.steps=30"),
+        (dict(seed=1), "seed=1"),
+    ):
+        told = {"model": MODEL, "data": DATA, "training": TRAINING, **change}
+        with pytest.raises(ConfigError, match=f"^{field}: workdir .* was begun with") as caught:
+            train(**told, workdir=copy, progress=quiet)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(copy):
+    path = copy / "config.json"
+    path.write_text(path.read_text().replace('"width": 32', '"width": 64'))
+    with pytest.raises(ConfigError, match="has shape .*, the model's is") as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="^workdir=.*cannot be written"):
+        run(tmp_path / "file" / "below")
+
+
+def test_a_run_that_diverges_says_where_and_keeps_its_last_checkpoint(tmp_path):
+    training = TrainingConfig(
+        steps=24,
+        eval_batches=0,
+        checkpoint_every=1,
+        optimizer=OptimizerConfig(learning_rate=1e38, clip_norm=None, schedule="constant"),
+    )
+    with pytest.raises(DivergenceError, match=r"^step \d+: (loss|gradient_norm)=") as caught:
+        train(MODEL, DATA, training, workdir=tmp_path, progress=quiet)
+    message = str(caught.value)
+    assert "\n" not in message
+    step = int(message.split()[1].rstrip(":"))
+    batch = np.load(tmp_path / f"diverged-{step}.npz")
+    assert f"its batch is in diverged-{step}.npz" in message
+    assert batch["tokens"].shape == (8, 32) and batch["tokens"].dtype == np.int32
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == step - 1
+    load_model(tmp_path)
+
+
+def test_nan_in_the_first_weights(tmp_path):
+    def plant(model):
+        return jax.tree.map(lambda a: a * np.nan, model)
+
+    with pytest.raises(DivergenceError, match="^step 1: loss=nan, gradient_norm=nan"):
+        run(tmp_path, init=plant)
+    assert not list((tmp_path / "checkpoints").iterdir())
