@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process does, and read each other's checkpoint."""
+"""Two processes of four devices each train as one process, and read each other's checkpoints."""
 
 import json
 import socket
