@@ -47,7 +47,10 @@ class Checkpoints:
                 ),
                 create=True,
             ),
-            item_names=("state", "position"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(self, step: int, state: Any, position: Mapping[str, Any], loss: float | None) -> None:
@@ -112,10 +115,8 @@ class Checkpoints:
 
     def _refuse_another_model(self, step: int, wanted: Mapping[str, Any]) -> None:
         try:
-            held = self._manager.item_metadata(step)["state"]
+            held = self._manager.item_metadata(step)["state"].tree
         except Exception:  # unreadable even there: damaged, which the caller deals with
-            return
-        if not isinstance(held, Mapping) or not held:
             return
         for name, array in wanted.items():
             shape = getattr(held.get(name), "shape", None)

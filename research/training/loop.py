@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
@@ -181,7 +183,8 @@ class _Run:
             if done % training.log_every == 0 and speed and self.log:
                 self.log.write("timing", done, speed)
             self.progress(done, steps, {**self.metrics, **speed})
-            due = done % training.checkpoint_every == 0 or done == steps or self.stopped
+            stopping = self._must_stop(done)
+            due = done % training.checkpoint_every == 0 or done == steps or stopping
             evaluated = self._evaluates(done)
             if due or evaluated:
                 if pending is not None:
@@ -191,7 +194,7 @@ class _Run:
                     self._evaluate(done, state.model)
                 if due:
                     self._save(done, state, evaluated)
-            if self.stopped and done < steps:
+            if stopping and done < steps:
                 if self.checkpoints:
                     self.checkpoints.close()
                 raise KeyboardInterrupt if signal.SIGINT in self.stopped else Preempted
@@ -204,6 +207,15 @@ class _Run:
         self.metrics.update(values)
         if self.log and step % self.training.log_every == 0:
             self.log.write("metrics", step, values)
+
+    def _must_stop(self, step: int) -> bool:
+        """Whether a signal has come. Several processes must save at the same step, so they agree
+        on it when metrics are logged."""
+        if jax.process_count() == 1:
+            return bool(self.stopped)
+        if step % self.training.log_every:
+            return False
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(self.stopped)))))
 
     def _evaluates(self, step: int) -> bool:
         due = step % self.training.eval_every == 0 or step == self.training.steps

@@ -95,7 +95,7 @@ def make_step(
             carry = gradient(state.model, first, total)
             (gradients, sums), _ = jax.lax.scan(add, carry, rest)
         metrics = {name: value / total for name, value in sums.items()}
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         metrics["weight"] = total
         return state.apply(gradients, optimizer), metrics
