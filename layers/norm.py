@@ -50,5 +50,6 @@ class Norm(nnx.Module):
         scale = gather(self.scale[...], self.scale.axes)
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, eps=self.eps)
+        assert self.kind == "layernorm", self.kind
         bias = None if self.bias is None else gather(self.bias[...], self.bias.axes)
         return layer_norm(x, scale, bias, eps=self.eps)

@@ -50,12 +50,17 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
             raise ConfigError(f"--config.{overrides[0]}: only `ablate run` takes overrides")
         options.overrides, options.package = overrides, package
         return options.command(options)
-    except ValueError as error:  # ConfigError and what validation raises
-        print(f"ablate: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # ConfigError, and a folder that cannot be written
+        print(f"ablate: {_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ablate: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _line(error: Exception) -> str:
+    """The first line of what ``error`` says, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -137,10 +142,10 @@ def _list(options) -> int:
             experiment = load(name, options.package)
         except Exception as error:  # one broken file must not hide the others
             broken = 2
-            print(f"ablate: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"ablate: {name}: {_line(error)}", file=sys.stderr)
             continue
         console.print(name, style="bold")
-        console.print(f"  {experiment.paper}", style="dim")
+        console.print(f"  {experiment.paper}", style="dim", soft_wrap=True)
         for claim in experiment.claims:
             verdict = verdicts.get((name, claim.name), "not run")
             console.print(f"  {claim.name}: {verdict}")
@@ -182,12 +187,12 @@ def _run(options) -> int:
     paths = summary.save(planned, found, planned.workdir)
     console.print(summary.arms_table(found))
     for line in summary.claim_lines(found):
-        console.print(line)
+        console.print(line, soft_wrap=True)
     for (arm, seed), message in failures.items():
         print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
     if options.record and not failures:
         paths += summary.record(planned, found, options.results or report.RESULTS)
-    console.print(f"written: {', '.join(map(str, paths))}")
+    console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return 1 if failures else 0
 
 
