@@ -155,6 +155,7 @@ def results(planned: Plan) -> Results:
 
 def _run_unit(experiment: Experiment, unit: Unit) -> str:
     """Run one unit to its ``result.json``; the message of its failure, or the empty text."""
+    fresh = state(unit) == "new"
     unit.workdir.mkdir(parents=True, exist_ok=True)
     (unit.workdir / FAILED).unlink(missing_ok=True)
     described = dict(arm=unit.arm, seed=unit.seed, config=unit.config)
@@ -164,6 +165,11 @@ def _run_unit(experiment: Experiment, unit: Unit) -> str:
         if unit.after is not None and not (unit.after / RESULT).exists():
             raise RuntimeError(f"arm {unit.after.parent.name!r} of the same seed did not finish")
         metrics = _checked(experiment.run(unit))
+    except ConfigError as error:
+        # a mistake in the request, found before anything ran: leave no unit that was begun with it
+        if fresh:
+            (unit.workdir / UNIT).unlink()
+        raise ConfigError(f"arm {unit.arm!r}: {error}") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         message = f"{type(error).__name__}: {lines[0]}"

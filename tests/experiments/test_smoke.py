@@ -78,3 +78,29 @@ def test_a_wrong_field_is_one_line_and_runs_nothing(tmp_path, capsys):
     assert main([*argv, "--config.model.num_layers=many"]) == 2
     assert "model.num_layers='many': must be int" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.width=-4", "model.width=-4: must be > 0"),
+        ("training.steps=0", "training.steps=0: must be > 0"),
+        ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
+        ("mesh.tensor=3", "mesh=data=-1 × tensor=3: 1 devices do not divide by 3"),
+        ("data.sequence_length=1", "data.sequence_length=1: must be at least 2"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_and_can_be_mended(override, message, tmp_path, capsys):
+    argv = ["run", "architecture/gqa", "--scale=smoke", "--arms=mha", "--seeds=0"]
+    argv += [f"--workdir={tmp_path}", f"--config.{override}"]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said == f"ablate: arm 'mha': {message}\n"
+    assert not list(tmp_path.rglob("unit.json"))
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    argv = ["run", "architecture/gqa", "--scale=smoke", f"--workdir={tmp_path / 'file' / 'runs'}"]
+    assert main(argv) == 2
+    assert "Not a directory" in capsys.readouterr().err
