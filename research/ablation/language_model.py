@@ -16,7 +16,7 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
 from research.data import DataConfig, vocabulary_size
-from research.parallel import MeshConfig
+from research.parallel import MeshConfig, make_mesh
 from research.training import TrainingConfig, TrainResult, evaluate, load_model, train
 
 # scale: width, layers, heads, mlp width, sequence length, batch size, steps
@@ -80,7 +80,7 @@ def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> 
         from_mapping(DecoderConfig, unit.config.model, "model"),
         _data(unit),
         from_mapping(TrainingConfig, unit.config.training, "training"),
-        mesh=from_mapping(MeshConfig, unit.config.mesh, "mesh"),
+        mesh=_mesh(unit),
         seed=unit.seed,
         workdir=unit.workdir,
         init=init,
@@ -91,7 +91,7 @@ def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> 
 def load_source(unit: Unit) -> Decoder:
     """The final model of the unit that this one starts from (`Arm.after`)."""
     assert unit.after is not None, f"arm {unit.arm!r} starts from no other"
-    return load_model(unit.after, from_mapping(MeshConfig, unit.config.mesh, "mesh"))
+    return load_model(unit.after, _mesh(unit))
 
 
 def evaluate_unit(
@@ -110,8 +110,13 @@ def evaluate_unit(
         rows = max(1, tokens // length)
     batch_size = min(data.batch_size, rows)
     data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
-    found = evaluate(model, data, batches=rows // batch_size)
+    mesh = make_mesh(_mesh(unit))
+    found = evaluate(model, data, batches=rows // batch_size, mesh=mesh)
     return {name: found[name] for name in ("loss", "accuracy")}
+
+
+def _mesh(unit: Unit) -> MeshConfig:
+    return from_mapping(MeshConfig, unit.config.mesh, "mesh")
 
 
 def _data(unit: Unit) -> DataConfig:

@@ -15,8 +15,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def environment() -> dict[str, Any]:
-    """Versions, platform, devices and the commit of the checkout (None outside one), JSON-ready."""
+    """Versions, platform, devices, commit and whether files differ from it, JSON-ready.
+
+    The last two are None outside a checkout, or where there is no git.
+    """
     devices = jax.devices()
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -25,7 +29,7 @@ def environment() -> dict[str, Any]:
         "devices": len(devices),
         "processes": jax.process_count(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if changes is None else bool(changes),
     }
 
 
@@ -45,7 +49,9 @@ def _cpu() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True
-    )
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git here: a container, most likely
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

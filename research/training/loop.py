@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
 from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
-from research.training.divergence import check_finite
+from research.training.divergence import DivergenceError, check_finite
 from research.training.environment import environment
 from research.training.evaluate import evaluate
 from research.training.flops import peak_flops, train_flops_per_token
@@ -129,12 +130,16 @@ def train(
         if log:
             stack.callback(log.close)
         if progress is None:
-            progress = stack.enter_context(bar(training.steps))
+            progress = stack.enter_context(bar(training.steps)) if lead else _silent
         stopped = stack.enter_context(_signals())
         run = _Run(
             data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn
         )
         return run.go(state, dict(position.get("metrics", {})))
+
+
+def _silent(step: int, steps: int, metrics: Mapping[str, float]) -> None:
+    """Progress of the processes other than the first: one bar is enough."""
 
 
 class _Run:
@@ -224,6 +229,10 @@ class _Run:
     def _evaluate(self, step: int, model: Decoder) -> None:
         batches = self.training.eval_batches
         held_out = evaluate(model, self.data, batches=batches, mesh=self.mesh, loss_fn=self.loss_fn)
+        if not math.isfinite(held_out["loss"]):
+            raise DivergenceError(
+                f"step {step}: eval_loss={held_out['loss']}; the last checkpoint is from before it"
+            )
         found = {f"eval_{name}": value for name, value in held_out.items()}
         self.metrics.update(found)
         if self.log:

@@ -1,8 +1,10 @@
 """A progress bar for `train`: loss, tokens a second, MFU where known, time left."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -18,16 +20,38 @@ def describe(metrics: Mapping[str, float]) -> str:
     return " · ".join(parts)
 
 
+def lines(every: float = 30.0) -> Callable[[int, int, Mapping[str, float]], None]:
+    """A callback that prints the first step, the last, and one every ``every`` seconds."""
+    last = -float("inf")
+
+    def update(step: int, total: int, metrics: Mapping[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if step < total and now - last < every:
+            return
+        last = now
+        print(" · ".join(filter(None, (f"step {step}/{total}", describe(metrics)))), flush=True)
+
+    return update
+
+
 @contextlib.contextmanager
 def bar(total: int) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """Show a bar of ``total`` steps while inside; yields the callback that moves it."""
+    """Show a bar of ``total`` steps while inside; yields the callback that moves it.
+
+    Where there is neither a terminal nor a notebook, a line now and then instead.
+    """
+    console = Console()
+    if not (console.is_terminal or console.is_jupyter):
+        yield lines()
+        return
     columns = (
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total, shown="")
 
         def update(step: int, total: int, metrics: Mapping[str, float]) -> None:

@@ -297,3 +297,36 @@ def test_nan_in_the_first_weights(tmp_path):
     with pytest.raises(DivergenceError, match="^step 1: loss=nan, gradient_norm=nan"):
         run(tmp_path, init=plant)
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_held_out_loss_that_is_no_number_stops_before_the_save(tmp_path, monkeypatch):
+    seen = []
+
+    def measured(*arguments, **options):
+        seen.append(None)
+        return {"loss": 1.0 if len(seen) == 1 else float("nan")}
+
+    monkeypatch.setattr("research.training.loop.evaluate", measured)
+    training = dataclasses.replace(TRAINING, eval_every=4)
+    with pytest.raises(DivergenceError, match="^step 8: eval_loss=nan"):
+        train(MODEL, DATA, training, workdir=tmp_path, progress=quiet)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_signal_during_evaluation_loses_no_step(tmp_path, monkeypatch):
+    from research.training import evaluate
+
+    def interrupted(*arguments, **options):
+        found = evaluate(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    training = dataclasses.replace(TRAINING, eval_every=5, checkpoint_every=100)
+    monkeypatch.setattr("research.training.loop.evaluate", interrupted)
+    with pytest.raises(Preempted):
+        train(MODEL, DATA, training, workdir=tmp_path, progress=quiet)
+    monkeypatch.setattr("research.training.loop.evaluate", evaluate)
+    steps = []
+    train(MODEL, DATA, training, workdir=tmp_path, progress=lambda n, total, m: steps.append(n))
+    assert steps == list(range(6 + 1, 25))
