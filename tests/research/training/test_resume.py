@@ -101,6 +101,16 @@ def start(tmp_path, workdir):
     )
 
 
+@pytest.fixture(scope="module")
+def uninterrupted_process(tmp_path_factory):
+    """The reference for processes: other tests' compiler settings are in force in this one."""
+    folder = tmp_path_factory.mktemp("uninterrupted_process")
+    process = start(folder, folder / "run")
+    out, error = process.communicate(timeout=600)
+    assert out.endswith("finished\n"), error[-2000:]
+    return folder / "run"
+
+
 def wait_for_step(process, step):
     for line in process.stdout:
         if line.strip() == str(step):
@@ -108,7 +118,7 @@ def wait_for_step(process, step):
     raise AssertionError(process.stderr.read()[-2000:])
 
 
-def test_kill_9_at_any_moment(uninterrupted, tmp_path):
+def test_kill_9_at_any_moment(uninterrupted_process, tmp_path):
     """Saves begin at steps 4, 8, …: the first kills are aimed at one, the others anywhere."""
     workdir = tmp_path / "run"
     random.seed(0)
@@ -122,11 +132,11 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     process = start(tmp_path, workdir)
     out, error = process.communicate(timeout=600)
     assert out.endswith("finished\n"), error[-2000:]
-    assert_same(workdir, uninterrupted)
+    assert_same(workdir, uninterrupted_process)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_process_saves(uninterrupted, tmp_path, number):
+def test_a_signal_to_the_process_saves(uninterrupted_process, tmp_path, number):
     workdir = tmp_path / "run"
     process = start(tmp_path, workdir)
     wait_for_step(process, 6)
@@ -140,7 +150,7 @@ def test_a_signal_to_the_process_saves(uninterrupted, tmp_path, number):
     else:
         assert process.returncode != 0 and "KeyboardInterrupt" in error
     run(workdir)
-    assert_same(workdir, uninterrupted)
+    assert_same(workdir, uninterrupted_process)
 
 
 @pytest.mark.parametrize(
