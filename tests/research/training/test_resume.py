@@ -101,13 +101,16 @@ def start(tmp_path, workdir):
     )
 
 
+def finish(tmp_path, workdir):
+    out, error = start(tmp_path, workdir).communicate(timeout=600)
+    assert out.endswith("finished\n"), error[-2000:]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted_process(tmp_path_factory):
     """The reference for processes: other tests' compiler settings are in force in this one."""
     folder = tmp_path_factory.mktemp("uninterrupted_process")
-    process = start(folder, folder / "run")
-    out, error = process.communicate(timeout=600)
-    assert out.endswith("finished\n"), error[-2000:]
+    finish(folder, folder / "run")
     return folder / "run"
 
 
@@ -129,9 +132,7 @@ def test_kill_9_at_any_moment(uninterrupted_process, tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         process.communicate()
-    process = start(tmp_path, workdir)
-    out, error = process.communicate(timeout=600)
-    assert out.endswith("finished\n"), error[-2000:]
+    finish(tmp_path, workdir)
     assert_same(workdir, uninterrupted_process)
 
 
@@ -149,7 +150,7 @@ def test_a_signal_to_the_process_saves(uninterrupted_process, tmp_path, number):
         assert process.returncode == 0 and "Traceback" not in error, error[-2000:]
     else:
         assert process.returncode != 0 and "KeyboardInterrupt" in error
-    run(workdir)
+    finish(tmp_path, workdir)
     assert_same(workdir, uninterrupted_process)
 
 
