@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Tests run on the CPU, also where libtpu is installed so as to compile for TPUs that are not there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
 ROOT = Path(__file__).parent.parent
 
 

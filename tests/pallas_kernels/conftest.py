@@ -1,0 +1,81 @@
+"""What the kernels' tests share: the ways to run or compile a kernel whose chip is not here."""
+
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpreter
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@contextlib.contextmanager
+def interpreted(implementation: str, *, races: bool = False):
+    """Within it, ``implementation`` ("tpu" or "gpu") runs on the CPU by interpretation.
+
+    ``races``: the TPU interpreter simulates the memories and looks for races between the kernel
+    and its copies, as the GPU's always does; a race that is found fails the test.
+    """
+    if implementation == "gpu":
+        mode, module = gpu_interpreter.InterpretGPUParams(detect_races=True), gpu_callbacks
+    elif implementation == "tpu":
+        mode, module = pltpu.InterpretParams(detect_races=True) if races else True, tpu_callbacks
+    else:
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(mode):  # its name says TPU; it holds for both
+        yield
+    found = getattr(module, "races", None) if implementation == "tpu" else module.get_races()
+    assert mode is True or (found is not None and not found.races_found), "a race was found"
+
+
+@pytest.fixture(params=list(TPUS))
+def tpu(request):
+    """A TPU's mesh of one device, for each generation."""
+    return topology_mesh(request.param, (1,), ("data",))
+
+
+def topology_mesh(generation: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
+    """A mesh over (the first of) a described host's chips; nothing is attached."""
+    found = topologies.get_topology_desc(topology_name=TPUS[generation], platform="tpu")
+    devices = np.array(found.devices[: np.prod(shape)]).reshape(shape)
+    return Mesh(devices, names)
+
+
+def compile_for_tpu(function, mesh: Mesh, *arguments, specs=None):
+    """Compile ``function`` of arrays or ShapeDtypeStructs by the real compiler for ``mesh``."""
+    leaves, structure = jax.tree.flatten(arguments)
+    specs = [PartitionSpec()] * len(leaves) if specs is None else specs
+    placed = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in zip(leaves, specs, strict=True)
+    ]
+    traced = jax.jit(function).trace(*jax.tree.unflatten(structure, placed))
+    return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def lower_for_gpu(function, *arguments) -> str:
+    """The program ``function`` becomes on an NVIDIA H100, as text; none is attached."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    with h100():
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()
+
+
+def h100():
+    """The abstract device that newer versions of jax want where no GPU is attached."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
