@@ -2,11 +2,10 @@
 
 Multi-head attention (Vaswani 2017, eq. 1) when ``k == h``; multi-query (Shazeer 2019) when
 ``k == 1``; grouped-query (Ainslie 2023, arXiv:2305.13245) between. Keys and values are never
-repeated in memory: the ``g = h / k`` queries of a group meet their key in one einsum.
+repeated in memory. The equation itself is `pallas_kernels.flash_attention.reference`.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,16 @@ import numpy as np
 from flax import nnx
 
 from layers import alibi
-from layers.config import check
+from layers.config import check, check_choice
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotary, rotated_channels
-from layers.sharding import gather, place, spec
+from layers.sharding import gather, island, place, spec
 from layers.state import KVCache
-
-# Not −inf: a row with nothing to see must stay finite, in its gradient too.
-MASKED = -1e30
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.flash_attention import attention_weights, flash_attention
+from pallas_kernels.flash_attention.reference import mix
 
 
 def attention(
@@ -41,94 +40,55 @@ def attention(
     soft_cap: float | None = None,
     sinks_h: jax.Array | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
     tap: Tap | None = None,
 ) -> jax.Array:
-    """``softmax(scale · q kᵀ + bias) v`` over the keys each query may see.
+    """`pallas_kernels.flash_attention` on whatever mesh is in force; see there for the arguments.
 
-    A key is seen when its position is ≥ 0, its segment is the query's, it is not in the future
-    (``causal``) and it is nearer than ``window``: ``|q_position − k_position| < window``. A query
-    that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
-
-    Args:
-      q_bthc: queries, ``h`` heads; k_bskc, v_bskc: ``k`` heads, ``h % k == 0``. Query head ``i``
-        uses key head ``i // (h / k)``.
-      q_positions_bt, k_positions_bs: int32; default ``0, 1, 2, …``. −1 marks padding.
-      q_segments_bt, k_segments_bs: int32; both or neither.
-      alibi_slopes_h: adds ``−slope · |q_position − k_position|`` (Press 2022, §3).
-      soft_cap: ``cap · tanh(score / cap)`` before masking (Gemma 2, 2408.00118, §2).
-      sinks_h: a logit a head that joins the softmax's denominator but brings no value, so that a
-        head can attend to nothing (gpt-oss; Miller 2023).
-      scale: default ``1 / sqrt(c)``.
-
-    Raises:
-      ConfigError: shapes that do not go together.
+    Rows of the batch, heads and queries may lie on different devices; keys are gathered along time
+    first. A ``tap`` that wants ``attention.weights`` gets them, which takes the square of the
+    length in memory and leaves ``implementation`` without a say.
     """
-    b, t, h, c = q_bthc.shape
-    s, k = k_bskc.shape[1:3]
-    check(h % k == 0, "num_heads", h, f"must be a multiple of num_kv_heads={k}")
-    check(k_bskc.shape == v_bskc.shape, "v.shape", v_bskc.shape, f"must equal k's {k_bskc.shape}")
-    check(window is None or window > 0, "window", window, "must be > 0")
-    check(
-        (q_segments_bt is None) == (k_segments_bs is None),
-        "segments",
-        "one of two",
-        "queries and keys both have segment ids, or neither",
-    )
-    g = h // k
-    q_positions = jnp.arange(t)[None] if q_positions_bt is None else q_positions_bt
-    k_positions = jnp.arange(s)[None] if k_positions_bs is None else k_positions_bs
-    scale = 1 / math.sqrt(c) if scale is None else scale
+    names = (
+        "q_positions_bt", "k_positions_bs", "q_segments_bt", "k_segments_bs",
+        "alibi_slopes_h", "sinks_h",
+    )  # fmt: skip
+    options = dict(causal=causal, window=window, soft_cap=soft_cap, scale=scale)
+    b, t, s = *q_bthc.shape[:2], k_bskc.shape[1]
+    if spec() is not None:
+        # each device has its own share of the queries and must be told where they stand
+        q_positions_bt = _rows(jnp.arange(t) if q_positions_bt is None else q_positions_bt, b)
+        k_positions_bs = _rows(jnp.arange(s) if k_positions_bs is None else k_positions_bs, b)
+    slopes_h = None if alibi_slopes_h is None else jnp.asarray(alibi_slopes_h)
+    biases = (q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs, slopes_h, sinks_h)
+    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", None, "kv_heads", None)
+    q_row, k_row = ("batch", "time"), ("batch", None)
+    bias_axes = (q_row, k_row, q_row, k_row, ("heads",), ("heads",))
 
-    # Heads before time, once for each operand: XLA:CPU multiplies that layout fastest.
-    split = spec("batch", "time", "kv_heads", None, None)
-    q_btkgc = jnp.reshape(q_bthc * scale, (b, t, k, g, c), out_sharding=split)
-    q_bkgtc = jnp.transpose(q_btkgc, (0, 2, 3, 1, 4))
-    k_bksc, v_bksc = jnp.swapaxes(k_bskc, 1, 2), jnp.swapaxes(v_bskc, 1, 2)
-    scores_bkgts = jnp.einsum(
-        "bkgtc,bksc->bkgts", q_bkgtc, k_bksc, preferred_element_type=jnp.float32
-    )
-    distance_bts = q_positions[:, :, None] - k_positions[:, None, :]
-    if alibi_slopes_h is not None:
-        slopes_kg = jnp.reshape(jnp.asarray(alibi_slopes_h, jnp.float32), (k, g))
-        slopes_kg = place(slopes_kg, "kv_heads", None)
-        scores_bkgts -= slopes_kg[:, :, None, None] * jnp.abs(distance_bts)[:, None, None]
-    if soft_cap is not None:
-        scores_bkgts = soft_cap * jnp.tanh(scores_bkgts / soft_cap)
-
-    seen_bts = jnp.broadcast_to((k_positions >= 0)[:, None, :], distance_bts.shape)
-    if causal:
-        seen_bts &= distance_bts >= 0
-    if window is not None:
-        seen_bts &= jnp.abs(distance_bts) < window
-    if q_segments_bt is not None and k_segments_bs is not None:
-        seen_bts &= q_segments_bt[:, :, None] == k_segments_bs[:, None, :]
-    scores_bkgts = jnp.where(seen_bts[:, None, None], scores_bkgts, MASKED)
-
-    top = jnp.max(scores_bkgts, axis=-1, keepdims=True)
-    if sinks_h is not None:
-        sinks_kg = place(jnp.reshape(sinks_h.astype(jnp.float32), (k, g)), "kv_heads", None)
-        top = jnp.maximum(top, sinks_kg[:, :, None, None])
-    top = jax.lax.stop_gradient(top)
-    weights_bkgts = jnp.exp(scores_bkgts - top)
-    total = jnp.sum(weights_bkgts, axis=-1, keepdims=True)
-    if sinks_h is not None:
-        total += jnp.exp(sinks_kg[:, :, None, None] - top)
-    # an all-masked row is uniform here: exp(MASKED − MASKED) = 1
-    any_seen = jnp.any(seen_bts, axis=-1, keepdims=True)[:, None, None]
     if tap is not None and tap.wants("attention.weights"):
-        weights_bkgts = jnp.where(any_seen, weights_bkgts / total, 0.0)
-        weights_bhts = tap("attention.weights", weights_bkgts.reshape(b, h, t, s))
-        weights_bkgts, total = weights_bhts.reshape(b, k, g, t, s), jnp.ones_like(total)
-    y_bkgtc = jnp.einsum(
-        "bkgts,bksc->bkgtc",
-        weights_bkgts.astype(v_bksc.dtype),
-        v_bksc,
-        preferred_element_type=jnp.float32,
+
+        def see(q, k, *biases):
+            return attention_weights(q, k, **options, **dict(zip(names, biases, strict=True)))
+
+        weight_axes = ("batch", "heads", "time", None)
+        weights_bhts = island(
+            see, (q_bthc, k_bskc, *biases), (q_axes, k_axes, *bias_axes), weight_axes
+        )
+        weights_bhts = tap("attention.weights", weights_bhts)
+        return island(mix, (weights_bhts, v_bskc), (weight_axes, k_axes), q_axes)
+
+    def attend(q, k, v, *biases):
+        named = dict(zip(names, biases, strict=True))
+        return flash_attention(q, k, v, **options, **named, implementation=implementation)
+
+    return island(
+        attend, (q_bthc, k_bskc, v_bskc, *biases), (q_axes, k_axes, k_axes, *bias_axes), q_axes
     )
-    # divided after the product, as in FlashAttention-2: c numbers a row instead of s
-    y_bkgtc = jnp.where(any_seen, y_bkgtc / total, 0.0).astype(q_bthc.dtype)
-    y_btkgc = jnp.transpose(y_bkgtc, (0, 3, 1, 2, 4))
-    return jnp.reshape(y_btkgc, (b, t, h, c), out_sharding=spec("batch", "time", "heads", None))
+
+
+def _rows(a: jax.Array, batch: int) -> jax.Array:
+    """One row, or one for each of the batch, as one for each."""
+    return jnp.broadcast_to(a, (batch, a.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +99,7 @@ class AttentionConfig:
     ``window``: reach of the pattern's ``"sliding"`` layers, in tokens, the query's own included.
     ``soft_cap``, ``sinks``, ``scale``: see `attention`. ``qk_norm``: RMSNorm of queries and keys
     over each head's channels (Henry 2020; Qwen3). ``qkv_bias``, ``out_bias``: biases.
+    ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
     """
 
     num_heads: int
@@ -151,6 +112,7 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
+    implementation: str | None = None
 
     def __post_init__(self):
         check(self.num_heads > 0, "num_heads", self.num_heads, "must be > 0")
@@ -164,6 +126,8 @@ class AttentionConfig:
         for name in ("head_dim", "window", "soft_cap", "scale"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
     @property
     def kv_heads(self) -> int:
@@ -316,6 +280,7 @@ class Attention(nnx.Module):
             soft_cap=self.config.soft_cap,
             sinks_h=sinks_h,
             scale=self.config.scale,
+            implementation=self.config.implementation,
             tap=tap,
         )
         return self.out(tap("attention.output", y)), state

@@ -9,6 +9,8 @@ Weights rest sharded over ``fsdp`` and are *computed with* gathered: `gather` is
 and its transpose is the reduce-scatter of the gradient (ZeRO-3, Rajbhandari 2020, §5.3).
 """
 
+from collections.abc import Callable
+
 import jax
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
@@ -31,3 +33,27 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
 def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight in the layout it is multiplied in: ``tensor`` sharding kept, ``fsdp`` gathered."""
     return place(weight, *axes)
+
+
+def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple[str | None, ...]):
+    """``function(*arguments)``, each device with its own share of every argument.
+
+    For what explicit sharding cannot follow: kernels, sorts, scatters. ``axes`` are the logical
+    axes of each argument (those of None arguments are not looked at), ``out_axes`` of the result.
+    The function must need nothing from other devices' shares.
+    """
+    out_spec = spec(*out_axes)
+    if out_spec is None:
+        return function(*arguments)
+    given = [i for i, a in enumerate(arguments) if a is not None]
+
+    def local(*shares):
+        every: list = [None] * len(arguments)
+        for i, share in zip(given, shares, strict=True):
+            every[i] = share
+        return function(*every)
+
+    run = jax.shard_map(
+        local, in_specs=tuple(spec(*axes[i]) for i in given), out_specs=out_spec, check_vma=False
+    )
+    return run(*(place(arguments[i], *axes[i]) for i in given))

@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and how a call that cannot be is refused."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ def check_array(argument: str, array: jax.Array, shape: Iterable[int], dtypes: s
 
 
 def choose(op: str, implementation: str | None, refusals: Mapping[str, str | None]) -> list[str]:
-    """The implementations that may run: the named one, or all that can serve.
+    """The implementations that may run: the named one, or all of ``refusals`` that can serve.
 
     Args:
       op: the op's name, for messages.
@@ -55,7 +55,7 @@ def choose(op: str, implementation: str | None, refusals: Mapping[str, str | Non
     return [implementation]
 
 
-def per_platform(chosen: list[str], table: Mapping[str, Callable], *operands: Any) -> Any:
+def per_platform(chosen: Sequence[str], table: Mapping[str, Callable], *operands: Any) -> Any:
     """Run the one implementation ``chosen``, or the lowering platform's among several.
 
     Args:

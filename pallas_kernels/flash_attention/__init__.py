@@ -1,0 +1,243 @@
+"""Flash attention: exact attention whose memory grows with the length, not with its square.
+
+``y = softmax(bias(q kᵀ / √c)) v`` (Vaswani 2017, eq. 1), where ``bias`` is ALiBi, soft-cap and
+mask. A block of queries meets the keys block by block. With ``m`` the greatest score of a row so
+far, ``l`` its sum and ``o`` its weighted values, a block of scores ``S`` updates them
+(FlashAttention, 2205.14135, Alg. 1; divided once at the end as in FlashAttention-2, 2307.08691,
+§3.1):
+
+    m' = max(m, max S)     P = exp(S − m')     l' = e^(m−m') l + Σ P     o' = e^(m−m') o + P V
+
+and at the end ``y = o / l`` and ``lse = m + log l``. Nothing of size ``t · s`` is ever kept. The
+backward pass makes ``P = exp(S − lse)`` anew from the same blocks (FlashAttention-2, Alg. 2), with
+``Δ = Σ dy · y − d lse`` for each row:
+
+    dV = Pᵀ dO     dS = P ∘ (dO Vᵀ − Δ)     dQ = dS K     dK = dSᵀ Q
+
+Keys and values are never repeated for the ``h / k`` query heads that share them (grouped heads).
+Which blocks meet at all is decided from their extremes (`ranges`): causality, windows, packed
+segments, chunks of a longer sequence and ragged caches all come down to positions and segments, and
+a pair of blocks that cannot see each other is not computed.
+
+Implementations, and what each keeps in fast memory:
+
+- ``reference``: all scores, in memory. The equation.
+- ``xla``: a loop over blocks; a block of scores for all heads, sized for a CPU's cache. The
+  backward pass makes each block of scores once: dQ is added to in place while dK and dV are summed.
+- ``tpu``: one block of queries with its ``m, l, o`` in VMEM while keys stream through; a kernel for
+  dQ (keys stream) and one for dK and dV (queries of all the group's heads stream). Scores are held
+  transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
+  would fill one lane of 128. Float32 and bfloat16.
+- ``gpu``: Hopper's asynchronous matrix units, after FlashAttention-3 (2407.08608); see `gpu`.
+
+Every backward pass is deterministic: each gradient is summed by one program in one order.
+
+Limits: slopes of ALiBi are constants (their gradient is 0). No dropout. Differentiable once;
+``implementation="reference"`` any number of times.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.blocks import block_sizes
+from pallas_kernels.dispatch import check, check_array, choose, per_platform
+from pallas_kernels.flash_attention import gpu, reference, tpu, tpu_backward, xla
+from pallas_kernels.flash_attention.spec import Spec
+
+OP = "flash_attention"
+
+PASSES = {
+    "xla": {"forward": xla.forward, "backward": xla.backward},
+    "tpu": {"forward": tpu.forward, "backward": tpu_backward.backward},
+    "gpu": {"forward": gpu.forward, "backward": gpu.backward},
+}
+
+
+def flash_attention(
+    q_bthc: jax.Array,
+    k_bskc: jax.Array,
+    v_bskc: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    q_positions_bt: jax.Array | None = None,
+    k_positions_bs: jax.Array | None = None,
+    q_segments_bt: jax.Array | None = None,
+    k_segments_bs: jax.Array | None = None,
+    alibi_slopes_h: jax.Array | np.ndarray | None = None,
+    soft_cap: float | None = None,
+    sinks_h: jax.Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of each query over the keys it may see.
+
+    A key is seen when both positions are ≥ 0, its segment is the query's, it is not in the future
+    (``causal``) and it is nearer than ``window``: ``|q_position − k_position| < window``. A query
+    that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
+
+    Args:
+      q_bthc: queries, ``h`` heads of ``c`` channels.
+      k_bskc, v_bskc: ``k`` heads, ``h % k == 0``. Query head ``i`` uses key head ``i // (h / k)``.
+      q_positions_bt, k_positions_bs: int32, one row or one a batch row; default ``0, 1, 2, …``.
+        −1 marks padding, which sees nothing and is seen by nobody.
+      q_segments_bt, k_segments_bs: int32; both or neither.
+      alibi_slopes_h: subtracts ``slope · |q_position − k_position|`` (Press 2022, 2108.12409, §3).
+      soft_cap: ``cap · tanh(score / cap)`` before masking (Gemma 2, 2408.00118, §2).
+      sinks_h: a logit a head that joins the softmax's denominator but brings no value, so that a
+        head can attend to nothing (gpt-oss; Miller 2023).
+      scale: default ``1 / sqrt(c)``.
+      return_lse: also return ``lse_bht``, float32: the log of the sum of the row's exponentiated
+        scores, sinks included; −1e30 where nothing is seen. It has a gradient.
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
+      blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`.
+
+    Raises:
+      ValueError: names the argument that has another shape, dtype or range than said here, or the
+        implementation that cannot serve, with the reason.
+    """
+    spec, arrays = _checked(
+        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
+        k_segments_bs, alibi_slopes_h, soft_cap, sinks_h, scale,
+    )  # fmt: skip
+    check_array("v", v_bskc, k_bskc.shape)
+    check(
+        v_bskc.dtype == q_bthc.dtype, "v.dtype", str(v_bskc.dtype), f"must be q's, {q_bthc.dtype}"
+    )
+    arrays = (q_bthc, k_bskc, v_bskc, *arrays)
+    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
+    chosen = choose(OP, implementation, refusals)
+    if chosen == ["reference"]:
+        y, lse = reference.attention(spec, *arrays)
+    else:
+        sizes = tuple(
+            (name, tuple(block_sizes(OP, platform, blocks).items()))
+            for name, platform in (("xla", "cpu"), ("tpu", "tpu"), ("gpu", "gpu"))
+        )
+        y, lse = _attention(spec, tuple(chosen), sizes, *arrays)
+    return (y, lse) if return_lse else y
+
+
+def attention_weights(
+    q_bthc: jax.Array,
+    k_bskc: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    q_positions_bt: jax.Array | None = None,
+    k_positions_bs: jax.Array | None = None,
+    q_segments_bt: jax.Array | None = None,
+    k_segments_bs: jax.Array | None = None,
+    alibi_slopes_h: jax.Array | np.ndarray | None = None,
+    soft_cap: float | None = None,
+    sinks_h: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """The softmax's weights ``[b, h, t, s]``, float32, to see or to edit; cf. `flash_attention`.
+
+    ``reference.mix(weights_bhts, v_bskc)`` goes on from them.
+    """
+    spec, arrays = _checked(
+        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
+        k_segments_bs, alibi_slopes_h, soft_cap, sinks_h, scale,
+    )  # fmt: skip
+    return reference.weights(spec, q_bthc, k_bskc, *arrays)[0]
+
+
+def _checked(
+    q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs,
+    alibi_slopes_h, soft_cap, sinks_h, scale,
+):  # fmt: skip
+    """The call's `Spec`, and its positions, segments, slopes and sinks, whole and checked."""
+    check(q_bthc.ndim == 4, "q.shape", q_bthc.shape, "must be [batch, time, heads, channels]")
+    check(k_bskc.ndim == 4, "k.shape", k_bskc.shape, "must be [batch, time, heads, channels]")
+    b, t, h, c = q_bthc.shape
+    s, k = k_bskc.shape[1:3]
+    check(
+        min(b, t, h, c, s, k) > 0, "q.shape", q_bthc.shape, f"no size may be 0; k's {k_bskc.shape}"
+    )
+    check(h % k == 0, "num_heads", h, f"must be a multiple of num_kv_heads={k}")
+    check_array("q", q_bthc, (b, t, h, c))
+    check_array("k", k_bskc, (b, s, k, c))
+    check(
+        k_bskc.dtype == q_bthc.dtype, "k.dtype", str(k_bskc.dtype), f"must be q's, {q_bthc.dtype}"
+    )
+    check(window is None or window > 0, "window", window, "must be > 0")
+    check(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "must be > 0")
+    check(
+        (q_segments_bt is None) == (k_segments_bs is None),
+        "segments",
+        "one of two",
+        "queries and keys both have segment ids, or neither",
+    )
+
+    def rows(name, given, length, default):
+        if given is None:
+            given = default
+        batch = given.shape[0] if given.ndim == 2 and given.shape[0] == 1 else b
+        check_array(name, given, (batch, length), "integer")
+        return jnp.broadcast_to(given.astype(jnp.int32), (b, length))
+
+    q_positions = rows("q_positions", q_positions_bt, t, jnp.arange(t)[None])
+    k_positions = rows("k_positions", k_positions_bs, s, jnp.arange(s)[None])
+    q_segments = rows("q_segments", q_segments_bt, t, jnp.zeros((1, t), jnp.int32))
+    k_segments = rows("k_segments", k_segments_bs, s, jnp.zeros((1, s), jnp.int32))
+    slopes = None
+    if alibi_slopes_h is not None:
+        slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes_h))
+        check_array("alibi_slopes", slopes, (h,))
+    if sinks_h is not None:
+        check_array("sinks", sinks_h, (h,))
+
+    spec = Spec(
+        causal=causal,
+        window=window,
+        scale=1 / math.sqrt(c) if scale is None else scale,
+        soft_cap=soft_cap,
+        packed=q_segments_bt is not None,
+    )
+    return spec, (q_positions, k_positions, q_segments, k_segments, slopes, sinks_h)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(spec, chosen, sizes, *arrays):
+    return _forward(spec, chosen, sizes, *arrays)[0]
+
+
+def _table(spec, chosen, sizes, name):
+    """The pass ``name`` of every implementation that may run."""
+    return {n: functools.partial(PASSES[n][name], spec, dict(sizes[n])) for n in chosen}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(spec, chosen, sizes, *arrays):
+    y, lse = per_platform(chosen, _table(spec, chosen, dict(sizes), "forward"), *arrays)
+    return (y, lse), (arrays, y, lse)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(spec, chosen, sizes, residuals, cotangents):
+    arrays, y, lse = residuals
+    dy, d_lse = cotangents
+    # Δ: what a row's scores have in common in their gradient
+    exact = lse.dtype
+    delta_bht = jnp.einsum("bthc,bthc->bht", dy.astype(exact), y.astype(exact)) - d_lse
+    table = _table(spec, chosen, dict(sizes), "backward")
+    dq, dk, dv = per_platform(chosen, table, *arrays, lse, delta_bht, dy)
+    sinks = arrays[-1]
+    d_sinks = None
+    if sinks is not None:
+        # a sink is a key whose value is 0
+        weight = jnp.exp(sinks.astype(exact)[:, None] - lse)
+        d_sinks = -jnp.sum(weight * delta_bht, (0, 2)).astype(sinks.dtype)
+    return dq, dk, dv, None, None, None, None, None, d_sinks
+
+
+_attention.defvjp(_forward, _backward)

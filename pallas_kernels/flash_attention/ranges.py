@@ -1,0 +1,112 @@
+"""Which blocks of keys a block of queries can see at all, from the blocks' extremes alone.
+
+A block is summed up by the least and greatest position and segment in it. From two such sums it is
+known that no query of one sees any key of the other (it is skipped), or that every one sees every
+one (no mask is needed), in O(1) for a pair of blocks whatever the positions are: packing, windows,
+chunks of a longer sequence, a rolling cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.spec import Spec
+
+
+class Extremes(NamedTuple):
+    """Least and greatest position (of those ≥ 0) and segment in each block: int32 ``[..., n]``.
+
+    A block of padding alone has ``low`` > ``high``. ``lowest`` counts padding, −1, too.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    lowest: jax.Array
+    first_segment: jax.Array
+    last_segment: jax.Array
+
+
+def extremes(positions: jax.Array, segments: jax.Array, block: int) -> Extremes:
+    """Of ``[..., length]`` int32 arrays whose length is a multiple of ``block``."""
+    by_block = (*positions.shape[:-1], -1, block)
+    positions, segments = positions.reshape(by_block), segments.reshape(by_block)
+    real = positions >= 0
+    big = jnp.iinfo(jnp.int32).max
+    return Extremes(
+        jnp.where(real, positions, big).min(-1),
+        positions.max(-1),
+        positions.min(-1),
+        jnp.where(real, segments, big).min(-1),
+        jnp.where(real, segments, -big).max(-1),
+    )
+
+
+def may_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
+    """Whether some query of ``q``'s block may see some key of ``k``'s; the two broadcast."""
+    seen = (k.high >= 0) & (q.high >= 0)
+    if spec.causal:
+        seen &= q.high >= k.low
+    if spec.window is not None:
+        seen &= q.low - k.high < spec.window
+        seen &= k.low - q.high < spec.window
+    if spec.packed:
+        seen &= (q.first_segment <= k.last_segment) & (k.first_segment <= q.last_segment)
+    return seen
+
+
+def all_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
+    """Whether every query of ``q``'s block sees every key of ``k``'s; the two broadcast."""
+    seen = (k.lowest >= 0) & (q.lowest >= 0)
+    if spec.causal:
+        seen &= q.lowest >= k.high
+    if spec.window is not None:
+        seen &= q.high - k.lowest < spec.window
+        seen &= k.high - q.lowest < spec.window
+    if spec.packed:
+        seen &= (q.first_segment == k.last_segment) & (k.first_segment == q.last_segment)
+    return seen
+
+
+def first_and_last(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first and last True of ``[..., n]``; ``(0, −1)`` where there is none."""
+    n = seen.shape[-1]
+    some = seen.any(-1)
+    first = jnp.where(some, jnp.argmax(seen, -1), 0).astype(jnp.int32)
+    last = jnp.where(some, n - 1 - jnp.argmax(seen[..., ::-1], -1), -1).astype(jnp.int32)
+    return first, last
+
+
+class Visit(NamedTuple):
+    """The blocks to visit: ``clear`` ones, in a row, need no mask; those around them do."""
+
+    first: jax.Array
+    first_clear: jax.Array
+    end_clear: jax.Array
+    end: jax.Array
+
+    @classmethod
+    def of(cls, see: jax.Array, clear: jax.Array) -> "Visit":
+        """From `may_see` and `all_see` of ``[n]`` blocks."""
+        first, last = first_and_last(see)
+        first_clear, last_clear = first_and_last(see & clear)
+        inside = jnp.arange(see.shape[-1])
+        inside = (inside >= first_clear) & (inside <= last_clear)
+        in_a_row = ~jnp.any(inside & ~(see & clear)) & (last_clear >= first_clear)
+        first_clear = jnp.where(in_a_row, first_clear, first)
+        return cls(first, first_clear, jnp.where(in_a_row, last_clear + 1, first_clear), last + 1)
+
+    def loop(self, masked, unmasked, carry):
+        """``carry`` after ``masked(j, carry)`` or ``unmasked(j, carry)`` of every block ``j``.
+
+        Two loops and no branch in them: XLA copies what a branch returns.
+        """
+        before = self.first_clear - self.first
+        skipped = self.end_clear - self.first_clear
+
+        def around(n, carry):
+            j = self.first + n
+            return masked(jnp.where(n < before, j, j + skipped), carry)
+
+        carry = jax.lax.fori_loop(self.first_clear, self.end_clear, unmasked, carry)
+        return jax.lax.fori_loop(0, before + self.end - self.end_clear, around, carry)

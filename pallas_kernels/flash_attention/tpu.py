@@ -1,0 +1,319 @@
+"""Flash attention on a TPU: Pallas kernels for the matrix unit, compiled by Mosaic.
+
+A program of the forward grid ``(b, h, queries, keys)`` holds one block of queries; its running
+maximum, sum and values stay in VMEM while the last axis streams the keys. Scores are transposed,
+``[keys, queries]``: what belongs to a query is then a row, and reductions go down sublanes.
+
+The blocks of keys that a block of queries visits are known before the kernel runs (`ranges`) and
+are prefetched as scalars: a step beyond the last asks for the block that is already there, so
+nothing is copied, and computes nothing. A pair of blocks that see each other entirely is not
+masked.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.flash_attention.ranges import (
+    Extremes,
+    all_see,
+    extremes,
+    first_and_last,
+    may_see,
+)
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, visible
+
+LANES = 128
+# contraction of the first or of the last axes
+FIRST, LAST = (((0,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+PLAIN = (((1,), (0,)), ((), ()))
+
+
+def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks):
+    """Why the kernels cannot serve this call, or None."""
+    del k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"dtype {q.dtype}: the matrix unit takes bfloat16 and float32"
+    if q.shape[-1] > 256:
+        return f"{q.shape[-1]} channels a head: at most 256 fit beside the scores"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a call after padding to whole blocks."""
+
+    query: int
+    key: int
+    q_blocks: int
+    k_blocks: int
+    group: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], t: int, s: int, group: int) -> "Shape":
+        query, key = (min(sizes[n], up(length)) for n, length in (("query", t), ("key", s)))
+        return cls(up(query), up(key), pl.cdiv(t, up(query)), pl.cdiv(s, up(key)), group)
+
+
+def up(size: int) -> int:
+    """To whole lanes: a block of rows has its positions along lanes."""
+    return pl.cdiv(size, LANES) * LANES
+
+
+def pad(a: jax.Array, axis: int, length: int, value: float = 0) -> jax.Array:
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, length - a.shape[axis])
+    return jnp.pad(a, widths, constant_values=value) if widths[axis][1] else a
+
+
+def dot(a, b, contract):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, contract, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def column(row: jax.Array) -> jax.Array:
+    """``[1, n]`` as ``[n, 1]``: Mosaic turns whole tiles only."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scalars:
+    """What programs know before they begin: flat int32 arrays in SMEM.
+
+    ``first`` and ``last``: which blocks of keys each block of queries visits, or the other way
+    round. ``q`` and ``k``: the extremes of all blocks.
+    """
+
+    first: Any
+    last: Any
+    q: Extremes
+    k: Extremes
+
+    COUNT: ClassVar[int] = 12
+
+    @classmethod
+    def compute(cls, spec: Spec, shape: Shape, places, by: str) -> "Scalars":
+        """For a kernel that visits the other side of each block of ``by``: query or key."""
+        q_positions, k_positions, q_segments, k_segments = places
+        q = extremes(q_positions, q_segments, shape.query)
+        k = extremes(k_positions, k_segments, shape.key)
+        each_q, each_k = (
+            Extremes(*(jnp.expand_dims(a, axis) for a in side)) for side, axis in ((q, 2), (k, 1))
+        )
+        see = may_see(spec, each_q, each_k)
+        first, last = first_and_last(see if by == "query" else jnp.swapaxes(see, 1, 2))
+        return jax.tree.map(lambda a: a.reshape(-1), cls(first, last, q, k))
+
+    @classmethod
+    def of(cls, refs) -> "Scalars":
+        """From what a kernel or an index map is given."""
+        return cls(refs[0], refs[1], Extremes(*refs[2:7]), Extremes(*refs[7:12]))
+
+    def visit(self, spec: Spec, shape: Shape, b, i, j, inside, meet):
+        """Do ``meet(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
+        # a step beyond the last block must read no extremes beyond the end
+        q_at = b * shape.q_blocks + jnp.minimum(i, shape.q_blocks - 1)
+        k_at = b * shape.k_blocks + jnp.minimum(j, shape.k_blocks - 1)
+        q, k = Extremes(*(a[q_at] for a in self.q)), Extremes(*(a[k_at] for a in self.k))
+        see = may_see(spec, q, k) & inside
+        clear = all_see(spec, q, k)
+
+        @pl.when(see & clear)
+        def _():
+            meet(False)
+
+        @pl.when(see & ~clear)
+        def _():
+            meet(True)
+
+
+def nearest(first, last, step):
+    """The block of a step: beyond the last it stays there, so that nothing is copied."""
+    return jnp.maximum(jnp.minimum(first + step, last), 0)
+
+
+def scores(spec: Spec, shape: Shape, q, k, places, slope, i, j, masked: bool):
+    """``[keys, queries]`` scores, and which are seen (None: all)."""
+    q_positions, k_positions, q_segments, k_segments = places
+    scores = dot(k, q, LAST)
+    size = (shape.key, shape.query)
+    q_at = jnp.broadcast_to(q_positions[0], size)
+    k_at = jnp.broadcast_to(column(k_positions[0]), size)
+    scores = biased(spec, scores, q_at - k_at, slope)
+    if not masked:
+        return scores, None
+    q_in = k_in = None
+    if spec.packed:
+        q_in = jnp.broadcast_to(q_segments[0], size)
+        k_in = jnp.broadcast_to(column(k_segments[0]), size)
+    return scores, visible(spec, q_at, k_at, q_in, k_in)
+
+
+def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
+    scalars, refs = Scalars.of(refs), refs[Scalars.COUNT :]
+    slopes, sinks, q_ref, k_ref, v_ref, *places, y_ref, lse_ref, top_ref, total_ref, acc_ref = refs
+    b, h, i, step = (pl.program_id(axis) for axis in range(4))
+    row = b * shape.q_blocks + i
+    j = scalars.first[row] + step
+
+    @pl.when(step == 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, MASKED)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def meet(masked):
+        slope = slopes[h] if has[0] else None
+        s, seen = scores(spec, shape, q_ref[0, 0], k_ref[0, 0], places, slope, i, j, masked)
+        if seen is not None:
+            s = jnp.where(seen, s, MASKED)
+        top = top_ref[...]
+        new_top = jnp.maximum(top, s.max(0, keepdims=True))
+        weights = jnp.exp(s - new_top)
+        shrink = jnp.exp(top - new_top)
+        top_ref[...] = new_top
+        total_ref[...] = total_ref[...] * shrink + weights.sum(0, keepdims=True)
+        y = dot(v_ref[0, 0], weights.astype(v_ref.dtype), FIRST)
+        acc_ref[...] = acc_ref[...] * shrink + y
+
+    scalars.visit(spec, shape, b, i, j, j <= scalars.last[row], meet)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _():
+        top, total = top_ref[...], total_ref[...]
+        # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
+        some = top > MASKED / 2
+        keep = jnp.where(some, 1.0, 0.0)
+        if has[1]:
+            new_top = jnp.maximum(top, sinks[h])
+            keep *= jnp.exp(top - new_top)
+            total = total * keep + jnp.exp(sinks[h] - new_top)
+            top = new_top
+        else:
+            total = jnp.where(some, total, 1.0)
+        y_ref[0, 0] = (acc_ref[...] * (keep / total)).T.astype(y_ref.dtype)
+        lse_ref[0, 0] = top + jnp.log(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call, padded to whole blocks, heads before time."""
+
+    spec: Spec
+    shape: Shape
+    q_bhtc: jax.Array
+    k_bksc: jax.Array
+    v_bksc: jax.Array
+    places: tuple[jax.Array, ...]
+    slopes: jax.Array | None
+    sinks: jax.Array | None
+
+    @classmethod
+    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, q_at, k_at, q_in, k_in, slopes, sinks):
+        h, k = q_bthc.shape[2], k_bskc.shape[2]
+        shape = Shape.of(sizes, q_bthc.shape[1], k_bskc.shape[1], h // k)
+        t, s = shape.q_blocks * shape.query, shape.k_blocks * shape.key
+        places = (pad(q_at, 1, t, -1), pad(k_at, 1, s, -1), pad(q_in, 1, t), pad(k_in, 1, s))
+        heads_first = [
+            pad(jnp.swapaxes(a, 1, 2), 2, length)
+            for a, length in ((q_bthc, t), (k_bskc, s), (v_bskc, s))
+        ]
+        return cls(spec, shape, *heads_first, places, slopes, sinks)
+
+    def run(self, kernel, name, by, grid, q_block, k_block, arrays, out_shape, out, scratch):
+        """One kernel over ``grid``, whose first three axes are independent.
+
+        ``q_block`` and ``k_block`` map a program's ids and scalars to ``(row, head, block)`` of
+        either side. ``arrays``: pairs of a side, ``"q"`` or ``"k"``, and an array of vectors
+        ``[b, heads, length, c]`` or of numbers ``[b, heads, 1, length]``; ``out``: sides of the
+        results.
+        """
+        scalars = jax.tree.leaves(Scalars.compute(self.spec, self.shape, self.places, by))
+        size = {"q": self.shape.query, "k": self.shape.key}
+        where = {"q": q_block, "k": k_block}
+
+        def block(side, array):
+            of_numbers = array.shape[2] == 1
+
+            def index(*ids_and_refs):
+                ids, refs = ids_and_refs[: len(grid)], ids_and_refs[len(grid) :]
+                row, head, n = where[side](*ids, Scalars.of(refs))
+                return (row, head, 0, n) if of_numbers else (row, head, n, 0)
+
+            shape = (1, size[side]) if of_numbers else (size[side], array.shape[3])
+            return pl.BlockSpec((1, 1, *shape), index)
+
+        def place(side):
+            def index(*ids_and_refs):
+                ids, refs = ids_and_refs[: len(grid)], ids_and_refs[len(grid) :]
+                row, _, n = where[side](*ids, Scalars.of(refs))
+                return (row, 0, n)
+
+            return pl.BlockSpec((1, 1, size[side]), index)
+
+        whole = pl.BlockSpec(memory_space=pltpu.SMEM)
+        by_head = [
+            jnp.zeros((1,), jnp.float32) if a is None else a.astype(jnp.float32)
+            for a in (self.slopes, self.sinks)
+        ]
+        has = (self.slopes is not None, self.sinks is not None)
+        return pl.pallas_call(
+            functools.partial(kernel, self.spec, self.shape, has),
+            out_shape=out_shape,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=Scalars.COUNT,
+                grid=grid,
+                in_specs=[
+                    *(whole for _ in by_head),
+                    *(block(side, a) for side, a in arrays),
+                    *(place(side) for side in ("q", "k", "q", "k")),
+                ],
+                out_specs=[block(side, a) for side, a in zip(out, out_shape, strict=True)],
+                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
+            ),
+            name=name,
+        )(*scalars, *by_head, *(a for _, a in arrays), *(a[:, None] for a in self.places))
+
+
+def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
+    """``y_bthc, lse_bht``; ``arrays`` as in `reference.attention`."""
+    call = Call.of(spec, sizes, *arrays)
+    shape = call.shape
+    b, h, t, c = call.q_bhtc.shape
+
+    def q_block(b, h, i, step, scalars):
+        return b, h, i
+
+    def k_block(b, h, i, step, scalars):
+        row = b * shape.q_blocks + i
+        return b, jax.lax.div(h, shape.group), nearest(scalars.first[row], scalars.last[row], step)
+
+    y_bhtc, lse = call.run(
+        _forward_kernel,
+        "flash_attention",
+        "query",
+        (b, h, shape.q_blocks, shape.k_blocks),
+        q_block,
+        k_block,
+        (("q", call.q_bhtc), ("k", call.k_bksc), ("k", call.v_bksc)),
+        [
+            jax.ShapeDtypeStruct((b, h, t, c), call.q_bhtc.dtype),
+            jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32),
+        ],
+        ("q", "q"),
+        [(1, shape.query), (1, shape.query), (c, shape.query)],
+    )
+    real = arrays[0].shape[1]
+    return jnp.swapaxes(y_bhtc[:, :, :real], 1, 2), lse[:, :, 0, :real]

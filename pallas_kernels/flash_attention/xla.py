@@ -1,0 +1,303 @@
+"""Flash attention as loops over blocks, in plain XLA: every platform, sized for a CPU's cache.
+
+Loops have dynamic bounds: a block of queries visits only the keys it may see. Rows of a batch are
+taken a few at a time, so that a block of scores stays in the cache.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.ranges import Extremes, Visit, all_see, extremes, may_see
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient, visible
+
+# Numbers in a block of scores, of all heads and of as many rows of the batch as are taken at once.
+# More of it would not stay in the last cache between the products.
+SCORES = 2**20
+
+
+class _Blocks(NamedTuple):
+    """One side's arrays by block, the block's number first: ``n`` blocks of ``rows`` rows."""
+
+    positions: jax.Array  # [n, rows, block]
+    segments: jax.Array
+    see: Extremes  # over all rows, [n]
+
+
+def _blocks(positions, segments, size: int) -> _Blocks:
+    rows = positions.shape[0]
+    low, high, lowest, first, last = extremes(positions, segments, size)  # [rows, n]
+    see = Extremes(low.min(0), high.max(0), lowest.min(0), first.min(0), last.max(0))
+    by_block = [jnp.moveaxis(a.reshape(rows, -1, size), 1, 0) for a in (positions, segments)]
+    return _Blocks(*by_block, see)
+
+
+def _split(a: jax.Array, size: int, axis: int) -> jax.Array:
+    """``axis`` in blocks of ``size``, the block's number moved to the front."""
+    shape = (*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
+    return jnp.moveaxis(a.reshape(shape), axis, 0)
+
+
+def _join(a: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `_split`."""
+    a = jnp.moveaxis(a, 0, axis)
+    return a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
+
+
+def _pad(a: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
+    """``axis`` lengthened to a multiple of ``size``."""
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, -a.shape[axis] % size)
+    return jnp.pad(a, widths, constant_values=value) if widths[axis][1] else a
+
+
+class _Plan(NamedTuple):
+    """How a call is cut: block lengths, and rows of the batch taken at once."""
+
+    query: int
+    key: int
+    rows: int
+
+
+def _plan(sizes: Mapping[str, int], b: int, t: int, h: int, s: int) -> _Plan:
+    query, key = min(sizes["query"], t), min(sizes["key"], s)
+    most = max(1, SCORES // (h * query * key))
+    rows = max(r for r in range(1, b + 1) if b % r == 0 and r <= most)
+    return _Plan(query, key, rows)
+
+
+def _heads_first(plan, q_bthc, k_bskc, v_bskc):
+    """Padded to whole blocks: ``q_bkgtc, k_bksc, v_bksc``."""
+    b, _, h, c = q_bthc.shape
+    k = k_bskc.shape[2]
+    q = jnp.swapaxes(_pad(q_bthc, 1, plan.query), 1, 2).reshape(b, k, h // k, -1, c)
+    return q, *(jnp.swapaxes(_pad(a, 1, plan.key), 1, 2) for a in (k_bskc, v_bskc))
+
+
+def _places(plan, q_positions, k_positions, q_segments, k_segments):
+    return (
+        _pad(q_positions, 1, plan.query, -1),
+        _pad(k_positions, 1, plan.key, -1),
+        _pad(q_segments, 1, plan.query),
+        _pad(k_segments, 1, plan.key),
+    )
+
+
+def _by_rows(plan: _Plan, function, *arrays):
+    """``function`` of ``plan.rows`` rows of the batch at a time."""
+    b = arrays[0].shape[0]
+    if plan.rows == b:
+        return function(*arrays)
+    parts = [a.reshape(-1, plan.rows, *a.shape[1:]) for a in arrays]
+    done = jax.lax.map(lambda a: function(*a), tuple(parts))
+    return jax.tree.map(lambda a: a.reshape(b, *a.shape[2:]), done)
+
+
+def _slopes(slopes_h, k: int, dtype):
+    return None if slopes_h is None else slopes_h.astype(dtype).reshape(k, -1)[..., None, None]
+
+
+def _scores(spec, exact, slopes, q_rkgtc, k_rksc, q: _Blocks, k: _Blocks, i, j, masked: bool):
+    """One block of scores ``[r, k, g, t, s]``; ``masked`` False: all are seen."""
+    scores = jnp.einsum("rkgtc,rksc->rkgts", q_rkgtc, k_rksc, preferred_element_type=exact)
+    q_at = q.positions[i][:, None, None, :, None]
+    k_at = k.positions[j][:, None, None, None, :]
+    scores = biased(spec, scores, q_at - k_at, slopes)
+    if not masked:
+        return scores, None
+    seen = visible(
+        spec,
+        q_at,
+        k_at,
+        q.segments[i][:, None, None, :, None],
+        k.segments[j][:, None, None, None, :],
+    )
+    return scores, seen
+
+
+def forward(
+    spec: Spec,
+    sizes: Mapping[str, int],
+    q_bthc,
+    k_bskc,
+    v_bskc,
+    q_positions_bt,
+    k_positions_bs,
+    q_segments_bt,
+    k_segments_bs,
+    slopes_h,
+    sinks_h,
+):
+    """``y_bthc, lse_bht``; arguments as in `reference.attention`."""
+    b, t, h, c = q_bthc.shape
+    s, k = k_bskc.shape[1:3]
+    exact = jnp.promote_types(jnp.float32, q_bthc.dtype)
+    plan = _plan(sizes, b, t, h, s)
+    slopes = _slopes(slopes_h, k, exact)
+    sinks = None if sinks_h is None else sinks_h.astype(exact).reshape(k, h // k)[..., None]
+
+    def rows(q_rkgtc, k_rksc, v_rksc, q_positions, k_positions, q_segments, k_segments):
+        q_side = _blocks(q_positions, q_segments, plan.query)
+        k_side = _blocks(k_positions, k_segments, plan.key)
+        q_n, k_n, v_n = (
+            _split(q_rkgtc, plan.query, 3),
+            _split(k_rksc, plan.key, 2),
+            _split(v_rksc, plan.key, 2),
+        )
+
+        def block_of_queries(_, i):
+            ours = jax.tree.map(lambda a: a[i], q_side.see)
+            q_i = q_n[i]
+            visit = Visit.of(may_see(spec, ours, k_side.see), all_see(spec, ours, k_side.see))
+
+            def meet(j, carry, masked):
+                top, total, y = carry
+                scores, seen = _scores(
+                    spec, exact, slopes, q_i, k_n[j], q_side, k_side, i, j, masked
+                )
+                if seen is not None:
+                    scores = jnp.where(seen, scores, MASKED)
+                new_top = jnp.maximum(top, scores.max(-1))
+                # held here, or XLA would compute the exponentials once more for the sum
+                weights = jax.lax.optimization_barrier(jnp.exp(scores - new_top[..., None]))
+                shrink = jnp.exp(top - new_top)
+                total = total * shrink + weights.sum(-1)
+                y = y * shrink[..., None] + jnp.einsum(
+                    "rkgts,rksc->rkgtc",
+                    weights.astype(v_n.dtype),
+                    v_n[j],
+                    preferred_element_type=exact,
+                )
+                return new_top, total, y
+
+            row = (plan.rows, k, h // k, plan.query)
+            start = (
+                jnp.full(row, MASKED, exact),
+                jnp.zeros(row, exact),
+                jnp.zeros((*row, c), exact),
+            )
+            masked, unmasked = (functools.partial(meet, masked=m) for m in (True, False))
+            top, total, y = visit.loop(masked, unmasked, start)
+            # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
+            some = top > MASKED / 2
+            if sinks is not None:
+                new_top = jnp.maximum(top, sinks)
+                shrink = jnp.where(some, jnp.exp(top - new_top), 0)
+                total = total * shrink + jnp.exp(sinks - new_top)
+                y, top = y * shrink[..., None], new_top
+            else:
+                total = jnp.where(some, total, 1)
+            y = jnp.where(some[..., None], y / total[..., None], 0).astype(q_bthc.dtype)
+            return None, (y, top + jnp.log(total))
+
+        _, (y, lse) = jax.lax.scan(block_of_queries, None, jnp.arange(q_n.shape[0]))
+        return _join(y, 3), _join(lse, 3)
+
+    y_bkgtc, lse_bkgt = _by_rows(
+        plan,
+        rows,
+        *_heads_first(plan, q_bthc, k_bskc, v_bskc),
+        *_places(plan, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs),
+    )
+    y_bthc = jnp.swapaxes(y_bkgtc.reshape(b, h, -1, c), 1, 2)[:, :t]
+    return y_bthc, lse_bkgt.reshape(b, h, -1)[..., :t]
+
+
+def backward(
+    spec: Spec,
+    sizes: Mapping[str, int],
+    q_bthc,
+    k_bskc,
+    v_bskc,
+    q_positions_bt,
+    k_positions_bs,
+    q_segments_bt,
+    k_segments_bs,
+    slopes_h,
+    sinks_h,
+    lse_bht,
+    delta_bht,
+    dy_bthc,
+):
+    """``dq_bthc, dk_bskc, dv_bskc``; ``delta_bht`` is Δ of the package's docstring."""
+    del sinks_h  # they are in the log-sum-exp
+    b, t, h, c = q_bthc.shape
+    s, k = k_bskc.shape[1:3]
+    exact = lse_bht.dtype
+    plan = _plan(sizes, b, t, h, s)
+    slopes = _slopes(slopes_h, k, exact)
+
+    def rows(
+        q_rkgtc,
+        k_rksc,
+        v_rksc,
+        dy_rkgtc,
+        lse,
+        delta,
+        q_positions,
+        k_positions,
+        q_segments,
+        k_segments,
+    ):
+        q_side = _blocks(q_positions, q_segments, plan.query)
+        k_side = _blocks(k_positions, k_segments, plan.key)
+        q_n, dy_n = (_split(a, plan.query, 3) for a in (q_rkgtc, dy_rkgtc))
+        k_n, v_n = (_split(a, plan.key, 2) for a in (k_rksc, v_rksc))
+        lse_n, delta_n = (_split(a, plan.query, 3) for a in (lse, delta))
+        # Channels first once here: XLA:CPU would otherwise turn every block of weights to sum over
+        # queries, at more than the product's own cost.
+        q_across, dy_across = (jnp.moveaxis(a, -1, 3) for a in (q_n, dy_n))
+
+        def block_of_keys(dq_n, j):
+            theirs = jax.tree.map(lambda a: a[j], k_side.see)
+            k_j, v_j = k_n[j], v_n[j]
+            visit = Visit.of(may_see(spec, q_side.see, theirs), all_see(spec, q_side.see, theirs))
+
+            def meet(i, carry, masked):
+                dq_n, dk, dv = carry
+                scores, seen = _scores(
+                    spec, exact, slopes, q_n[i], k_j, q_side, k_side, i, j, masked
+                )
+                # ≤ 0 but for the rounding of scores made twice, which must not overflow
+                weights = jnp.exp(jnp.minimum(scores - lse_n[i][..., None], 0))
+                if seen is not None:
+                    weights = jnp.where(seen, weights, 0)
+                d_weights = jnp.einsum(
+                    "rkgtc,rksc->rkgts", dy_n[i], v_j, preferred_element_type=exact
+                )
+                d_scores = weights * (d_weights - delta_n[i][..., None])
+                d_scores = biased_gradient(spec, scores, d_scores).astype(q_n.dtype)
+                weights, d_scores = jax.lax.optimization_barrier(
+                    (weights.astype(dy_n.dtype), d_scores)
+                )
+
+                def across(left, right):
+                    return jnp.einsum(
+                        "rkcgt,rkgts->rkcs", left[i], right, preferred_element_type=exact
+                    )
+
+                dq = jnp.einsum("rkgts,rksc->rkgtc", d_scores, k_j, preferred_element_type=exact)
+                dk += across(q_across, d_scores)
+                dv += across(dy_across, weights)
+                return dq_n.at[i].add(dq), dk, dv
+
+            zeros = jnp.zeros_like(k_n[0], exact).swapaxes(-1, -2)
+            masked, unmasked = (functools.partial(meet, masked=m) for m in (True, False))
+            dq_n, dk, dv = visit.loop(masked, unmasked, (dq_n, zeros, zeros))
+            dk, dv = (jnp.swapaxes(a, -1, -2) for a in (dk, dv))
+            return dq_n, (dk.astype(k_n.dtype), dv.astype(v_n.dtype))
+
+        dq_n = jnp.zeros(q_n.shape, exact)
+        dq_n, (dk_n, dv_n) = jax.lax.scan(block_of_keys, dq_n, jnp.arange(k_n.shape[0]))
+        return _join(dq_n, 3).astype(q_n.dtype), _join(dk_n, 2), _join(dv_n, 2)
+
+    q, k_bksc, v_bksc = _heads_first(plan, q_bthc, k_bskc, v_bskc)
+    dy = jnp.swapaxes(_pad(dy_bthc, 1, plan.query), 1, 2).reshape(q.shape)
+    by_row = [_pad(a, 2, plan.query).reshape(b, k, h // k, -1) for a in (lse_bht, delta_bht)]
+    places = _places(plan, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs)
+    dq, dk, dv = _by_rows(plan, rows, q, k_bksc, v_bksc, dy, *by_row, *places)
+    dq_bthc = jnp.swapaxes(dq.reshape(b, h, -1, c), 1, 2)[:, :t]
+    return dq_bthc, *(jnp.swapaxes(a, 1, 2)[:, :length] for a, length in ((dk, s), (dv, s)))
