@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_list, _add_run, _add_report):
+    for add in (_add_list, _add_run, _add_report, _add_bench):
         add(commands)
     return parser
 
@@ -117,6 +117,20 @@ def _add_report(commands) -> None:
     parser.add_argument("--check", action="store_true", help="only say whether it is stale")
     _add_results(parser)
     parser.set_defaults(command=_report)
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="time a kernel beside its peers on this machine")
+    parser.add_argument("op", metavar="OP", help="an op, e.g. flash_attention")
+    parser.add_argument("--cases", help="names with commas between; default: all")
+    parser.add_argument("--implementations", help="likewise")
+    parser.add_argument("--peers", help="likewise, or none")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each at most")
+    parser.add_argument("--seconds", type=float, default=5.0, help="after which one sits out")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--no-record", action="store_true", help="only show")
+    where.add_argument("--out", type=Path, help="default: the chip's file in the kernels' results")
+    parser.set_defaults(command=_bench)
 
 
 def _add_results(parser) -> None:
@@ -225,6 +239,34 @@ def _report(options) -> int:
         return 1 if stale else 0
     for path in report.write(root):
         print(path)
+    return 0
+
+
+def _bench(options) -> int:
+    from rich.console import Console
+
+    from research.benchmark import record
+    from research.benchmark.run import bench
+
+    def names(text):
+        return None if text is None else text.split(",")
+
+    found = bench(
+        options.op,
+        cases=names(options.cases),
+        implementations=names(options.implementations),
+        peers=[] if options.peers == "none" else names(options.peers),
+        rounds=options.rounds,
+        seconds=options.seconds,
+    )
+    console = Console(highlight=False, markup=False)
+    console.print(record.table(found))
+    for line in record.absences(found):
+        console.print(line, soft_wrap=True)
+    if not options.no_record:
+        to = options.out or record.path(found["machine"]["device_kind"])
+        written = record.save(found, to)
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0
 
 
