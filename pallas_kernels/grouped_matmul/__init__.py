@@ -69,9 +69,10 @@ def _forward(x_md, weights_edf, group_sizes_e):
 
 
 def _backward(residuals, dy_mf):
+    x_md, weights_edf, group_sizes_e = residuals
+    dx_md, dweights_edf = xla.backward(x_md, weights_edf, group_sizes_e, dy_mf)
     # integers have no tangent: JAX wants zeros of float0
-    none_e = np.zeros(residuals[2].shape, jax.dtypes.float0)
-    return *xla.backward(*residuals, dy_mf), none_e
+    return dx_md, dweights_edf, np.zeros(group_sizes_e.shape, jax.dtypes.float0)
 
 
 _grouped_matmul.defvjp(_forward, _backward)

@@ -1,4 +1,10 @@
-"""The grouped matmul and its two gradients by XLA's ragged products, on every platform."""
+"""The grouped matmul and its two gradients by XLA's ragged products, on every platform.
+
+On the CPU XLA lowers them densely: every row meets every expert, and the rows are copied once an
+expert. With 8 experts of 256 x 256 and 1024 rows, or of 512 x 512 and 4096, in float32, that took
+5 and 9 times as long as 8 dense products forward, 7 and 10 times with the gradients, and 8 to 10
+times the bytes of x.
+"""
 
 import jax
 import jax.numpy as jnp
