@@ -1,0 +1,52 @@
+"""The recurrences, token by token."""
+
+import jax
+import jax.numpy as jnp
+
+# the greatest exponent of a state that has seen nothing: finite, so that no ∞ − ∞ can be
+EMPTY = -1e38
+
+
+def exact(array):
+    """The dtype to compute in."""
+    return jnp.float64 if array.dtype == jnp.float64 else jnp.float32
+
+
+def scan(step, constants, state, tokens):
+    """``y`` and the final state of ``step`` over time, the second axis of each of ``tokens``."""
+    in_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    state, y = jax.lax.scan(lambda s, x: step(constants, s, x), state, in_time)
+    return jnp.moveaxis(y, 0, 1), state
+
+
+def step4(constants, state, token):
+    """One token of `wkv4`: ``constants`` are the decay's logarithm and the bonus."""
+    decay_d, u_d = constants
+    reset_b, k_bd, v_bd = token
+    reset = reset_b[:, None]
+    numerator, denominator, greatest = state
+    numerator = jnp.where(reset, 0, numerator)
+    denominator = jnp.where(reset, 0, denominator)
+    greatest = jnp.where(reset, EMPTY, greatest)
+
+    top = jnp.maximum(greatest, k_bd + u_d)
+    past, now = jnp.exp(greatest - top), jnp.exp(k_bd + u_d - top)
+    y = (past * numerator + now * v_bd) / (past * denominator + now)
+
+    top = jnp.maximum(greatest + decay_d, k_bd)
+    past, now = jnp.exp(greatest + decay_d - top), jnp.exp(k_bd - top)
+    return (past * numerator + now * v_bd, past * denominator + now, top), y
+
+
+def step7(constants, state, token):
+    """One token of `wkv7`; the state is values by keys."""
+    del constants
+    reset_b, r, w, k, v, a, b = token
+    state = jnp.where(reset_b[:, None, None, None], 0, state)
+    taken_bhc = jnp.sum(state * a[..., None, :], -1)
+    state = (
+        state * jnp.exp(-jnp.exp(w))[..., None, :]
+        + taken_bhc[..., None] * b[..., None, :]
+        + v[..., None] * k[..., None, :]
+    )
+    return state, jnp.sum(state * r[..., None, :], -1)

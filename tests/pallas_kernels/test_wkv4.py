@@ -1,0 +1,106 @@
+"""`wkv4` against float64, against transformers, and with the arguments that cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.wkv import wkv4
+
+
+def inputs(b, t, d, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    w, u = rng.normal(size=(2, d))
+    k, v = rng.normal(size=(2, b, t, d)) * np.array([scale, 1.0])[:, None, None, None]
+    state = (rng.normal(size=(b, d)), rng.uniform(0.5, 2, size=(b, d)), rng.normal(size=(b, d)))
+    return w, u, k, v, state
+
+
+def value_and_gradients(implementation, arrays, dtype, segments=None, chunk=4):
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
+
+    def loss(w, u, k, v, state):
+        y, final = wkv4(
+            w, u, k, v, segment_ids_bt=segments, initial_state=state,
+            implementation=implementation, blocks={"chunk": chunk},
+        )  # fmt: skip
+        weights = jnp.cos(jnp.arange(y.size, dtype=final[0].dtype)).reshape(y.shape)
+        total = jnp.sum(y * weights) + jnp.sum(final[0] * 0.3) + jnp.sum(jnp.sin(final[1]))
+        return total + 1e-3 * jnp.sum(final[2]), (y, final)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    (_, results), gradients = run(*arrays)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), (results, gradients))
+
+
+@pytest.mark.parametrize(
+    "b, t, d, scale, packed",
+    [(1, 1, 1, 1, False), (2, 13, 5, 1, True), (1, 16, 3, 30, False), (2, 11, 4, 1e4, True)],
+)
+def test_equals_float64(b, t, d, scale, packed):
+    arrays = inputs(b, t, d, scale)
+    segments = np.cumsum(np.random.default_rng(1).uniform(size=(b, t)) < 0.4, 1) if packed else None
+    with jax.enable_x64(True):
+        want = value_and_gradients("reference", arrays, jnp.float64, segments)
+    got = value_and_gradients("xla", arrays, jnp.float32, segments)
+    # float32 holds an exponent of 1e4 to 1e-3 only
+    tolerance = 1e-4 if scale < 1e3 else 2e-2
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.isfinite(g).all()
+        np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+def test_equals_transformers():
+    torch = pytest.importorskip("torch")
+    rwkv = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    w, u, k, v, state = jax.tree.map(lambda x: np.asarray(x, np.float32), inputs(2, 9, 6))
+    want, want_state = rwkv.rwkv_linear_attention_cpu(
+        *(torch.tensor(x) for x in (w, u, k, v)), state=[torch.tensor(x) for x in state]
+    )
+    y, final = wkv4(w, u, k, v, initial_state=state, implementation="reference")
+    np.testing.assert_allclose(y, want.numpy(), rtol=1e-5, atol=1e-5)
+    for g, e in zip(final, want_state, strict=True):
+        np.testing.assert_allclose(g, e.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_segments_and_halves():
+    """A packed row is its segments one by one; a row is its halves, the state handed on."""
+    w, u, k, v, _ = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), inputs(1, 10, 3))
+    y, final = wkv4(w, u, k, v, segment_ids_bt=jnp.array([[0] * 4 + [1] + [2] * 5]))
+    parts = [wkv4(w, u, k[:, i:j], v[:, i:j]) for i, j in ((0, 4), (4, 5), (5, 10))]
+    np.testing.assert_allclose(y, jnp.concatenate([p[0] for p in parts], 1), rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-5), final, parts[-1][1])
+    whole, _ = wkv4(w, u, k, v)
+    first, state = wkv4(w, u, k[:, :3], v[:, :3])
+    second, _ = wkv4(w, u, k[:, 3:], v[:, 3:], initial_state=state)
+    np.testing.assert_allclose(whole, jnp.concatenate([first, second], 1), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16():
+    w, u, k, v, _ = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), inputs(1, 7, 3))
+    y, final = wkv4(w, u, k, v)
+    assert y.dtype == jnp.bfloat16 and final[0].dtype == jnp.float32
+    want, _ = wkv4(*(x.astype(jnp.float32) for x in (w, u, k, v)), implementation="reference")
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k_btd": jnp.zeros((2, 3))}, "k.shape="),
+        ({"v_btd": jnp.zeros((1, 2, 4))}, "v.shape="),
+        ({"w_d": jnp.zeros(5)}, "w.shape="),
+        ({"u_d": jnp.zeros(4, int)}, "u.dtype="),
+        ({"segment_ids_bt": jnp.zeros((1, 3))}, "segment_ids.dtype="),
+        ({"initial_state": (jnp.zeros((1, 4)),)}, "initial_state=1"),
+        ({"initial_state": (jnp.zeros((1, 3)),) * 3}, "initial_state.shape="),
+        ({"blocks": {"chunk": 0}}, "blocks.chunk=0"),
+        ({"implementation": "tpu"}, "no kernel for TPU"),
+        ({"implementation": "gpu"}, "no kernel for GPU"),
+        ({"implementation": "xal"}, "did you mean 'xla'"),
+    ],
+)
+def test_refuses(change, message):
+    row = jnp.zeros((1, 3, 4))
+    with pytest.raises(ValueError, match=message):
+        wkv4(**({"w_d": row[0, 0], "u_d": row[0, 0], "k_btd": row, "v_btd": row} | change))

@@ -1,0 +1,108 @@
+"""`wkv7` against float64, against the equation in torch, and its memory and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.wkv import wkv7
+
+
+def inputs(b, t, h, c, decay=0.0, seed=0):
+    """r, w, k, v, a, b and the state as RWKV-7 makes them: ``a = −κ``, ``b = κ · rate``."""
+    rng = np.random.default_rng(seed)
+    r, w, k, v, key = rng.normal(size=(5, b, t, h, c))
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    rate = rng.uniform(size=key.shape)
+    return r, w + decay, k, v, -key, key * rate, rng.normal(size=(b, h, c, c))
+
+
+def value_and_gradients(implementation, arrays, dtype, segments=None):
+    def loss(*arrays):
+        y, final = wkv7(
+            *arrays[:6], segment_ids_bt=segments, initial_state_bhcc=arrays[6],
+            implementation=implementation, blocks={"chunk": 4},
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(final)), (y, final)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(7)), has_aux=True))
+    (_, results), gradients = run(*(jnp.asarray(x, dtype) for x in arrays))
+    return [np.asarray(x, np.float64) for x in (*results, *gradients)]
+
+
+@pytest.mark.parametrize(
+    "b, t, h, c, decay, packed",
+    [(1, 1, 1, 1, 0, False), (2, 13, 2, 4, 0, True), (1, 16, 1, 8, 4, False), (1, 11, 3, 4, -9, 1)],
+)
+def test_equals_float64(b, t, h, c, decay, packed):
+    arrays = inputs(b, t, h, c, decay)
+    segments = np.cumsum(np.random.default_rng(1).uniform(size=(b, t)) < 0.4, 1) if packed else None
+    with jax.enable_x64(True):
+        want = value_and_gradients("reference", arrays, jnp.float64, segments)
+    got = value_and_gradients("xla", arrays, jnp.float32, segments)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+
+
+def test_equals_the_equation_in_torch():
+    """The paper's matrices as they are written, and torch's gradients through them."""
+    torch = pytest.importorskip("torch")
+    arrays = inputs(2, 6, 2, 3)
+    leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+    r, w, k, v, a, b, state = leaves
+    outputs = []
+    for t in range(6):
+        change = torch.diag_embed(torch.exp(-torch.exp(w[:, t])))
+        change = change + a[:, t, :, :, None] @ b[:, t, :, None, :]
+        state = state @ change + v[:, t, :, :, None] @ k[:, t, :, None, :]
+        outputs.append((r[:, t, :, None, :] @ state.mT)[..., 0, :])
+    y = torch.stack(outputs, 1)
+    (torch.sin(y).sum() + torch.cos(state).sum()).backward()
+    want = [y.detach(), state.detach(), *(x.grad for x in leaves)]
+    with jax.enable_x64(True):
+        got = value_and_gradients("reference", arrays, jnp.float64)
+    for g, e in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, e.numpy(), rtol=1e-9, atol=1e-9)
+
+
+def test_memory_grows_with_chunks():
+    """Eight times the length: states of all tokens would be 8 times as much as here."""
+
+    def bytes_of(t, implementation):
+        def loss(*arrays):
+            y, _ = wkv7(*arrays, implementation=implementation, blocks={"chunk": 16})
+            return jnp.sum(y)
+
+        shapes = [jax.ShapeDtypeStruct((1, t, 1, 16), jnp.float32)] * 6
+        compiled = jax.jit(jax.grad(loss, argnums=tuple(range(6)))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(1024, "xla") < 9 * bytes_of(128, "xla")
+    assert bytes_of(1024, "xla") < bytes_of(1024, "reference") / 2
+
+
+def test_bfloat16():
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(1, 7, 2, 4)[:6]]
+    y, final = wkv7(*arrays)
+    assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+    want, _ = wkv7(*(x.astype(jnp.float32) for x in arrays), implementation="reference")
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k_bthc": jnp.zeros((2, 3))}, "k.shape="),
+        ({"r_bthc": jnp.zeros((1, 3, 2, 5))}, "r.shape="),
+        ({"w_bthc": jnp.zeros((1, 3, 2, 4), int)}, "w.dtype="),
+        ({"segment_ids_bt": jnp.zeros((1, 2), int)}, "segment_ids.shape="),
+        ({"initial_state_bhcc": jnp.zeros((1, 2, 4, 3))}, "initial_state.shape="),
+        ({"blocks": {"size": 1}}, "blocks.size=1"),
+        ({"implementation": "tpu"}, "no kernel for TPU"),
+        ({"implementation": "gpu"}, "no kernel for GPU"),
+    ],
+)
+def test_refuses(change, message):
+    row = jnp.zeros((1, 3, 2, 4))
+    with pytest.raises(ValueError, match=message):
+        wkv7(**({f"{name}_bthc": row for name in "rwkvab"} | change))
