@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.wkv import wkv4
 
@@ -74,6 +76,19 @@ def test_segments_and_halves():
     first, state = wkv4(w, u, k[:, :3], v[:, :3])
     second, _ = wkv4(w, u, k[:, 3:], v[:, 3:], initial_state=state)
     np.testing.assert_allclose(whole, jnp.concatenate([first, second], 1), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(b=st.integers(1, 3), t=st.integers(1, 20), chunk=st.integers(1, 24), data=st.data())
+def test_any_shape(b, t, chunk, data):
+    """Chunks that divide the length, do not, and are longer than it."""
+    row = st.lists(st.integers(0, 1), min_size=t, max_size=t)
+    segments = jnp.array(data.draw(st.lists(row, min_size=b, max_size=b)))
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs(b, t, 3)[:4]]
+    want = wkv4(*arrays, segment_ids_bt=segments, implementation="reference")
+    got = wkv4(*arrays, segment_ids_bt=segments, blocks={"chunk": chunk})
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16():
