@@ -1,8 +1,7 @@
 """Block sizes of an op, per platform and per chip: the table is ``<op>/blocks.json``.
 
 ``platform → sizes`` holds for every chip of a platform; ``device kind → sizes`` (as
-`jax.Device.device_kind` spells it) overrides it where a chip was tuned:
-``ablate bench <op> --tune`` measures and writes those.
+`jax.Device.device_kind` spells it) overrides it for one chip.
 """
 
 import functools
@@ -26,7 +25,9 @@ def table(op: str) -> dict[str, dict[str, int]]:
     return json.loads(path(op).read_text())
 
 
-def block_sizes(op: str, platform: str, override: Mapping[str, int] | None = None):
+def block_sizes(
+    op: str, platform: str, override: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Sizes for ``op`` on ``platform`` (``"tpu"``, ``"gpu"`` or ``"cpu"``), as a dict.
 
     The chip's own sizes are used when this process runs on one; a program compiled ahead of time

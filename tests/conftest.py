@@ -10,6 +10,7 @@ import pytest
 # Tests run on the CPU, also where libtpu is installed so as to compile for TPUs that are not there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one for each of pytest's workers
 
 ROOT = Path(__file__).parent.parent
 

@@ -121,7 +121,7 @@ def flash_attention(
             (name, tuple(block_sizes(OP, platform, blocks).items()))
             for name, platform in (("xla", "cpu"), ("tpu", "tpu"), ("gpu", "gpu"))
         )
-        y, lse = _attention(spec, tuple(chosen), sizes, *arrays)
+        y, lse = _attention(spec, tuple(chosen), sizes, *arrays)  # type: ignore[misc]
     return (y, lse) if return_lse else y
 
 

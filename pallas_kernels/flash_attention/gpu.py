@@ -1,4 +1,4 @@
-"""Flash attention on an NVIDIA GPU: no kernel yet; every call is refused, and None takes ``xla``."""
+"""Flash attention on an NVIDIA GPU: no kernel yet. Calls are refused; None takes ``xla``."""
 
 
 def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks) -> str:

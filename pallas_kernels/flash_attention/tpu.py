@@ -223,11 +223,11 @@ class Call:
         shape = Shape.of(sizes, q_bthc.shape[1], k_bskc.shape[1], h // k)
         t, s = shape.q_blocks * shape.query, shape.k_blocks * shape.key
         places = (pad(q_at, 1, t, -1), pad(k_at, 1, s, -1), pad(q_in, 1, t), pad(k_in, 1, s))
-        heads_first = [
+        q_bhtc, k_bksc, v_bksc = (
             pad(jnp.swapaxes(a, 1, 2), 2, length)
             for a, length in ((q_bthc, t), (k_bskc, s), (v_bskc, s))
-        ]
-        return cls(spec, shape, *heads_first, places, slopes, sinks)
+        )
+        return cls(spec, shape, q_bhtc, k_bksc, v_bksc, places, slopes, sinks)
 
     def run(self, kernel, name, by, grid, q_block, k_block, arrays, out_shape, out, scratch):
         """One kernel over ``grid``, whose first three axes are independent.

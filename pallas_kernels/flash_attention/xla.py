@@ -28,11 +28,9 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(positions, segments, size: int) -> _Blocks:
-    rows = positions.shape[0]
     low, high, lowest, first, last = extremes(positions, segments, size)  # [rows, n]
     see = Extremes(low.min(0), high.max(0), lowest.min(0), first.min(0), last.max(0))
-    by_block = [jnp.moveaxis(a.reshape(rows, -1, size), 1, 0) for a in (positions, segments)]
-    return _Blocks(*by_block, see)
+    return _Blocks(_split(positions, size, 1), _split(segments, size, 1), see)
 
 
 def _split(a: jax.Array, size: int, axis: int) -> jax.Array:

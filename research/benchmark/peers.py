@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ _CHIP_MATMUL = {"ragged_dot": jax.lax.ragged_dot}
 _TPU_FLASH = _heads_first("jax.experimental.pallas.ops.tpu.flash_attention", "flash_attention")
 
 # op → platform → name → function of the op's arrays; "torch_sdpa" is prepared by `torch_attention`
-PEERS: dict[str, dict[str, dict[str, Callable | None]]] = {
+PEERS: Mapping[str, Mapping[str, Mapping[str, Callable | None]]] = {
     "flash_attention": {
         "cpu": {"torch_sdpa": None, "naive": _naive_attention, "jax_nn": _jax_nn("xla")},
         "gpu": {

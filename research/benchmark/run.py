@@ -59,8 +59,9 @@ def bench(
     measured = {}
     for case_name in chosen["cases"]:
         case = op.cases[platform][case_name]
-        if case["dtype"] not in ceilings:
-            ceilings[case["dtype"]] = measure.ceilings(case["dtype"], rounds, seconds)
+        dtype = str(case["dtype"])
+        if dtype not in ceilings:
+            ceilings[dtype] = measure.ceilings(dtype, rounds, seconds)
         measured[case_name] = {"case": dict(case)}
         for which in PASSES:
             measured[case_name][which] = _pass(op, case, functions, which, rounds, seconds)

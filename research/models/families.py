@@ -88,7 +88,9 @@ def _write_llama(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_mistral(hf: Mapping[str, Any]) -> DecoderConfig:
-    return _read_llama({**hf, "attention_bias": False, "mlp_bias": False})
+    # transformers reads an absent window as 4096, and null as none
+    window = hf.get("sliding_window", 4096)
+    return _read_llama({**hf, "sliding_window": window, "attention_bias": False, "mlp_bias": False})
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:

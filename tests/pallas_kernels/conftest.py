@@ -4,7 +4,6 @@ import contextlib
 
 import jax
 import numpy as np
-import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpreter
@@ -40,12 +39,6 @@ def interpreted(implementation: str, *, races: bool = False):
         yield
     found = getattr(module, "races", None) if implementation == "tpu" else module.get_races()
     assert mode is True or (found is not None and not found.races_found), "a race was found"
-
-
-@pytest.fixture(params=list(TPUS))
-def tpu(request):
-    """A TPU's mesh of one device, for each generation."""
-    return topology_mesh(request.param, (1,), ("data",))
 
 
 def topology_mesh(generation: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:

@@ -305,3 +305,14 @@ def test_what_a_family_cannot_hold_is_not_written(pair, tmp_path):
         save(ours, tmp_path / "b", family)
     with pytest.raises(ConfigError, match="family='lama'.*did you mean 'llama'"):
         save(ours, tmp_path / "c", "lama")
+
+
+def test_an_absent_window_is_what_transformers_takes_it_for():
+    transformers = pytest.importorskip("transformers")
+    theirs = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+    sizes |= dict(vocab_size=64, intermediate_size=48, num_key_value_heads=2)
+    default = transformers.MistralConfig(**sizes).sliding_window
+    assert decoder_config({**theirs, **sizes}).attention.window == default
+    full = decoder_config({**theirs, **sizes, "sliding_window": None})
+    assert full.attention.window is None and full.pattern == ("attention",)
