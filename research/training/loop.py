@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
-from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
+from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh, validate
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError, check_finite
@@ -30,7 +30,7 @@ from research.training.flops import peak_flops, train_flops_per_token
 from research.training.metrics import Metrics
 from research.training.optimizers import make_optimizer
 from research.training.progress import bar
-from research.training.state import TrainState
+from research.training.state import TrainState, abstract_state
 from research.training.step import LossFn, make_step, next_token_loss
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -106,8 +106,8 @@ def train(
     def fresh_model() -> Decoder:
         return Decoder(model, rngs=nnx.Rngs(seed))
 
-    abstract = jax.eval_shape(lambda: fresh_state(fresh_model()))
-    placed = shardings(abstract, the_mesh)
+    abstract = abstract_state(model, optimizer, the_mesh)
+    placed = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep) if workdir else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(the_mesh))
@@ -115,7 +115,7 @@ def train(
             stack.callback(checkpoints.close)
         restored = None
         if checkpoints:
-            restored = checkpoints.restore(_targets(abstract, placed))
+            restored = checkpoints.restore(abstract)
         if restored is not None:
             state, position = restored
             dataset.set_state(position["data"])
@@ -260,25 +260,14 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     config = from_mapping(DecoderConfig, held["model"], "model")
     training = from_mapping(TrainingConfig, held["training"], "training")
     optimizer = make_optimizer(training.optimizer, training.steps)
-    abstract = jax.eval_shape(
-        lambda: TrainState.begin(Decoder(config, rngs=nnx.Rngs(0)), optimizer, 0)
-    )
-    targets = _targets(abstract, shardings(abstract, make_mesh(mesh)))
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep)
     try:
-        restored = checkpoints.restore(targets)
+        restored = checkpoints.restore(abstract_state(config, optimizer, make_mesh(mesh)))
     finally:
         checkpoints.close()
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
     return restored[0].model
-
-
-def _targets(abstract: TrainState, placed: TrainState) -> TrainState:
-    """Shapes and dtypes with where to put them: what `Checkpoints.restore` asks for."""
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
-    )
 
 
 def _check_parts(model, data, training, mesh) -> None:

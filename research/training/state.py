@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from jax.sharding import Mesh
 
-from layers.decoder import Decoder
+from layers.decoder import Decoder, DecoderConfig
+from research.parallel import shardings
 
 
 @jax.tree_util.register_dataclass
@@ -35,3 +38,20 @@ class TrainState:
         updates, moments = optimizer.update(gradients, self.optimizer, params)  # type: ignore[arg-type]
         model: Any = optax.apply_updates(params, updates)
         return TrainState(model, moments, self.step + 1, self.key)
+
+
+def abstract_state(
+    model: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state of training ``model`` as `jax.ShapeDtypeStruct` with resting places on ``mesh``.
+
+    Nothing is allocated, and ``mesh`` may be of devices that are not here.
+    """
+    state = jax.eval_shape(
+        lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0)
+    )
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        state,
+        shardings(state, mesh),
+    )

@@ -1,0 +1,70 @@
+"""Programs for TPUs that are not here: a slice described by name, and its real compiler.
+
+libtpu compiles without a chip, so that a program's memory, collectives and kernels on a slice are
+known on any Linux machine (`pip install ablate[tpu]`).
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from layers.config import ConfigError
+from research.parallel.mesh import MeshConfig, make_mesh
+
+
+# Without these libtpu asks Google's metadata servers which chips there are and says at length that
+# it found none, and refuses a second process.
+_NO_CHIP = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def has_compiler() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def topology_mesh(name: str, config: MeshConfig = MeshConfig()) -> jax.sharding.Mesh:
+    """A mesh over the chips of the slice ``name``, e.g. ``v5e:2x2``, ``v5p:4x4x4``, ``v6e:4x4``.
+
+    Raises:
+      ConfigError: no such slice, the compiler is not installed, or ``config`` does not fit.
+    """
+    if not has_compiler():
+        raise ConfigError(f"topology={name!r}: needs the TPU compiler: pip install 'ablate[tpu]'")
+    try:
+        with _environment(_NO_CHIP):
+            found = topologies.get_topology_desc(topology_name=name, platform="tpu")
+    except Exception as error:
+        raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
+    return make_mesh(config, found.devices)
+
+
+def compile_for_tpu(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """``function`` (jitted, or it will be) compiled for the slice its ``arguments`` rest on.
+
+    They are `jax.ShapeDtypeStruct` with shardings on a `topology_mesh`; call it inside `use_mesh`
+    where the function wants one.
+    """
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    return jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """The process's environment with ``defaults`` where it says nothing."""
+    added = [name for name in defaults if name not in os.environ]
+    os.environ.update({name: defaults[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
