@@ -1,8 +1,9 @@
-"""Measurements that experiments share: bytes of a decoding state, and time of a decoding step."""
+"""Measurements that experiments share: bytes of states and programs, and times taken in turn."""
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +39,39 @@ def decode_speedup(
     # by way of the host: a model that rests on a mesh would decode there
     here = (jax.tree.map(jnp.asarray, jax.device_get(m)) for m in (baseline, model))
     runs = [_decoding(m, batch, length, rounds) for m in here]
-    times: list[list[float]] = [[], []]
-    for _ in range(rounds):
+    baseline_time, time_ = median_times(runs, rounds)
+    return baseline_time / time_
+
+
+def median_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median seconds of each of ``runs`` over ``rounds`` turns, A B A B …, after one call each."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
         for run, spent in zip(runs, times, strict=True):
             start = time.perf_counter()
-            run()
-            spent.append(time.perf_counter() - start)
-    return float(np.median(times[0]) / np.median(times[1]))
+            jax.block_until_ready(run())
+            if turn:  # the first call compiles
+                spent.append(time.perf_counter() - start)
+    return [float(np.median(spent)) for spent in times]
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program needs a device beside its arguments and results."""
+    analysis: Any = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of ``sizes`` that ``values`` grow with: the slope of their logarithms."""
+    check(min(values) > 0, "values", values, "must be > 0")
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[[], None]:
     """A function that decodes the next token of ``batch`` rows after ``length`` cached ones."""
     chunk = min(length, 128)
     check(length % chunk == 0, "length", length, f"must be a multiple of {chunk}")
-    # one more than the rounds: the first call compiles
+    # one more than the rounds, for the call that compiles
     state = model.init_state(batch, length + rounds + 1)
     for at in range(0, length, chunk):
         state, _ = _read(model, state, at, batch, chunk)
@@ -63,7 +83,6 @@ def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[
         jax.block_until_ready((state, token))
         at += 1
 
-    run()
     return run
 
 

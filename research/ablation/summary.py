@@ -103,14 +103,16 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
-    """Arms × metrics, mean ± half of the 95% interval."""
+    """Arms and metrics, mean ± half of the 95% interval; the fewer of the two are the columns."""
     table = Table(title=f"{summary['experiment']} at {summary['scale']} scale: mean ± 95%")
-    table.add_column("arm", overflow="fold")
-    names = metric_names(summary)
-    for name in names:
+    arms, metrics = list(summary["metrics"]), metric_names(summary)
+    across, down = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
+    table.add_column("metric" if down is metrics else "arm", overflow="fold")
+    for name in across:
         table.add_column(name, justify="right", overflow="fold")
-    for arm, spread in summary["metrics"].items():
-        table.add_row(arm, *(number(spread.get(name)) for name in names))
+    for row in down:
+        pairs = ((row, name) if down is arms else (name, row) for name in across)
+        table.add_row(row, *(number(summary["metrics"][arm].get(name)) for arm, name in pairs))
     return table
 
 

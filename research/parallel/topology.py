@@ -6,6 +6,7 @@ known on any Linux machine (`pip install ablate[tpu]`).
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,8 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from layers.config import ConfigError
-from research.parallel.mesh import MeshConfig, make_mesh
-
+from research.parallel import MeshConfig, make_mesh
 
 # Without these libtpu asks Google's metadata servers which chips there are and says at length that
 # it found none, and refuses a second process.
@@ -55,7 +55,15 @@ def compile_for_tpu(function: Callable, *arguments: Any) -> jax.stages.Compiled:
     where the function wants one.
     """
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-    return jitted.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=("tpu",))
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    # a program that was kept could not be read again without a chip to load it on
+    jax.config.update(name, math.inf)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(name, before)
 
 
 @contextlib.contextmanager

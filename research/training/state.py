@@ -47,9 +47,7 @@ def abstract_state(
 
     Nothing is allocated, and ``mesh`` may be of devices that are not here.
     """
-    state = jax.eval_shape(
-        lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0)
-    )
+    state = jax.eval_shape(lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0))
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         state,

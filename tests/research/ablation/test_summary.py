@@ -1,0 +1,36 @@
+"""The table of a run on a terminal."""
+
+import io
+
+from rich.console import Console
+
+from research.ablation.summary import arms_table
+
+
+def shown(metrics):
+    summary = dict(experiment="branch/name", scale="cpu", metrics=metrics)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(arms_table(summary))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def row(text, label):
+    [line] = [line for line in text.splitlines() if f"│ {label} " in line]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def spread(mean):
+    return dict(mean=mean, low=None, high=None, seeds=1)
+
+
+def test_the_fewer_of_arms_and_metrics_are_columns():
+    arms = {arm: {"loss": spread(value)} for arm, value in (("plain", 1.5), ("other", 2.5))}
+    assert row(shown(arms), "other") == ["other", "2.5"]
+    many = {
+        "plain": {"loss": spread(1.5), "time": spread(3.0), "bytes": spread(7.0)},
+        "other": {"loss": spread(2.5), "bytes": spread(8.0)},
+    }
+    text = shown(many)
+    assert row(text, "loss") == ["loss", "1.5", "2.5"]
+    assert row(text, "time") == ["time", "3", ""]  # the second arm has none
+    assert row(text, "bytes") == ["bytes", "7", "8"]
