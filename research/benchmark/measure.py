@@ -1,5 +1,6 @@
 """Times of several functions, taken in turn (A B C A B C …) so that drift hits all alike."""
 
+import math
 import os
 import statistics
 import time
@@ -8,18 +9,39 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# What is said of one whose turn did not come.
+BUDGET = "not run: budget"
+
+Clock = Callable[[], float]
 
 
 class Prepared(NamedTuple):
     """A compiled function: ``run()`` returns when its result is there."""
 
     run: Callable[[], Any]
-    compile_seconds: float | None
-    temp_bytes: int | None
+    values: Callable[[Any], list[np.ndarray]]  # the result of ``run`` as arrays, to compare
+    compile_seconds: float | None = None
+    temp_bytes: int | None = None
+
+
+class Budget:
+    """Seconds for a whole run, shared out: what a part leaves is shared by those after it."""
+
+    def __init__(self, seconds: float, parts: int, clock: Clock = time.perf_counter):
+        self.clock, self._end, self._parts = clock, clock() + seconds, parts
+
+    def share(self) -> float:
+        """The time at which the next part must end."""
+        now = self.clock()
+        share = max(0.0, self._end - now) / max(1, self._parts)
+        self._parts -= 1
+        return now + share
 
 
 def prepare(function: Callable, arrays: Sequence[jax.Array]) -> Prepared:
-    """Compile ``function`` for ``arrays``.
+    """Compile ``function`` for ``arrays``, which stay arguments: nothing can be folded.
 
     Raises:
       MemoryError: its temporaries exceed what this host has free (a GPU or TPU says so itself).
@@ -29,66 +51,155 @@ def prepare(function: Callable, arrays: Sequence[jax.Array]) -> Prepared:
     seconds = time.perf_counter() - begin
     analysis = compiled.memory_analysis()
     temp = None if analysis is None else int(analysis.temp_size_in_bytes)
-    if jax.default_backend() == "cpu" and temp is not None:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if temp > 0.8 * free:
-            raise MemoryError(
-                f"needs {temp / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} are free"
-            )
-    return Prepared(lambda: jax.block_until_ready(compiled(*arrays)), seconds, temp)
+    if jax.default_backend() == "cpu" and temp is not None and temp > 0.8 * free_bytes():
+        free = free_bytes() / 1e9
+        raise MemoryError(f"needs {temp / 1e9:.1f} GB of temporaries, {free:.1f} are free")
+    return Prepared(lambda: jax.block_until_ready(compiled(*arrays)), _values, seconds, temp)
 
 
-def both_passes(function: Callable, arrays: Sequence[jax.Array], dy: jax.Array) -> Callable:
-    """The gradient of ``sum(function(*arrays) * dy)`` by every floating array."""
+def free_bytes() -> int:
+    """Memory this host has free."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _values(result) -> list[np.ndarray]:
+    return [np.asarray(sample(x).astype(jnp.float32)) for x in jax.tree.leaves(result)]
+
+
+def sample(array: Any) -> Any:
+    """Every n-th number of ``array``, some millions: weights of experts fill gigabytes."""
+    # odd, so that it falls on every column
+    return array.reshape(-1)[:: math.prod(array.shape) // 2**22 | 1]
+
+
+def both_passes(function: Callable, arrays: Sequence[jax.Array]) -> Callable:
+    """``(*arrays, dy) → y`` and the gradient of ``sum(y · dy)`` by every floating array.
+
+    ``dy`` is an argument like the others. The output is kept: in training somebody reads it, and
+    without it XLA would leave out what the gradient alone does not need.
+    """
     floating = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
 
-    def loss(*inputs):
-        return jnp.sum((function(*inputs) * dy).astype(jnp.float32))
+    def passes(*inputs):
+        *inputs, dy = inputs
 
-    return jax.grad(loss, argnums=tuple(floating))
+        def of_floating(*chosen):
+            whole = list(inputs)
+            for i, x in zip(floating, chosen, strict=True):
+                whole[i] = x
+            return function(*whole)
+
+        y, pullback = jax.vjp(of_floating, *(inputs[i] for i in floating))
+        return y, pullback(dy)
+
+    return passes
+
+
+class Agreement:
+    """Whether results are the first one's, up to rounding: a wrong answer has no speed."""
+
+    TOLERANCE = 0.05  # of the norm: above what bfloat16 does to a gradient, below any mistake
+
+    def __init__(self):
+        self._name, self._first = None, []
+
+    def __call__(self, name: str, values: Sequence[np.ndarray]) -> str | None:
+        """What is wrong with ``values``, the result of ``name``."""
+        if self._name is None:
+            if not all(np.isfinite(v).all() for v in values):
+                return "failed: its result is not finite"
+            self._name, self._first = name, values
+            return None
+        if [v.shape for v in values] != [v.shape for v in self._first]:
+            return f"failed: its result has other shapes than {self._name}'s"
+        worst = 0.0
+        for mine, first in zip(values, self._first, strict=True):
+            norm = float(np.linalg.norm(first))
+            difference = float(np.linalg.norm(mine - first)) / (norm or 1.0)
+            # not max(): NaN must win
+            worst = difference if not difference <= worst else worst
+        if worst <= self.TOLERANCE:
+            return None
+        return f"failed: its result is {worst:.2g} of the norm away from {self._name}'s"
+
+
+def warm(
+    prepared: Mapping[str, Prepared],
+    agreement: Callable[[str, Sequence[np.ndarray]], str | None],
+    deadline: float = math.inf,
+    clock: Clock = time.perf_counter,
+) -> dict[str, str]:
+    """Run each once, untimed; why those that cannot be timed cannot."""
+    failed = {}
+    for name, one in prepared.items():
+        if clock() >= deadline:
+            failed[name] = BUDGET
+            continue
+        try:
+            wrong = agreement(name, one.values(one.run()))
+        except Exception as error:  # one that fails is listed, not fatal
+            wrong = f"failed: {reason(error)}"
+        if wrong is not None:
+            failed[name] = wrong
+    return failed
 
 
 def interleave(
     runs: Mapping[str, Callable[[], Any]],
     rounds: int,
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    deadline: float = math.inf,
+    clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times of each of ``runs`` in turn, and why those without any failed.
+    """Times of each of ``runs`` in turn, and why those without any have none.
 
-    Each is called once before, untimed. One that has spent ``seconds`` is timed once at least and
-    then sits out.
+    One whose times add up to ``seconds`` sits out, and so does one that, by its longest time, would
+    end after ``deadline``.
     """
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
-    spent: dict[str, float] = {}
-    for name, run in runs.items():
-        begin = clock()
-        try:
-            run()
-        except Exception as error:  # a peer that fails is listed, not fatal
-            failed[name] = reason(error)
-            continue
-        times[name], spent[name] = [], clock() - begin
     for _ in range(rounds):
         for name, taken in times.items():
-            if taken and spent[name] >= seconds:
+            if name in failed or (taken and sum(taken) >= seconds):
                 continue
             begin = clock()
-            runs[name]()
+            if begin + max(taken, default=0.0) >= deadline:
+                continue
+            try:
+                runs[name]()
+            except Exception as error:  # also in a late round: the others go on
+                failed[name] = f"failed: {reason(error)}"
+                continue
             taken.append(clock() - begin)
-            spent[name] += taken[-1]
-    return times, failed
+    failed |= {name: BUDGET for name, taken in times.items() if not taken and name not in failed}
+    return {name: taken for name, taken in times.items() if name not in failed}, failed
 
 
 def describe(times: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and number of ``times``."""
-    if len(times) == 1:
-        low = high = times[0]
-    else:
-        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    quartiles = [low, high]
-    return {"median": statistics.median(times), "quartiles": quartiles, "rounds": len(times)}
+    """Median, quartiles and number of ``times``, and themselves."""
+    return {
+        "median": statistics.median(times),
+        "quartiles": quartiles(times),
+        "rounds": len(times),
+        "times": list(times),
+    }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The first and the third."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast ``ours`` is, with quartiles over rounds, each against its own."""
+    rounds = [a / b for a, b in zip(theirs, ours, strict=False)]
+    return {
+        "ratio": statistics.median(theirs) / statistics.median(ours),
+        "quartiles": quartiles(rounds),
+    }
 
 
 def reason(error: Exception) -> str:
@@ -98,16 +209,21 @@ def reason(error: Exception) -> str:
 
 
 def ceilings(dtype: str, rounds: int, seconds: float) -> dict[str, float]:
-    """What this machine reaches: FLOP/s in a big matmul, bytes/s in a big addition."""
+    """What this machine reaches: FLOP/s in a big matmul, bytes/s read and written by a big copy.
+
+    Of random numbers: a GPU multiplies zeros faster.
+    """
     big = jax.default_backend() != "cpu"
     side, length = (8192, 2**28) if big else (2048, 2**25)
-    square, line = jnp.ones((side, side), dtype), jnp.ones(length, jnp.float32)
-    runs = {
-        "matmul": prepare(jnp.matmul, [square, square]).run,
-        "add": prepare(lambda x: x + 1, [line]).run,
+    square = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    line = jax.random.normal(jax.random.key(1), (length,), jnp.float32)
+    prepared = {
+        "matmul": prepare(jnp.matmul, [square, square]),
+        # negated, so that there is something to compute: a bare copy may become none
+        "copy": prepare(jnp.negative, [line]),
     }
-    times, failed = interleave(runs, rounds, seconds)
-    if failed:
-        raise ValueError(f"the machine's ceilings cannot be measured: {failed}")
-    matmul, add = (statistics.median(times[name]) for name in runs)
-    return {"flops_per_second": 2 * side**3 / matmul, "bytes_per_second": 8 * length / add}
+    for one in prepared.values():
+        one.run()
+    times, _ = interleave({name: one.run for name, one in prepared.items()}, rounds, seconds)
+    matmul, copy = (statistics.median(times[name]) for name in prepared)
+    return {"flops_per_second": 2 * side**3 / matmul, "bytes_per_second": 2 * line.nbytes / copy}

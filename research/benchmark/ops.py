@@ -1,25 +1,35 @@
 """The ops, their named cases per platform, and what a call of each computes and moves."""
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from layers.config import ConfigError
+import numpy as np
 
 Case = Mapping[str, int | str]
+
+
+class Tuning(NamedTuple):
+    """The case that block sizes are tuned on, and the sizes to try."""
+
+    case: str
+    grid: Mapping[str, tuple[int, ...]]
 
 
 class Op(NamedTuple):
     """``arrays(case)`` in the order of the op's signature; ``flops(case)`` of the forward pass."""
 
+    module: str  # in `pallas_kernels`
     arrays: Callable[[Case], list[jax.Array]]
     flops: Callable[[Case], float]
-    cases: Mapping[str, Mapping[str, Case]]
+    cases: Mapping[str, Mapping[str, Case]]  # by platform
     backward: float  # floating-point operations of forward+backward over those of forward
+    settings: Mapping[str, Any] = {}  # keyword arguments of the op that are not its defaults
+    tuning: Mapping[str, Tuning] = {}  # by platform
 
 
 def _normal(case, *shapes):
@@ -37,18 +47,45 @@ def _attention_flops(case):  # two products over half the square: causal
 
 def _selective(case):
     b, t, d, n = (case[k] for k in "btdn")
-    x, delta, a, b_in, c_out = _normal(case, (b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n))
-    return [x, 0.1 * jax.nn.softplus(delta), -jnp.exp(a), b_in, c_out]
+    x, delta, b_in, c_out, skip, z = _normal(
+        case, (b, t, d), (b, t, d), (b, t, n), (b, t, n), (d,), (b, t, d)
+    )
+    # Mamba's own beginning: A = −1 … −n, and steps around softplus(−2) = 0.13
+    a = -jnp.broadcast_to(jnp.arange(1, n + 1, dtype=case["dtype"]), (d, n))
+    return [x, delta - 2, a, b_in, c_out, skip, z]
 
 
 def _selective_flops(case):  # a·s + (δx)·B, then C·s: six a state and token, with the products
     return 6 * case["b"] * case["t"] * case["d"] * case["n"]
 
 
+def _wkv4(case):
+    b, t, d = (case[k] for k in "btd")
+    return _normal(case, (d,), (d,), (b, t, d), (b, t, d))
+
+
+def _wkv4_flops(case):  # two of a maximum, two exponentials and four products and sums, a division
+    return 18 * case["b"] * case["t"] * case["d"]
+
+
+def _wkv7(case):
+    shape = tuple(case[k] for k in "bthc")
+    r, w, k, v, a, rate = _normal(case, *[shape] * 6)
+    # as in RWKV-7: a key of length 1, a decay of at least exp(−0.61)
+    key = a / jnp.linalg.norm(a.astype(jnp.float32), axis=-1, keepdims=True).astype(a.dtype)
+    return [r, -0.5 - jax.nn.softplus(w), k, v, -key, key * jax.nn.sigmoid(rate)]
+
+
+def _wkv7_flops(case):  # what is taken, decayed, put back, put in and read, of a square a head
+    return 9 * case["b"] * case["t"] * case["h"] * case["c"] ** 2
+
+
 def _grouped(case):
     m, d, f, e = (case[k] for k in "mdfe")
     x, weights = _normal(case, (m, d), (e, d, f))
-    return [x, weights / math.sqrt(d), jnp.full(e, m // e, jnp.int32)]
+    # uneven, as a router's choices are
+    sizes = np.random.default_rng(0).multinomial(m, np.full(e, 1 / e))
+    return [x, weights / math.sqrt(d), jnp.asarray(sizes, jnp.int32)]
 
 
 def _grouped_flops(case):
@@ -60,47 +97,86 @@ def _attention_cases(batch_tokens, lengths, h, c, dtype):
     return {f"t{t}": {"b": max(1, batch_tokens // t), "t": t, **sizes} for t in lengths}
 
 
-_ATTENTION_CHIP = _attention_cases(16384, (4096, 8192, 16384, 32768), 16, 128, "bfloat16")
-_SCAN_CHIP = {"t4096": {"b": 8, "t": 4096, "d": 4096, "n": 16, "dtype": "bfloat16"}}
-_GROUPED_CHIP = {
-    f"e{e}": {"m": 16384, "e": e, "d": 4096, "f": 14336, "dtype": "bfloat16"} for e in (8, 64)
-}
-_SCAN_CPU = {"t2048": {"b": 2, "t": 2048, "d": 512, "n": 16, "dtype": "float32"}}
-_GROUPED_CPU = {"e8": {"m": 2048, "e": 8, "d": 256, "f": 512, "dtype": "float32"}}
-
-
 def _platforms(cpu, chip):
     return {"cpu": cpu, "gpu": chip, "tpu": chip}
 
 
-OPS = {
+def _scans(cpu, chip):
+    def cases(sizes, dtype):
+        return {f"t{sizes['t']}": {**sizes, "dtype": dtype}}
+
+    return _platforms(cases(cpu, "float32"), cases(chip, "bfloat16"))
+
+
+_GROUPED_CPU = {"e8": {"m": 2048, "e": 8, "d": 256, "f": 512, "dtype": "float32"}}
+_GROUPED_CHIP = {
+    f"e{e}": {"m": 16384, "e": e, "d": 4096, "f": 14336, "dtype": "bfloat16"} for e in (8, 64)
+}
+
+# Those of `pallas_kernels` and those being written for it: see `known`.
+OPS: dict[str, Op] = {
     "flash_attention": Op(
+        "flash_attention",
         _attention,
         _attention_flops,
-        _platforms(_attention_cases(0, (1024, 4096, 16384), 8, 64, "float32"), _ATTENTION_CHIP),
+        _platforms(
+            _attention_cases(0, (1024, 4096, 16384), 8, 64, "float32"),
+            _attention_cases(16384, (4096, 8192, 16384, 32768), 16, 128, "bfloat16"),
+        ),
         3.5,
+        tuning={
+            "cpu": Tuning("t4096", {"query": (256, 512, 1024), "key": (256, 512, 1024)}),
+            "gpu": Tuning("t16384", {"query": (64, 128), "key": (64, 128, 256)}),
+            "tpu": Tuning("t16384", {"query": (256, 512, 1024), "key": (512, 1024, 2048)}),
+        },
     ),
-    "selective_scan": Op(_selective, _selective_flops, _platforms(_SCAN_CPU, _SCAN_CHIP), 3.0),
-    "grouped_matmul": Op(_grouped, _grouped_flops, _platforms(_GROUPED_CPU, _GROUPED_CHIP), 3.0),
+    "grouped_matmul": Op(
+        "grouped_matmul", _grouped, _grouped_flops, _platforms(_GROUPED_CPU, _GROUPED_CHIP), 3.0
+    ),
+    "selective_scan": Op(
+        "selective_scan",
+        _selective,
+        _selective_flops,
+        _scans({"b": 2, "t": 2048, "d": 512, "n": 16}, {"b": 8, "t": 4096, "d": 4096, "n": 16}),
+        3.0,
+        settings={"delta_softplus": True},
+        tuning={"cpu": Tuning("t2048", {"chunk": (16, 32, 64, 128, 256)})},
+    ),
+    "wkv4": Op(
+        "wkv",
+        _wkv4,
+        _wkv4_flops,
+        _scans({"b": 2, "t": 1024, "d": 512}, {"b": 8, "t": 4096, "d": 4096}),
+        3.0,
+        tuning={"cpu": Tuning("t1024", {"chunk": (16, 32, 64, 128)})},
+    ),
+    "wkv7": Op(
+        "wkv",
+        _wkv7,
+        _wkv7_flops,
+        _scans({"b": 1, "t": 1024, "h": 8, "c": 64}, {"b": 8, "t": 4096, "h": 32, "c": 64}),
+        3.0,
+        tuning={"cpu": Tuning("t1024", {"chunk": (16, 32, 64, 128)})},
+    ),
 }
 
 
-def ours(name: str, implementation: str, blocks: Mapping[str, int] | None = None) -> Callable:
-    """``pallas_kernels.<name>.<name>`` with its first output alone.
+def known() -> dict[str, Op]:
+    """The ops that are there."""
+    return {
+        name: op
+        for name, op in OPS.items()
+        if importlib.util.find_spec(f"pallas_kernels.{op.module}") is not None
+    }
 
-    Raises:
-      ConfigError: the op is not in `pallas_kernels`.
-    """
-    module = f"pallas_kernels.{name}"
-    try:
-        op = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise ConfigError(f"op={name!r}: pallas_kernels has no such op yet") from None
+
+def ours(name: str, implementation: str, blocks: Mapping[str, int] | None = None) -> Callable:
+    """The op ``name`` with its first output alone."""
+    settings = dict(OPS[name].settings) | ({} if blocks is None else {"blocks": blocks})
 
     def call(*arrays):
-        y = op(*arrays, implementation=implementation, blocks=blocks)
+        op = getattr(importlib.import_module(f"pallas_kernels.{OPS[name].module}"), name)
+        y = op(*arrays, implementation=implementation, **settings)
         return y[0] if isinstance(y, tuple) else y
 
     return call

@@ -1,13 +1,52 @@
 """What ours are measured against, by name. Each takes the op's arrays and gives its output."""
 
+import contextlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from research.benchmark.measure import Prepared
+from research.benchmark.measure import Prepared, both_passes, prepare, sample
+
+
+class Peer(NamedTuple):
+    """``prepare(arrays, backward)`` makes what is timed; in a backward pass the last is ``dy``.
+
+    ``package`` as pip calls it, ``module`` as Python does.
+    """
+
+    prepare: Callable[[Sequence[jax.Array], bool], Prepared]
+    package: str = "jax"
+    module: str = "jax"
+
+
+def of_jax(function: Callable, package: str = "jax", module: str = "jax") -> Peer:
+    """A peer that is a function of the op's JAX arrays."""
+
+    def prepare_passes(arrays, backward):
+        return prepare(both_passes(function, arrays[:-1]) if backward else function, arrays)
+
+    return Peer(prepare_passes, package, module)
+
+
+def missing(peer: Peer) -> str | None:
+    """Why ``peer`` cannot be measured in this environment."""
+    if importlib.util.find_spec(peer.module) is None:
+        return f"skipped: {peer.package} is not installed"
+    return None
+
+
+def _call(module: str, name: str, *arguments, **settings):
+    return getattr(importlib.import_module(module), name)(*arguments, **settings)
+
+
+_GPU = "jax.experimental.pallas.ops.gpu."
+_TPU = "jax.experimental.pallas.ops.tpu."
 
 
 def _naive_attention(q, k, v):
@@ -24,23 +63,53 @@ def _jax_nn(implementation):
     return attention
 
 
-def _heads_first(module, name, **settings):
-    def attention(q, k, v):
-        function = getattr(importlib.import_module(module), name)
-        swapped = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        y = function(*swapped, causal=True, sm_scale=q.shape[-1] ** -0.5, **settings)
-        return jnp.swapaxes(y, 1, 2)
+def _mgpu(q, k, v):
+    module = importlib.import_module(_GPU + "attention_mgpu")
+    # the widest keys of those its own benchmark tries that fit beside two blocks of 64 queries
+    keys = 256 if q.shape[-1] <= 64 else 128
+    config = module.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=True)
+    # its kernel takes the scale from the caller
+    return module.attention(q * q.shape[-1] ** -0.5, k, v, config)
 
-    return attention
+
+def _jla_attention(q, k, v):
+    return _call("jla.ops.mosaic_gpu.attention", "flash_attention", q, k, v)
 
 
-def _triton(q, k, v):
-    module = importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
-    return module.mha(q, k, v, None, causal=True, sm_scale=q.shape[-1] ** -0.5)
+def _tpu_flash(q, k, v):
+    module = importlib.import_module(_TPU + "flash_attention")
+    # its defaults, 128, are for any size; ours are tuned, so it gets what suits these lengths
+    names = module.BlockSizes.__dataclass_fields__
+    sizes = {n: 1 if n == "block_b" else min(512, q.shape[1]) for n in names}
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    scale, blocks = q.shape[-1] ** -0.5, module.BlockSizes(**sizes)
+    y = module.flash_attention(q, k, v, causal=True, sm_scale=scale, block_sizes=blocks)
+    return jnp.swapaxes(y, 1, 2)
+
+
+def _tpu_splash(q, k, v):
+    module = importlib.import_module(_TPU + "splash_attention")
+    t, heads = q.shape[1:3]
+    passes = {"", "_dkv"}
+    sizes = {f"block_q{p}": min(512, t) for p in passes} | {
+        f"block_kv{p}{c}": min(1024, t) for p in passes for c in ("", "_compute")
+    }
+    kernel = module.make_splash_mha_single_device(
+        module.MultiHeadMask([module.CausalMask((t, t))] * heads),
+        block_sizes=module.BlockSizes(use_fused_bwd_kernel=True, **sizes),
+    )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
 
 
 def _tokamax(q, k, v):
-    return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=True)
+    # its own choice of kernel, without the silent way out to plain XLA
+    return _call("tokamax", "dot_product_attention", q, k, v, is_causal=True,
+                 implementation="mosaic")  # fmt: skip
+
+
+def _tokamax_ragged(x, weights, sizes):
+    return _call("tokamax", "ragged_dot", x, weights, sizes, implementation="mosaic")
 
 
 def _dense_experts(x, weights, sizes):
@@ -52,56 +121,139 @@ def _dense_experts(x, weights, sizes):
 
 
 def _megablox(x, weights, sizes):
-    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox")
-    return module.gmm(x, weights, sizes, x.dtype)
+    # its default tile, 128, is for any size
+    m, (_, d, f) = len(x), weights.shape
+    tile = (min(m, 512), min(d, 1024), min(f, 1024))
+    return _call(_TPU + "megablox", "gmm", x, weights, sizes, x.dtype, tile)
 
 
-_CHIP_MATMUL = {"ragged_dot": jax.lax.ragged_dot}
-_TPU_FLASH = _heads_first("jax.experimental.pallas.ops.tpu.flash_attention", "flash_attention")
+def _mgpu_ragged(x, weights, sizes):
+    return _call(
+        _GPU + "ragged_dot_mgpu", "ragged_dot", x, weights, group_sizes=sizes, block_m=128,
+        block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8,
+    )  # fmt: skip
 
-# op → platform → name → function of the op's arrays; "torch_sdpa" is prepared by `torch_attention`
-PEERS: Mapping[str, Mapping[str, Mapping[str, Callable | None]]] = {
-    "flash_attention": {
-        "cpu": {"torch_sdpa": None, "naive": _naive_attention, "jax_nn": _jax_nn("xla")},
-        "gpu": {
-            "cudnn": _jax_nn("cudnn"),
-            "jax_triton": _triton,
-            "tokamax": _tokamax,
-            "torch_sdpa": None,
-        },
-        "tpu": {"jax_flash": _TPU_FLASH, "jax_nn": _jax_nn("xla")},
-    },
-    "selective_scan": {"cpu": {}, "gpu": {}, "tpu": {}},
-    "grouped_matmul": {
-        "cpu": {"dense": _dense_experts, **_CHIP_MATMUL},
-        "gpu": _CHIP_MATMUL,
-        "tpu": {"megablox": _megablox, **_CHIP_MATMUL},
-    },
-}
+
+def _jla_ragged(x, weights, sizes):
+    return _call("jla.ops.mosaic_gpu.ragged_dot", "ragged_dot", x, weights, sizes)
+
+
+def _associative_scan(x, delta, a, b, c, d, z):
+    wide = [array.astype(jnp.float32) for array in (x, delta, a, b, c, d, z)]
+    x32, delta, a, b, c, d, z = wide
+    delta = jax.nn.softplus(delta)
+    decay = jnp.exp(jnp.einsum("btd,dn->btdn", delta, a))
+    brought = jnp.einsum("btd,btn->btdn", delta * x32, b)
+
+    def join(left, right):
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    _, state = jax.lax.associative_scan(join, (decay, brought), axis=1)
+    y = jnp.einsum("btdn,btn->btd", state, c) + d * x32
+    return (y * jax.nn.silu(z)).astype(x.dtype)
+
+
+def _jla_mamba(x, delta, a, b, c, d, z):
+    settings = {"dt": delta, "a": a, "d": d, "z": z, "dt_softplus": True, "impl": "mosaic_gpu"}
+    return _call("jla.ops", "linear_attention", "mamba1", c, b, x, **settings)[0]
+
+
+def _jla_rwkv7(r, w, k, v, a, b):
+    settings = {"w": -jnp.exp(w.astype(jnp.float32)), "a": a, "b": b, "impl": "mosaic_gpu"}
+    # RWKV-7's decays are at least exp(−0.61), which its faster mode asks for
+    return _call("jla.ops", "linear_attention", "rwkv7", r, k, v, lower_bound=-0.61, **settings)[0]
 
 
 def torch_attention(arrays: Sequence[jax.Array], backward: bool) -> Prepared:
-    """PyTorch's scaled_dot_product_attention on all cores, or on the GPU.
+    """PyTorch's scaled_dot_product_attention on all cores, or its flash kernel on the GPU.
 
     Raises:
       ModuleNotFoundError, RuntimeError: no torch, or one that cannot use this GPU.
     """
     torch = importlib.import_module("torch")
+    on_cpu = jax.default_backend() == "cpu"
+    device = "cpu" if on_cpu else "cuda"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     dtype = getattr(torch, str(arrays[0].dtype))
-    inputs = []
+    tensors = []
     for x in arrays:
-        tensor = torch.tensor(jax.device_get(x.astype(jnp.float32)))
-        tensor = tensor.to(device, dtype).transpose(1, 2).contiguous()
-        inputs.append(tensor.requires_grad_(backward))
-    dy = torch.ones_like(inputs[0])
+        tensor = torch.tensor(np.asarray(x.astype(jnp.float32))).to(device, dtype)
+        tensors.append(tensor.transpose(1, 2).contiguous())
+    inputs = [tensor.requires_grad_(backward) for tensor in tensors[:3]]
+
+    def kernels():
+        if on_cpu:
+            return contextlib.nullcontext()
+        attention = importlib.import_module("torch.nn.attention")
+        return attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION)
 
     def run():
-        y = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        with kernels():
+            y = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        results = [y]
         if backward:
-            torch.autograd.grad(y, inputs, dy)
-        if device == "cuda":
+            results += torch.autograd.grad(y, inputs, tensors[3])
+        if not on_cpu:
             torch.cuda.synchronize()
+        return results
 
-    return Prepared(run, None, None)
+    def values(results):
+        whole = (r.detach().transpose(1, 2).contiguous() for r in results)
+        return [sample(r).float().cpu().numpy() for r in whole]
+
+    return Prepared(run, values)
+
+
+_TORCH = Peer(torch_attention, "torch", "torch")
+_ASSOCIATIVE = {"associative_scan": of_jax(_associative_scan)}
+_RAGGED = {"ragged_dot": of_jax(jax.lax.ragged_dot)}
+
+
+def _of_tokamax(function):
+    return {"tokamax": of_jax(function, "tokamax", "tokamax")}
+
+
+def _of_jla(function):
+    return {"jax_linear_attention": of_jax(function, "jax-linear-attention", "jla")}
+
+
+# op → platform → name → peer
+PEERS: Mapping[str, Mapping[str, Mapping[str, Peer]]] = {
+    "flash_attention": {
+        "cpu": {
+            "torch_sdpa": _TORCH,
+            "naive": of_jax(_naive_attention),
+            "jax_nn": of_jax(_jax_nn("xla")),
+        },
+        "gpu": {
+            "cudnn": of_jax(_jax_nn("cudnn")),
+            "attention_mgpu": of_jax(_mgpu),
+            **_of_tokamax(_tokamax),
+            **_of_jla(_jla_attention),
+            "torch_sdpa_flash": _TORCH,
+        },
+        "tpu": {
+            "jax_splash": of_jax(_tpu_splash),
+            "jax_flash": of_jax(_tpu_flash),
+            **_of_tokamax(_tokamax),
+            "jax_nn": of_jax(_jax_nn("xla")),
+        },
+    },
+    "grouped_matmul": {
+        "cpu": {"dense": of_jax(_dense_experts), **_RAGGED},
+        "gpu": {
+            **_RAGGED,
+            "ragged_dot_mgpu": of_jax(_mgpu_ragged),
+            **_of_tokamax(_tokamax_ragged),
+            **_of_jla(_jla_ragged),
+        },
+        "tpu": {"megablox": of_jax(_megablox), **_RAGGED, **_of_tokamax(_tokamax_ragged)},
+    },
+    "selective_scan": {
+        "cpu": _ASSOCIATIVE,
+        "gpu": {**_of_jla(_jla_mamba), **_ASSOCIATIVE},
+        "tpu": _ASSOCIATIVE,
+    },
+    "wkv4": {"cpu": {}, "gpu": {}, "tpu": {}},
+    "wkv7": {"cpu": {}, "gpu": _of_jla(_jla_rwkv7), "tpu": {}},
+}

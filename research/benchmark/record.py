@@ -1,16 +1,28 @@
-"""A chip's file of measurements: merged op by op, shown as a table, drawn from the JSON alone."""
+"""A chip's file of measurements: merged op by op, shown as tables; everything from the JSON."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import pallas_kernels
-from research.ablation.files import read_json, write_atomically, write_json
-from research.benchmark.run import PASSES
+from research.ablation.files import read_json, write_atomically, write_json, write_text
+from research.benchmark.plot import draw
+from research.benchmark.targets import PASSES
 
 RESULTS = Path(pallas_kernels.__file__).parent / "results"
+
+# Of the page; the terminal has room for the first eight.
+COLUMNS = ("who", "ms", "spread", "x peer", "x ref", "FLOP/s", "bytes/s", "temp MB",
+           "quartiles ms", "rounds", "compile s")  # fmt: skip
+LEGEND = (
+    "ms: the median; spread: half the distance of the quartiles; x peer, x ref: times as fast as "
+    "the best peer and as ours/reference; %: of this machine's matmul and copy"
+)
+TERMINAL = 8
 
 
 def path(device_kind: str) -> Path:
@@ -23,75 +35,142 @@ def save(found: dict[str, Any], to: Path) -> list[Path]:
     ops = read_json(to) if to.exists() else {}
     ops[found["op"]] = found
     write_json(to, ops)
+    ops = read_json(to)
     plot = to.with_name(f"{to.stem}-{found['op']}.png")
-    write_atomically(plot, lambda temporary: draw(read_json(to)[found["op"]], temporary))
-    return [to, plot]
+    write_atomically(plot, lambda temporary: draw(ops[found["op"]], temporary))
+    page = to.with_suffix(".md")
+    write_text(page, markdown(ops, to.stem))
+    return [to, page, plot]
 
 
-def table(found: dict[str, Any]) -> Table:
-    """One row per case, pass and function that was timed."""
-    shown = Table(title=f"{found['op']} on {found['machine']['device']}")
-    for column in ("case", "pass", "who"):
-        shown.add_column(column)
-    for column in ("median ms", "quartiles", "rounds", "TFLOP/s", "GB/s", "temp MB", "compile s"):
-        shown.add_column(column, justify="right")
-    for case, passes in found["cases"].items():
+def rows(found: dict[str, Any], case: str, which: str) -> Iterator[tuple[str, ...]]:
+    """A row of `COLUMNS` for each function that was timed."""
+    measured = found["cases"][case]
+    ceiling = found["ceilings"][measured["case"]["dtype"]]
+    for who, row in measured[which].items():
+        if "absent" in row:
+            continue  # a reason is a sentence, no cell: see `absences`
+        temp, seconds = row["temp_bytes"], row["compile_seconds"]
+        low, high = row["quartiles"]
+        yield (
+            who,
+            f"{1e3 * row['median']:.2f}",
+            f"±{(high - low) / 2 / row['median']:.0%}",
+            "best" if who == row["best_peer"] else _times(row, row["best_peer"]),
+            _times(row, "ours/reference"),
+            _rate(row, ceiling, "flops_per_second"),
+            _rate(row, ceiling, "bytes_per_second"),
+            "" if temp is None else f"{temp / 1e6:.1f}",
+            f"{1e3 * low:.2f}–{1e3 * high:.2f}",
+            str(row["rounds"]),
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+
+
+def _times(row: dict[str, Any], name: str | None) -> str:
+    beside = row["times_as_fast_as"].get(name)
+    return "" if beside is None else f"{beside['ratio']:.2f}"
+
+
+def _rate(row: dict[str, Any], ceiling: dict[str, float], which: str) -> str:
+    return f"{_si(row[which])} {row[which] / ceiling[which]:.0%}"
+
+
+def _si(value: float) -> str:
+    prefix, size = next((p, n) for p, n in (("T", 1e12), ("G", 1e9), ("M", 0.0)) if value >= n)
+    return f"{value / (size or 1e6):.3g}{prefix}"
+
+
+def headings(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Case, pass and a title that says shape and dtype."""
+    for case, measured in found["cases"].items():
+        shape = " ".join(f"{field}={value}" for field, value in measured["case"].items())
         for which in PASSES:
-            for who, row in passes[which].items():
-                if "absent" in row:
-                    continue  # a reason is a sentence, no cell: see `absences`
-                temp, seconds = row["temp_bytes"], row["compile_seconds"]
-                shown.add_row(
-                    case,
-                    which,
-                    who,
-                    f"{1e3 * row['median']:.2f}",
-                    "–".join(f"{1e3 * value:.2f}" for value in row["quartiles"]),
-                    str(row["rounds"]),
-                    f"{row['flops_per_second'] / 1e12:.3f}",
-                    f"{row['bytes_per_second'] / 1e9:.2f}",
-                    "" if temp is None else f"{temp / 1e6:.1f}",
-                    "" if seconds is None else f"{seconds:.1f}",
-                )
+            yield case, which, f"{found['op']} {case}, {which} ({shape})"
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """One a case and pass, for the terminal."""
+    shown = []
+    for case, which, title in headings(found):
+        table = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False
+        )
+        for column in COLUMNS[:TERMINAL]:
+            table.add_column(column, justify="left" if column == "who" else "right", no_wrap=True)
+        for row in rows(found, case, which):
+            table.add_row(*row[:TERMINAL])
+        if table.row_count:
+            shown.append(table)
     return shown
 
 
 def absences(found: dict[str, Any]) -> list[str]:
     """A line for each function that was not timed, with the reason."""
     return [
-        f"{case}, {which}: {who} absent: {row['absent']}"
-        for case, passes in found["cases"].items()
-        for which in PASSES
-        for who, row in passes[which].items()
+        f"{case}, {which}: {who} {row['absent']}"
+        for case, which, _ in headings(found)
+        for who, row in found["cases"][case][which].items()
         if "absent" in row
     ]
 
 
-def draw(found: dict[str, Any], to: Path) -> None:
-    """Medians with quartiles, one panel a pass."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """A line for each target that was set before the run."""
+    lines = []
+    for one in found["targets"]:
+        value = one.get("value")
+        detail = one.get("why")
+        if value is not None:
+            detail = _si(value) if value >= 1e9 else f"{value:.2f}"
+        aside = f" ({detail})" if detail else ""
+        lines.append(f"{one['verdict'].upper()}{aside}: {one['target']}")
+    return lines
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    names = list(dict.fromkeys(n for c in found["cases"].values() for p in PASSES for n in c[p]))
-    cases = list(found["cases"])
-    for axes, which in zip(figure.subplots(1, 2), PASSES, strict=True):
-        for i, name in enumerate(names):
-            rows = [(x, found["cases"][c][which][name]) for x, c in enumerate(cases)]
-            rows = [(x, row) for x, row in rows if "median" in row]
-            offset = (i - (len(names) - 1) / 2) * 0.8 / len(names)
-            heights = [1e3 * row["median"] for _, row in rows]
-            low = [1e3 * (row["median"] - row["quartiles"][0]) for _, row in rows]
-            high = [1e3 * (row["quartiles"][1] - row["median"]) for _, row in rows]
-            places = [x + offset for x, _ in rows]
-            label = name if rows else f"{name} (absent)"
-            axes.bar(
-                places, heights, 0.8 / len(names), yerr=[low, high], color=f"C{i}", label=label
-            )
-        axes.set_yscale("log")
-        axes.set_xticks(range(len(cases)), cases)
-        axes.set(title=which, ylabel="milliseconds (less is better)")
-        axes.legend(fontsize="small")
-    figure.suptitle(f"{found['op']}: {found['machine']['device']}")
-    figure.savefig(to, format="png", dpi=120)
+
+def machine_lines(found: dict[str, Any]) -> list[str]:
+    """What it ran on, and what that can do."""
+    machine = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    ceilings = "; ".join(
+        f"{dtype} matmul {_si(c['flops_per_second'])}FLOP/s, copy {_si(c['bytes_per_second'])}B/s"
+        for dtype, c in found["ceilings"].items()
+    )
+    return [
+        f"{machine['device']}; load before {machine['load']}; measured in the same run: {ceilings}",
+        f"Python {machine['python']}, {packages}; commit {machine['commit']}"
+        + (" with changes" if machine["dirty"] else ""),
+    ]
+
+
+def markdown(ops: dict[str, Any], stem: str) -> str:
+    """The page of a chip's file."""
+    lines = [
+        f"# Kernels on {stem}",
+        "",
+        "Written by `ablate bench --record` from the JSON beside it.",
+    ]
+    lines += [LEGEND + "; the JSON has every time."]
+    for name, found in ops.items():
+        lines += ["", f"## {name}", "", *_list(machine_lines(found))]
+        lines += ["", "Targets set before the run:", ""] if found["targets"] else []
+        lines += _list(verdicts(found))
+        lines += ["", f"![{name} beside its peers]({stem}-{name}.png)"]
+        for case, which, title in headings(found):
+            cells = list(rows(found, case, which))
+            lines += ["", f"### {title}", ""]
+            lines += [_row(COLUMNS), "|---" + "|---:" * (len(COLUMNS) - 1) + "|"] if cells else []
+            lines += [_row(row) for row in cells]
+            if not cells:
+                lines.append("Nothing was timed.")
+        missing = absences(found)
+        lines += ["", "Not timed:", "", *_list(missing)] if missing else []
+    return "\n".join(lines) + "\n"
+
+
+def _list(lines: list[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,108 +1,229 @@
 """Measure an op: ours and the peers, case by case, as one JSON-ready record."""
 
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from layers.config import check, check_choice
+from layers.config import ConfigError, check, check_choice
 from research.benchmark import measure
-from research.benchmark.ops import OPS, ours
-from research.benchmark.peers import PEERS, torch_attention
+from research.benchmark.ops import Op, known, ours
+from research.benchmark.peers import PEERS, Peer, missing, of_jax
+from research.benchmark.targets import BOTH, PASSES, judge
 from research.training.environment import environment
 
-PASSES = ("forward", "forward+backward")
-IMPLEMENTATIONS = {"cpu": ("reference", "xla"), "gpu": ("xla", "gpu"), "tpu": ("xla", "tpu")}
+IMPLEMENTATIONS = {
+    "cpu": ("reference", "xla"),
+    "gpu": ("reference", "xla", "gpu"),
+    "tpu": ("reference", "xla", "tpu"),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST = 2**24  # of one size
+# What an accelerator's numbers depend on beside JAX, where it is installed.
+PACKAGES = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
+            "nvidia-cudnn-cu13")  # fmt: skip
 
 
-def bench(
+class Request(NamedTuple):
+    """What is to be measured, checked."""
+
+    name: str
+    op: Op
+    cases: Mapping[str, Mapping[str, int | str]]
+    implementations: Sequence[str]
+    peers: Mapping[str, Peer]
+
+    @property
+    def parts(self) -> int:
+        """How many pieces a budget is shared by."""
+        return len(self.cases) * len(PASSES)
+
+
+def request(
     name: str,
     *,
     cases: Sequence[str] | None = None,
+    shape: Mapping[str, int] | None = None,
+    dtype: str | None = None,
     implementations: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
-    rounds: int = 10,
-    seconds: float = 5.0,
-) -> dict[str, Any]:
-    """Measure the op ``name`` on this machine's platform.
+) -> Request:
+    """What to measure of the op ``name`` on this machine's platform.
 
     Args:
       cases, implementations, peers: which, by name; None takes all, ``[]`` none.
-      rounds: how often each is timed at most.
-      seconds: after how long one sits out the remaining rounds.
+      shape: sizes that replace those of the first of the cases, which is then the only one.
+      dtype: replaces that of every case.
 
     Raises:
-      ConfigError: a name that is not known here.
+      ConfigError: a name that is not known here, or a size or dtype that cannot be.
     """
-    check_choice("op", name, OPS)
-    check(rounds > 0, "rounds", rounds, "must be > 0")
-    check(seconds > 0, "seconds", seconds, "must be > 0")
-    platform = jax.default_backend()
-    op, known_peers = OPS[name], PEERS[name][platform]
-    known = {
+    ops = known()
+    check_choice("op", name, ops)
+    op, platform = ops[name], jax.default_backend()
+    known_peers = PEERS[name][platform]
+    options = {
         "cases": (cases, op.cases[platform]),
         "implementations": (implementations, IMPLEMENTATIONS[platform]),
         "peers": (peers, known_peers),
     }
-    chosen = {}
-    for field, (asked, names) in known.items():
+    chosen: dict[str, list[str]] = {}
+    for field, (asked, names) in options.items():
         for one in asked or ():
             check_choice(field, one, names)
         chosen[field] = list(names) if asked is None else list(asked)
-    functions: dict[str, Callable | None] = {
-        f"ours/{one}": ours(name, one) for one in chosen["implementations"]
-    }
-    functions |= {one: known_peers[one] for one in chosen["peers"]}
+    check(bool(chosen["cases"]), "cases", chosen["cases"], "name at least one")
+    taken = {one: dict(op.cases[platform][one]) for one in chosen["cases"]}
+    if shape:
+        taken = _reshaped(next(iter(taken.values())), shape)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+        taken = {one: {**case, "dtype": dtype} for one, case in taken.items()}
+    for one, case in taken.items():
+        _check_fits(op, one, case)
+    return Request(
+        name,
+        op,
+        taken,
+        chosen["implementations"],
+        {one: known_peers[one] for one in chosen["peers"]},
+    )
+
+
+def _reshaped(case: dict[str, Any], shape: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    sizes = [field for field in case if field != "dtype"]
+    for field, value in shape.items():
+        if field not in sizes:
+            raise ConfigError(f"shape.{field}={value!r}: no such size; known: {', '.join(sizes)}")
+        allowed = f"must be an integer from 1 to {LARGEST}"
+        check(isinstance(value, int) and 0 < value <= LARGEST, f"shape.{field}", value, allowed)
+    return {"_".join(f"{field}{value}" for field, value in shape.items()): {**case, **shape}}
+
+
+def _check_fits(op: Op, name: str, case: Mapping[str, int | str]) -> None:
+    """A run that fills the host's memory takes the machine with it."""
+    total = sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(lambda: op.arrays(case))
+    )
+    free = measure.free_bytes()
+    allowed = f"its inputs are {total / 1e9:.1f} GB, at most half of {free / 1e9:.1f} free can be"
+    check(total <= free / 2, "cases", name, allowed)
+
+
+def check_effort(rounds: int, seconds: float, budget: float) -> None:
+    """Raise `ConfigError` unless these are numbers that a run can have."""
+    check(0 < rounds <= 10_000, "rounds", rounds, "must be from 1 to 10000")
+    for field, value in (("seconds", seconds), ("budget", budget)):
+        check(0 < value < math.inf, field, value, "must be > 0 and finite")
+
+
+def bench(
+    asked: Request, *, rounds: int = 10, seconds: float = 5.0, budget: measure.Budget
+) -> dict[str, Any]:
+    """Measure what is ``asked``.
+
+    Args:
+      rounds: how often each is timed at most.
+      seconds: after how long (compiling and the first call left out) one sits out the rest.
+      budget: for everything.
+    """
+    machine = machine_record(asked.peers.values())
     ceilings: dict[str, Any] = {}
     measured = {}
-    for case_name in chosen["cases"]:
-        case = op.cases[platform][case_name]
+    for case_name, case in asked.cases.items():
         dtype = str(case["dtype"])
         if dtype not in ceilings:
             ceilings[dtype] = measure.ceilings(dtype, rounds, seconds)
         measured[case_name] = {"case": dict(case)}
         for which in PASSES:
-            measured[case_name][which] = _pass(op, case, functions, which, rounds, seconds)
-    machine = environment() | {"device_kind": jax.devices()[0].device_kind, "cores": os.cpu_count()}
-    return {"op": name, "machine": machine, "ceilings": ceilings, "cases": measured}
+            measured[case_name][which] = _pass(asked, case, which, rounds, seconds, budget)
+    found = {"op": asked.name, "machine": machine, "ceilings": ceilings, "cases": measured}
+    return found | {"targets": judge(found)}
 
 
-def _pass(op, case, functions: Mapping[str, Callable | None], which, rounds, seconds):
-    arrays = op.arrays(case)
-    backward = which == PASSES[1]
-    prepared, absent = {}, {}
-    for name, function in functions.items():
+def machine_record(peers) -> dict[str, Any]:
+    """The environment, with the versions of what is compared."""
+    machine = environment()
+    device = jax.devices()[0]
+    packages = dict(machine["packages"])
+    for name in (*PACKAGES, *(peer.package for peer in peers)):
         try:
-            if function is None:
-                prepared[name] = torch_attention(arrays, backward)
-                continue
-            if backward:
-                y = jax.eval_shape(function, *arrays)
-                function = measure.both_passes(function, arrays, jnp.ones(y.shape, y.dtype))
-            prepared[name] = measure.prepare(function, arrays)
-        except Exception as error:  # not installed, or it cannot serve this call: say so by name
-            absent[name] = measure.reason(error)
-    times, failed = measure.interleave({n: p.run for n, p in prepared.items()}, rounds, seconds)
-    flops = op.flops(case) * (op.backward if backward else 1)
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue  # those of peers are listed as skipped
+    return machine | {
+        "packages": packages,
+        "backend": device.platform,
+        "device_kind": device.device_kind,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _pass(asked: Request, case, which, rounds, seconds, budget):
+    deadline = budget.share()
+    arrays = asked.op.arrays(case)
+    backward = which == BOTH
+    # any of ours will do: the output is the same, and so dy
+    y = jax.eval_shape(ours(asked.name, "xla"), *arrays)
+    dy = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
+    inputs = [*arrays, dy] if backward else arrays
+    prepared, absent = {}, {}
+    contenders = {f"ours/{one}": of_jax(ours(asked.name, one)) for one in asked.implementations}
+    contenders |= asked.peers
+    for name, peer in contenders.items():
+        if (why := missing(peer)) is not None:
+            absent[name] = why
+        elif budget.clock() >= deadline:
+            absent[name] = measure.BUDGET
+        else:
+            try:
+                prepared[name] = peer.prepare(inputs, backward)
+            except Exception as error:  # it cannot serve this call: say so by name
+                absent[name] = f"failed: {measure.reason(error)}"
+    absent |= measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
+    runs = {name: one.run for name, one in prepared.items() if name not in absent}
+    times, failed = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
+    absent |= failed
+    flops = asked.op.flops(case) * (asked.op.backward if backward else 1)
+    moved = _moved(arrays, dy, backward)
     results = {}
-    for name in functions:
-        if name not in times:
-            results[name] = {"absent": absent.get(name) or failed[name]}
+    for name in contenders:
+        if name in absent:
+            results[name] = {"absent": absent[name]}
             continue
         found = measure.describe(times[name])
         found["compile_seconds"] = prepared[name].compile_seconds
         found["temp_bytes"] = prepared[name].temp_bytes
         found["flops_per_second"] = flops / found["median"]
-        # what must be read at least: the inputs, once
-        found["bytes_per_second"] = sum(x.nbytes for x in arrays) / found["median"]
+        found["bytes_per_second"] = moved / found["median"]
         results[name] = found
-    for name, found in results.items():
-        if name.startswith("ours/") and "median" in found:
-            found["times_as_fast_as"] = {
-                peer: other["median"] / found["median"]
-                for peer, other in results.items()
-                if not peer.startswith("ours/") and "median" in other
-            }
+    compare(results)
     return results
+
+
+def _moved(arrays, dy, backward) -> int:
+    """Bytes read and written at the least: what goes in and comes out, once a pass."""
+    inputs = sum(x.nbytes for x in arrays)
+    if not backward:
+        return inputs + dy.nbytes  # the output is as large
+    gradients = sum(x.nbytes for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
+    return inputs + dy.nbytes + inputs + dy.nbytes + gradients
+
+
+def compare(results: dict[str, dict[str, Any]]) -> None:
+    """Put into each row that was timed the best peer, and how fast it is beside the others."""
+    timed = {name: row for name, row in results.items() if "median" in row}
+    peers = {name: row["median"] for name, row in timed.items() if not name.startswith("ours/")}
+    best = min(peers, key=lambda name: peers[name]) if peers else None
+    for row in timed.values():
+        row["best_peer"] = best
+        row["times_as_fast_as"] = {
+            name: measure.ratio(other["times"], row["times"])
+            for name, other in timed.items()
+            if other is not row and (name in peers or name == "ours/reference")
+        }

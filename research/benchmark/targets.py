@@ -1,0 +1,100 @@
+"""What was asked of the ops' speed before any run, and whether a record meets it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+FORWARD, BOTH = "forward", "forward+backward"
+PASSES = (FORWARD, BOTH)
+
+# The implementation that is meant for a platform.
+NATIVE = {"cpu": "ours/xla", "gpu": "ours/gpu", "tpu": "ours/tpu"}
+
+
+class Target(NamedTuple):
+    """``measure`` of ours, on ``platform`` in ``case``, must be at least ``least``.
+
+    Measures: ``ratio``, times as fast as ``against`` (a name, or None for the best peer);
+    ``flops``, FLOP/s; ``backward flops``, those of the backward pass in the time that forward and
+    backward take more than forward alone; ``bandwidth``, bytes/s over the machine's ceiling.
+    """
+
+    op: str
+    platform: str
+    case: str
+    passes: str
+    measure: str
+    least: float
+    against: str | None = None
+
+    def __str__(self):
+        what = {
+            "ratio": f"{self.least:g}x {self.against or 'the best peer'}",
+            "flops": f"{self.least / 1e12:g} TFLOP/s",
+            "backward flops": f"{self.least / 1e12:g} TFLOP/s in the backward pass alone",
+            "bandwidth": f"{self.least:.0%} of the bandwidth of a copy",
+        }[self.measure]
+        return f"{self.platform} {self.case}, {self.passes}: at least {what}"
+
+
+# The GPU's rates are an H200's.
+TARGETS = (
+    *(
+        Target("flash_attention", "cpu", case, which, "ratio", 1.0, "torch_sdpa")
+        for case in ("t1024", "t4096", "t16384")
+        for which in PASSES
+    ),
+    Target("flash_attention", "gpu", "t16384", FORWARD, "flops", 600e12),
+    Target("flash_attention", "gpu", "t16384", FORWARD, "ratio", 1.0),
+    Target("flash_attention", "gpu", "t16384", BOTH, "backward flops", 450e12),
+    Target("selective_scan", "cpu", "t2048", FORWARD, "ratio", 3.0, "ours/reference"),
+    Target("selective_scan", "cpu", "t2048", BOTH, "ratio", 3.0, "ours/reference"),
+    Target("selective_scan", "gpu", "t4096", BOTH, "ratio", 1.0),
+    Target("selective_scan", "gpu", "t4096", BOTH, "bandwidth", 0.6),
+)
+
+
+def judge(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each target of the record's op with its verdict: met, missed, or not run with ``why``."""
+    return [
+        {"target": str(target), **_verdict(target, found)}
+        for target in TARGETS
+        if target.op == found["op"]
+    ]
+
+
+def _verdict(target: Target, found: Mapping[str, Any]) -> dict[str, Any]:
+    if target.platform != found["machine"]["backend"]:
+        article = "a GPU" if target.platform == "gpu" else f"a {target.platform.upper()}"
+        return {"verdict": f"not run on {article}"}
+    if target.case not in found["cases"]:
+        return {"verdict": "not run", "why": "the case was left out"}
+    value = _value(target, found)
+    if isinstance(value, str):
+        return {"verdict": "not run", "why": value}
+    return {"verdict": "met" if value >= target.least else "missed", "value": value}
+
+
+def _value(target: Target, found: Mapping[str, Any]) -> float | str:
+    """The measure, or why there is none."""
+    case, name = found["cases"][target.case], NATIVE[target.platform]
+    rows = case[target.passes]
+    mine = rows.get(name, {"absent": "left out"})
+    if "absent" in mine:
+        return f"{name} {mine['absent']}"
+    if target.measure == "flops":
+        return mine["flops_per_second"]
+    if target.measure == "bandwidth":
+        ceiling = found["ceilings"][case["case"]["dtype"]]["bytes_per_second"]
+        return mine["bytes_per_second"] / ceiling
+    if target.measure == "backward flops":
+        forward = case[FORWARD].get(name, {"absent": "left out"})
+        if "absent" in forward:
+            return f"{name}, forward, {forward['absent']}"
+        flops = [r["flops_per_second"] * r["median"] for r in (mine, forward)]
+        return (flops[0] - flops[1]) / (mine["median"] - forward["median"])
+    peer = target.against or mine["best_peer"]
+    if peer is None:
+        return "no peer was timed"
+    if peer not in mine["times_as_fast_as"]:
+        return f"{peer} {rows.get(peer, {'absent': 'left out'})['absent']}"
+    return mine["times_as_fast_as"][peer]["ratio"]

@@ -1,0 +1,125 @@
+"""Find an op's block sizes for this chip: a small grid, forward and backward, in one run."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from rich.table import Table
+
+from layers.config import ConfigError
+from pallas_kernels import blocks
+from research.ablation.files import write_text
+from research.benchmark import measure
+from research.benchmark.ops import ours
+from research.benchmark.peers import of_jax
+from research.benchmark.run import IMPLEMENTATIONS, Request
+
+Sizes = Mapping[str, int]
+
+
+class Found(NamedTuple):
+    """What `tune` saw: rows of sizes, the present ones first, and which are best."""
+
+    title: str
+    device_kind: str
+    table: str  # the folder whose ``blocks.json`` it is
+    rows: list[dict[str, Any]]
+    best: int  # an index into ``rows``
+
+
+def candidates(present: Sizes, grid: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+    """``present``, then the rest of the grid."""
+    points = (dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values()))
+    whole = ({**present, **point} for point in points)
+    return [dict(present), *(sizes for sizes in whole if sizes != present)]
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The fastest of ``rows``, or the first if the fastest is within its spread.
+
+    A row of quartiles that overlap the first's is a tie, and a tie changes nothing.
+    """
+    timed = [i for i, row in enumerate(rows) if "median" in row]
+    best = min(timed, key=lambda i: rows[i]["median"])
+    return best if rows[best]["quartiles"][1] < rows[0]["quartiles"][0] else 0
+
+
+def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget) -> Found:
+    """Time the op's grid on its tuning case (or the one that is asked for).
+
+    Raises:
+      ConfigError: the op has nothing to tune here, or does not run with the present sizes.
+    """
+    platform = jax.default_backend()
+    tuning = asked.op.tuning.get(platform)
+    if tuning is None:
+        raise ConfigError(f"op={asked.name!r}: it has no block sizes to tune on a {platform}")
+    implementation = IMPLEMENTATIONS[platform][-1]
+    (case,) = asked.cases.values()
+    arrays = asked.op.arrays(case)
+    y = jax.eval_shape(ours(asked.name, "xla"), *arrays)
+    inputs = [*arrays, jax.random.normal(jax.random.key(1), y.shape, y.dtype)]
+    deadline = budget.share()
+    prepared, failed = {}, {}
+    tried = candidates(blocks.block_sizes(asked.op.module, platform), tuning.grid)
+    for i, sizes in enumerate(tried):
+        if budget.clock() >= deadline:
+            failed[str(i)] = measure.BUDGET
+            continue
+        try:
+            one = of_jax(ours(asked.name, implementation, sizes))
+            prepared[str(i)] = one.prepare(inputs, True)
+        except Exception as error:  # sizes that do not fit the chip, most likely
+            failed[str(i)] = f"failed: {measure.reason(error)}"
+    failed |= measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
+    runs = {name: one.run for name, one in prepared.items() if name not in failed}
+    times, late = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
+    failed |= late
+    rows: list[dict[str, Any]] = [
+        {"sizes": sizes}
+        | (
+            measure.describe(times[str(i)]) | {"temp_bytes": prepared[str(i)].temp_bytes}
+            if str(i) in times
+            else {"absent": failed[str(i)]}
+        )
+        for i, sizes in enumerate(tried)
+    ]
+    if "absent" in rows[0]:
+        why = f"{implementation} with the present block sizes {rows[0]['absent']}"
+        raise ConfigError(f"op={asked.name!r}: {why}")
+    shape = " ".join(f"{field}={value}" for field, value in case.items())
+    title = f"{asked.name} {implementation}, forward+backward, {shape}"
+    kind = jax.devices()[0].device_kind
+    return Found(title, kind, asked.op.module, rows, choose(rows))
+
+
+def save(found: Found) -> str:
+    """Put the best sizes into the op's table as this chip's row; a line about it."""
+    path = blocks.path(found.table)
+    if found.best == 0:
+        return f"{path} is left as it is: nothing is faster than its spread"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[found.device_kind] = found.rows[found.best]["sizes"]
+    lines = (f"  {json.dumps(name)}: {json.dumps(sizes)}" for name, sizes in rows.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+    blocks.table.cache_clear()
+    return f"written: {path}, row {found.device_kind!r}"
+
+
+def table(found: Found) -> Table:
+    """Every point of the grid."""
+    shown = Table(title=found.title)
+    for column in ("sizes", "median ms", "quartiles", "temp MB", ""):
+        shown.add_column(column, justify="left" if column in ("sizes", "") else "right")
+    for i, row in enumerate(found.rows):
+        sizes = " ".join(f"{name}={value}" for name, value in row["sizes"].items())
+        remark = ", ".join(["present"] * (i == 0) + ["best"] * (i == found.best))
+        if "absent" in row:
+            shown.add_row(sizes, "", "", "", row["absent"])
+            continue
+        low, high = (f"{1e3 * value:.2f}" for value in row["quartiles"])
+        temp = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f}"
+        shown.add_row(sizes, f"{1e3 * row['median']:.2f}", f"{low}–{high}", temp, remark)
+    return shown
