@@ -143,7 +143,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--implementations", help="like --cases")
     parser.add_argument("--peers", help="like --cases, or none")
     parser.add_argument("--rounds", type=int, default=10, help="timings of each at most")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timings, then one sits out")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timings, then one sits out")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds for everything")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tune", action="store_true", help="find block sizes for this chip")
@@ -300,7 +300,8 @@ def _bench(options) -> int:
         console.print(tune.save(found), soft_wrap=True)
         return 0
     budget = measure.Budget(options.budget, sum(one.parts for one in requests))
-    for one in requests:
+    # what the small ones leave is for the large
+    for one in sorted(requests, key=lambda one: one.flops):
         found = run.bench(one, **effort, budget=budget)
         for line in [*record.machine_lines(found), record.LEGEND]:
             console.print(line, soft_wrap=True)

@@ -140,7 +140,6 @@ OPS: dict[str, Op] = {
         _scans({"b": 2, "t": 2048, "d": 512, "n": 16}, {"b": 8, "t": 4096, "d": 4096, "n": 16}),
         3.0,
         settings={"delta_softplus": True},
-        tuning={"cpu": Tuning("t2048", {"chunk": (16, 32, 64, 128, 256)})},
     ),
     "wkv4": Op(
         "wkv",

@@ -61,7 +61,8 @@ def draw(found: dict[str, Any], to: Path) -> None:
                 axes.annotate("not timed", (0.99, y), xycoords=("axes fraction", "data"),
                               ha="right", va="center", color="0.5", fontsize=8)  # fmt: skip
                 continue
-            text, x = f"{point['ms']:.3g} ms", point["ratio"]
+            ms = point["ms"]
+            text, x = f"{float(f'{ms:.3g}'):g} ms", point["ratio"]
             if x is not None:
                 first, third = point["quartiles"]
                 low, high = min(low, first, x), max(high, third, x)
@@ -75,7 +76,10 @@ def draw(found: dict[str, Any], to: Path) -> None:
         axes.set_xscale("log")
         # the right third is for the numbers
         axes.set_xlim(low / 1.15, 1.15 * high * (high / low) ** 0.6)
+        # three to a decade, or more where all are near
         ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+        if high / low < 4:
+            ticks = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 3, 4)
         axes.set_xticks([t for t in ticks if low / 1.15 <= t <= 1.15 * high])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))

@@ -42,6 +42,11 @@ class Request(NamedTuple):
         """How many pieces a budget is shared by."""
         return len(self.cases) * len(PASSES)
 
+    @property
+    def flops(self) -> float:
+        """Of the largest case."""
+        return max(self.op.flops(case) for case in self.cases.values())
+
 
 def request(
     name: str,
@@ -122,7 +127,7 @@ def check_effort(rounds: int, seconds: float, budget: float) -> None:
 
 
 def bench(
-    asked: Request, *, rounds: int = 10, seconds: float = 5.0, budget: measure.Budget
+    asked: Request, *, rounds: int = 10, seconds: float = 20.0, budget: measure.Budget
 ) -> dict[str, Any]:
     """Measure what is ``asked``.
 

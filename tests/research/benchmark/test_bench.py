@@ -60,10 +60,18 @@ def test_what_the_budget_does_not_reach_is_listed(stand_in, ticks):
     assert record.tables(found) == [] and "Nothing was timed." in record.markdown({"o": found}, "x")
 
 
-def test_all_runs_what_is_there(stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "OPS", {"double": ops.OPS["double"]})
+def test_all_runs_what_is_there_the_large_last(stand_in, monkeypatch):
+    double = ops.OPS["double"]
+    large = double._replace(flops=lambda case: 1e9)
+    monkeypatch.setattr(ops, "OPS", {"large": large, "double": double})
+    monkeypatch.setitem(PEERS, "large", {"cpu": {}})
     assert cli.main(["bench", "--all", "--record", "--rounds=1"]) == 0
-    assert list(json.loads((stand_in / "results/cpu.json").read_text())) == ["double"]
+    written = json.loads((stand_in / "results/cpu.json").read_text())
+    assert list(written) == ["double", "large"]
+    rows = written["large"]["cases"]["small"][run.PASSES[0]]
+    assert rows["ours/xla"]["best_peer"] is None and rows["ours/reference"]["rounds"] == 1
+    page = (stand_in / "results/cpu.md").read_text()
+    assert "## double" in page and "(cpu-large.png)" in page
 
 
 @pytest.mark.parametrize(
