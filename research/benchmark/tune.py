@@ -115,11 +115,15 @@ def table(found: Found) -> Table:
         shown.add_column(column, justify="left" if column in ("sizes", "") else "right")
     for i, row in enumerate(found.rows):
         sizes = " ".join(f"{name}={value}" for name, value in row["sizes"].items())
-        remark = ", ".join(["present"] * (i == 0) + ["best"] * (i == found.best))
+        remarks = ["present"] * (i == 0) + (["best"] if found.best else ["kept"]) * (
+            i == found.best
+        )
         if "absent" in row:
             shown.add_row(sizes, "", "", "", row["absent"])
             continue
         low, high = (f"{1e3 * value:.2f}" for value in row["quartiles"])
         temp = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f}"
-        shown.add_row(sizes, f"{1e3 * row['median']:.2f}", f"{low}–{high}", temp, remark)
+        shown.add_row(
+            sizes, f"{1e3 * row['median']:.2f}", f"{low}–{high}", temp, ", ".join(remarks)
+        )
     return shown

@@ -115,7 +115,7 @@ def test_nothing_is_folded():
 def test_prepare_says_what_it_needs(monkeypatch):
     x = jnp.ones((64, 64))
     one = measure.prepare(lambda x: jnp.sum(jnp.sort(x @ x, axis=0)), [x])
-    assert one.temp_bytes >= x.nbytes and one.compile_seconds > 0
+    assert (one.temp_bytes or 0) >= x.nbytes and (one.compile_seconds or 0) > 0
     assert one.values(one.run())[0].tolist() == [64.0**3]
     monkeypatch.setattr(measure, "free_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match="GB of temporaries, 0.0 are free"):
