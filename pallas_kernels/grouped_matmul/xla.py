@@ -1,13 +1,21 @@
-"""The grouped matmul and its two gradients by XLA's ragged products, on every platform.
+"""The grouped matmul and its two gradients without a kernel, on every platform.
 
-On the CPU XLA lowers them densely: every row meets every expert, and the rows are copied once an
-expert. With 8 experts of 256 x 256 and 1024 rows, or of 512 x 512 and 4096, in float32, that took
-5 and 9 times as long as 8 dense products forward, 7 and 10 times with the gradients, and 8 to 10
-times the bytes of x.
+Elsewhere than on a CPU they are XLA's own ragged products (`jax.lax.ragged_dot_general`). On the
+CPU XLA lowers those densely: every row meets every expert, and the rows are copied once an expert,
+so that with 8 experts they take several times as long as 8 dense products. A program lowered for
+the CPU instead goes through the groups that have rows, takes the group's weights out of the stack
+once, and multiplies its rows chunk by chunk: as long as a chunk of ``rows`` is full, and what is
+left in chunks an eighth of it. The time is that of one dense product a group with its sizes known,
+or little more, forward and backward, and nothing is copied but one group's weights. A chunk may
+reach into rows of other groups: each chunk stores its own rows.
 """
+
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul.visits import bounds
 
 # contract d with d or f with f; the rows m are ragged
 _FORWARD = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
@@ -16,9 +24,48 @@ _INPUT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
 _WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 
 
-def _product(a, b, group_sizes_e, dimensions):
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.ragged_dot_general(a, b, group_sizes_e, dimensions, preferred_element_type=wide)
+def forward(sizes: Mapping[str, int], x_md, weights_edf, group_sizes_e):
+    """``y_mf``."""
+
+    def on_cpu(x_md, weights_edf, group_sizes_e):
+        return _rows_by_chunks(sizes["rows"], x_md, weights_edf, group_sizes_e, 0)
+
+    def elsewhere(x_md, weights_edf, group_sizes_e):
+        x_md = _grouped(x_md, group_sizes_e)
+        y_mf = _grouped(_ragged(x_md, weights_edf, group_sizes_e, _FORWARD), group_sizes_e)
+        return y_mf.astype(x_md.dtype)
+
+    return jax.lax.platform_dependent(
+        x_md, weights_edf, group_sizes_e, cpu=on_cpu, default=elsewhere
+    )
+
+
+def backward(sizes: Mapping[str, int], x_md, weights_edf, group_sizes_e, dy_mf):
+    """``dx_md, dweights_edf``."""
+
+    def on_cpu(x_md, weights_edf, group_sizes_e, dy_mf):
+        dx_md = _rows_by_chunks(sizes["rows"], dy_mf, weights_edf, group_sizes_e, 1)
+        return dx_md, _weights_by_chunks(sizes["rows"], x_md, dy_mf, group_sizes_e)
+
+    def elsewhere(x_md, weights_edf, group_sizes_e, dy_mf):
+        x_md, dy_mf = _grouped(x_md, group_sizes_e), _grouped(dy_mf, group_sizes_e)
+        dx_md = _grouped(_ragged(dy_mf, weights_edf, group_sizes_e, _INPUT), group_sizes_e)
+        dweights_edf = _ragged(x_md, dy_mf, group_sizes_e, _WEIGHTS)
+        return dx_md.astype(x_md.dtype), dweights_edf.astype(weights_edf.dtype)
+
+    return jax.lax.platform_dependent(
+        x_md, weights_edf, group_sizes_e, dy_mf, cpu=on_cpu, default=elsewhere
+    )
+
+
+def _ragged(a, b, group_sizes_e, dimensions):
+    return jax.lax.ragged_dot_general(
+        a, b, group_sizes_e, dimensions, preferred_element_type=_wide(a)
+    )
+
+
+def _wide(a):
+    return jnp.promote_types(a.dtype, jnp.float32)
 
 
 def _grouped(a_m, group_sizes_e):
@@ -27,14 +74,76 @@ def _grouped(a_m, group_sizes_e):
     return jnp.where(inside_m[:, None], a_m, 0)
 
 
-def forward(x_md, weights_edf, group_sizes_e):
-    y_mf = _product(_grouped(x_md, group_sizes_e), weights_edf, group_sizes_e, _FORWARD)
-    return _grouped(y_mf, group_sizes_e).astype(x_md.dtype)
+def _each_group(group_sizes_e, carry, visit: Callable):
+    """``carry = visit(group, carry)`` for each group that has rows."""
+    e = group_sizes_e.shape[0]
+    (busy_e,) = jnp.nonzero(group_sizes_e, size=e, fill_value=0)
+    count = jnp.sum(group_sizes_e > 0)
+    return jax.lax.fori_loop(0, count, lambda n, carry: visit(busy_e[n], carry), carry)
 
 
-def backward(x_md, weights_edf, group_sizes_e, dy_mf):
-    """The gradients for ``x_md`` and ``weights_edf``."""
-    x_md, dy_mf = _grouped(x_md, group_sizes_e), _grouped(dy_mf, group_sizes_e)
-    dx_md = _grouped(_product(dy_mf, weights_edf, group_sizes_e, _INPUT), group_sizes_e)
-    dweights_edf = _product(x_md, dy_mf, group_sizes_e, _WEIGHTS)
-    return dx_md.astype(x_md.dtype), dweights_edf.astype(weights_edf.dtype)
+def _each_chunk(start, end, rows: int, most: int, carry, visit: Callable):
+    """``carry = visit(at, own, carry)`` over the rows ``[start, end)`` of ``most``.
+
+    ``at`` is where a chunk begins, ``own[:, None]`` which of its rows are meant: the last chunk of
+    all the rows begins early rather than beyond their end.
+    """
+    for size in (min(rows, most), min(max(rows // 8, 1), most)):
+        # whole chunks first; the last round takes a part as one
+        part = 0 if size == min(rows, most) else size - 1
+        chunks = (end - start + part) // size
+
+        def one(n, carry, start=start, size=size):
+            begin = start + n * size
+            at = jnp.minimum(begin, most - size)
+            row = at + jnp.arange(size, dtype=jnp.int32)
+            return visit(at, ((row >= begin) & (row < end))[:, None], size, carry)
+
+        carry = jax.lax.fori_loop(0, chunks, one, carry)
+        start = start + chunks * size
+    return carry
+
+
+def _rows_by_chunks(rows, x_mk, weights, group_sizes_e, contracted: int):
+    """Each row times its group's weights, which it meets along their axis ``contracted``."""
+    m, n = x_mk.shape[0], weights.shape[2 - contracted]
+    bounds_g = bounds(group_sizes_e, m)
+
+    def group(g, y_mn):
+        matrix = jax.lax.dynamic_index_in_dim(weights, g, keepdims=False).astype(_wide(weights))
+
+        def chunk(at, own, size, y_mn):
+            x = jax.lax.dynamic_slice_in_dim(x_mk, at, size).astype(matrix.dtype)
+            y = jax.lax.dot_general(x, matrix, (((1,), (contracted,)), ((), ())))
+            others = jax.lax.dynamic_slice_in_dim(y_mn, at, size)
+            y = jnp.where(own, y.astype(y_mn.dtype), others)
+            return jax.lax.dynamic_update_slice_in_dim(y_mn, y, at, 0)
+
+        return _each_chunk(bounds_g[g], bounds_g[g + 1], rows, m, y_mn, chunk)
+
+    return _each_group(group_sizes_e, jnp.zeros((m, n), x_mk.dtype), group)
+
+
+def _weights_by_chunks(rows, x_md, dy_mf, group_sizes_e):
+    """For each group, its rows of ``x_md`` transposed times those of ``dy_mf``."""
+    (m, d), f = x_md.shape, dy_mf.shape[1]
+    bounds_g = bounds(group_sizes_e, m)
+    wide = _wide(x_md)
+
+    def group(g, dweights_edf):
+        def chunk(at, own, size, total_df):
+            x, dy = (
+                jnp.where(own, jax.lax.dynamic_slice_in_dim(a, at, size), 0).astype(wide)
+                for a in (x_md, dy_mf)
+            )
+            # XLA's CPU product is fast over the last axis of its left side only
+            return total_df + x.T @ dy
+
+        total_df = jnp.zeros((d, f), wide)
+        total_df = _each_chunk(bounds_g[g], bounds_g[g + 1], rows, m, total_df, chunk)
+        return jax.lax.dynamic_update_index_in_dim(
+            dweights_edf, total_df.astype(dweights_edf.dtype), g, 0
+        )
+
+    zeros_edf = jnp.zeros((group_sizes_e.shape[0], d, f), x_md.dtype)
+    return _each_group(group_sizes_e, zeros_edf, group)
