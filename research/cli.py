@@ -144,7 +144,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--peers", help="like --cases, or none")
     parser.add_argument("--rounds", type=int, default=10, help="timings of each at most")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timings, then one sits out")
-    parser.add_argument("--budget", type=float, default=900.0, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds for all of it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tune", action="store_true", help="find block sizes for this chip")
     what.add_argument("--record", action="store_true", help="into the chip's file of results")

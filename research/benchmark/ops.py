@@ -12,6 +12,13 @@ import numpy as np
 
 Case = Mapping[str, int | str]
 
+# By platform, the one that is meant for it first.
+IMPLEMENTATIONS = {
+    "cpu": ("xla", "reference"),
+    "gpu": ("gpu", "xla", "reference"),
+    "tpu": ("tpu", "xla", "reference"),
+}
+
 
 class Tuning(NamedTuple):
     """The case that block sizes are tuned on, and the sizes to try."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from research.benchmark.targets import PASSES
+from research.benchmark.targets import PASSES, REFERENCE
 
 
 def base(rows: dict[str, Any]) -> str | None:
@@ -11,7 +11,7 @@ def base(rows: dict[str, Any]) -> str | None:
     timed = [row for row in rows.values() if "median" in row]
     if timed and timed[0]["best_peer"]:
         return timed[0]["best_peer"]
-    return "ours/reference" if "median" in rows.get("ours/reference", {}) else None
+    return REFERENCE if "median" in rows.get(REFERENCE, {}) else None
 
 
 def points(found: dict[str, Any], which: str) -> list[tuple[str, str, dict[str, Any] | None]]:
@@ -66,8 +66,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
             if x is not None:
                 first, third = point["quartiles"]
                 low, high = min(low, first, x), max(high, third, x)
-                # the ratio of medians may lie outside the quartiles of ratios
-                spread = [[max(0.0, x - first)], [max(0.0, third - x)]]
+                spread = [[x - first], [third - x]]
                 color = "C0" if who.startswith("ours/") else "C1"
                 axes.errorbar([x], [y], xerr=spread, fmt="o", color=color, capsize=3)
                 text = f"{x:.2f}x  {text}"
@@ -86,7 +85,7 @@ def draw(found: dict[str, Any], to: Path) -> None:
         axes.set_yticks(range(len(shown)), [f"{case}  {who}" for case, who, _ in shown], fontsize=9)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         bases = {base(measured[which]) for measured in found["cases"].values()} - {None}
-        beside = "best peer" if not bases or bases != {"ours/reference"} else "reference"
+        beside = "best peer" if not bases or bases != {REFERENCE} else "reference"
         axes.set(title=which, xlabel=f"times as fast as the {beside} (right is faster)")
     figure.suptitle(f"{found['op']}, {found['machine']['device']}; bars: quartiles over rounds")
     figure.savefig(to, format="png", dpi=120)

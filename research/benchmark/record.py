@@ -11,7 +11,7 @@ from rich.table import Table
 import pallas_kernels
 from research.ablation.files import read_json, write_atomically, write_json, write_text
 from research.benchmark.plot import draw
-from research.benchmark.targets import PASSES
+from research.benchmark.targets import PASSES, REFERENCE
 
 RESULTS = Path(pallas_kernels.__file__).parent / "results"
 
@@ -20,7 +20,7 @@ COLUMNS = ("who", "ms", "spread", "x peer", "x ref", "FLOP/s", "bytes/s", "temp 
            "quartiles ms", "rounds", "compile s")  # fmt: skip
 LEGEND = (
     "ms: the median; spread: half the distance of the quartiles; x peer, x ref: times as fast as "
-    "the best peer and as ours/reference; %: of this machine's matmul and copy"
+    "the best peer and as ours/reference, median over rounds; %: of this machine's matmul and copy"
 )
 TERMINAL = 8
 
@@ -55,9 +55,9 @@ def rows(found: dict[str, Any], case: str, which: str) -> Iterator[tuple[str, ..
         yield (
             who,
             f"{1e3 * row['median']:.2f}",
-            f"±{(high - low) / 2 / row['median']:.0%}",
+            f"±{(high - low) / 2 / row['median']:.0%}" if row["rounds"] > 1 else "1 round",
             "best" if who == row["best_peer"] else _times(row, row["best_peer"]),
-            _times(row, "ours/reference"),
+            _times(row, REFERENCE),
             _rate(row, ceiling, "flops_per_second"),
             _rate(row, ceiling, "bytes_per_second"),
             "" if temp is None else f"{temp / 1e6:.1f}",

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from research.benchmark.ops import IMPLEMENTATIONS
+
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
 
-# The implementation that is meant for a platform.
-NATIVE = {"cpu": "ours/xla", "gpu": "ours/gpu", "tpu": "ours/tpu"}
+REFERENCE = "ours/reference"
 
 
 class Target(NamedTuple):
@@ -46,8 +47,8 @@ TARGETS = (
     Target("flash_attention", "gpu", "t16384", FORWARD, "flops", 600e12),
     Target("flash_attention", "gpu", "t16384", FORWARD, "ratio", 1.0),
     Target("flash_attention", "gpu", "t16384", BOTH, "backward flops", 450e12),
-    Target("selective_scan", "cpu", "t2048", FORWARD, "ratio", 3.0, "ours/reference"),
-    Target("selective_scan", "cpu", "t2048", BOTH, "ratio", 3.0, "ours/reference"),
+    Target("selective_scan", "cpu", "t2048", FORWARD, "ratio", 3.0, REFERENCE),
+    Target("selective_scan", "cpu", "t2048", BOTH, "ratio", 3.0, REFERENCE),
     Target("selective_scan", "gpu", "t4096", BOTH, "ratio", 1.0),
     Target("selective_scan", "gpu", "t4096", BOTH, "bandwidth", 0.6),
 )
@@ -76,7 +77,7 @@ def _verdict(target: Target, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(target: Target, found: Mapping[str, Any]) -> float | str:
     """The measure, or why there is none."""
-    case, name = found["cases"][target.case], NATIVE[target.platform]
+    case, name = found["cases"][target.case], f"ours/{IMPLEMENTATIONS[target.platform][0]}"
     rows = case[target.passes]
     mine = rows.get(name, {"absent": "left out"})
     if "absent" in mine:

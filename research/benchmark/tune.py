@@ -12,9 +12,9 @@ from layers.config import ConfigError
 from pallas_kernels import blocks
 from research.ablation.files import write_text
 from research.benchmark import measure
-from research.benchmark.ops import ours
+from research.benchmark.ops import IMPLEMENTATIONS, ours
 from research.benchmark.peers import of_jax
-from research.benchmark.run import IMPLEMENTATIONS, Request
+from research.benchmark.run import Request
 
 Sizes = Mapping[str, int]
 
@@ -56,7 +56,7 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
     tuning = asked.op.tuning.get(platform)
     if tuning is None:
         raise ConfigError(f"op={asked.name!r}: it has no block sizes to tune on a {platform}")
-    implementation = IMPLEMENTATIONS[platform][-1]
+    implementation = IMPLEMENTATIONS[platform][0]
     (case,) = asked.cases.values()
     arrays = asked.op.arrays(case)
     y = jax.eval_shape(ours(asked.name, "xla"), *arrays)

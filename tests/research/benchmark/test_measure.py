@@ -93,6 +93,8 @@ def test_describe_and_ratio():
         "median": 3, "quartiles": [2, 4], "rounds": 5, "times": [5, 1, 4, 2, 3],
     }  # fmt: skip
     assert measure.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 3.0]) == {"ratio": 3.0, "quartiles": [2.5, 3]}
+    # the second round was slow for both
+    assert measure.ratio([2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 4.0])["ratio"] == 2.0
     assert measure.quartiles([7.0]) == [7.0, 7.0]
 
 
