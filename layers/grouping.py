@@ -24,7 +24,7 @@ def group_kv_heads(
     Raises:
       ConfigError: the heads do not divide, an unknown method, or ``random`` without a key.
     """
-    attention = model.config.attention
+    attention = model.config.part("attention")
     have = attention.kv_heads
     check(
         0 < num_kv_heads <= have and have % num_kv_heads == 0,

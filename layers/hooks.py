@@ -1,8 +1,9 @@
 """Looking into and editing activations: ``tap(name, x)`` is the identity unless hooks are passed.
 
 Hooks are an argument, not state: a layer receives ``tap`` and calls it at named places, and the
-decoder returns what was captured. The places are `NAMES`; ``residual`` is a block's input and
-``final`` the normalised last residual.
+decoder returns what was captured. The places are `NAMES`; ``residual`` is a block's input,
+``mixer.output`` what a recurrent mixer gives to its output projection, and ``final`` the normalised
+last residual.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ NAMES = (
     "attention.value",
     "attention.weights",
     "attention.output",
+    "mixer.output",
     "mlp.output",
     "final",
 )

@@ -35,16 +35,18 @@ def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return place(weight, *axes)
 
 
-def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple[str | None, ...]):
+def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):
     """``function(*arguments)``, each device with its own share of every argument.
 
     For what explicit sharding cannot follow: kernels, sorts, scatters. ``axes`` are the logical
-    axes of each argument (those of None arguments are not looked at), ``out_axes`` of the result.
-    The function must need nothing from other devices' shares.
+    axes of each argument (those of None arguments are not looked at), ``out_axes`` of the result, a
+    list of them where the function returns a tuple. The function must need nothing from other
+    devices' shares.
     """
-    out_spec = spec(*out_axes)
-    if out_spec is None:
+    if spec() is None:
         return function(*arguments)
+    several = isinstance(out_axes, list)
+    out_spec = tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes)
     given = [i for i, a in enumerate(arguments) if a is not None]
 
     def local(*shares):

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.config import check
-from layers.decoder import Decoder
-from layers.state import KVCache
+from layers.decoder import Decoder, State
 from research.inference.sampling import SamplingConfig, sample
 
 SMALLEST_BUCKET = 16
@@ -23,7 +22,7 @@ STREAMED_TOKENS = 8  # tokens a row between two looks at the device while stream
 class _Progress:
     """Where each row stands: its cache, the token to read next, and what has stopped."""
 
-    state: tuple[KVCache, ...]
+    state: State
     token_b: jax.Array
     position_b: jax.Array
     stopped_b: jax.Array

@@ -67,7 +67,7 @@ def _read_llama(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    attention = config.attention
+    attention = config.part("attention")
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -75,10 +75,10 @@ def _write_llama(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.channels(config.width),
-        "intermediate_size": config.mlp.width,
+        "intermediate_size": config.part("mlp").width,
         "hidden_act": "silu",
         "attention_bias": attention.qkv_bias,
-        "mlp_bias": config.mlp.bias,
+        "mlp_bias": config.part("mlp").bias,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rotary.base,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary.base},
@@ -97,7 +97,7 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
     written = _write_llama(config)
     del written["attention_bias"], written["mlp_bias"]
     sliding = config.pattern == ("sliding",)
-    return {**written, "sliding_window": config.attention.window if sliding else None}
+    return {**written, "sliding_window": config.part("attention").window if sliding else None}
 
 
 _LLAMA_ROWS = (
@@ -158,15 +158,15 @@ def _read_gpt2(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     theirs = {ours: name for name, ours in _GPT2_ACTIVATIONS.items()}
-    check_choice("mlp.activation", config.mlp.activation, theirs)
+    check_choice("mlp.activation", config.part("mlp").activation, theirs)
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.max_length,
         "n_embd": config.width,
         "n_layer": config.num_layers,
-        "n_head": config.attention.num_heads,
-        "n_inner": config.mlp.width,
-        "activation_function": theirs[config.mlp.activation],
+        "n_head": config.part("attention").num_heads,
+        "n_inner": config.part("mlp").width,
+        "activation_function": theirs[config.part("mlp").activation],
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
     }

@@ -69,11 +69,12 @@ def _describe(config: DecoderConfig, family: Family) -> dict:
 
 def _explicit(config: DecoderConfig) -> DecoderConfig:
     """``config`` with what is implied written out, as checkpoints do."""
+    attention = config.part("attention")
     attention = dataclasses.replace(
-        config.attention,
-        num_kv_heads=config.attention.kv_heads,
-        head_dim=config.attention.channels(config.width),
-        window=config.attention.window if "sliding" in config.pattern else None,
+        attention,
+        num_kv_heads=attention.kv_heads,
+        head_dim=attention.channels(config.width),
+        window=attention.window if "sliding" in config.pattern else None,
     )
     return dataclasses.replace(config, attention=attention)
 

@@ -66,7 +66,7 @@ def targets(rows: tuple[Row, ...], config: DecoderConfig, parameters: Mapping) -
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
     """Letter → size, of the letters that patterns may group."""
-    attention = config.attention
+    attention = config.part("attention")
     return {
         "h": attention.num_heads,
         "k": attention.kv_heads,

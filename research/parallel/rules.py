@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[Any, Any]] = {
     "vocab": ("tensor", "tensor"),
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
+    "channels": ("tensor", "tensor"),
     "mlp": ("tensor", "tensor"),
     "embed": ("fsdp", None),
     "head_dim": (None, None),
@@ -103,16 +104,24 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     Raises:
       ConfigError: names the field, its size and the mesh axis that does not divide it.
     """
-    attention = config.attention
+    tensor = mesh.shape["tensor"]
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts: list[tuple[str, int]] = []
+    if (attention := config.attention) is not None:
+        parts += [("attention.num_heads", attention.num_heads)]
+        parts += [("attention.num_kv_heads", attention.kv_heads)]
+    if config.mlp is not None:
+        parts += [("mlp.width", config.mlp.width)]
+    if "rwkv4" in config.pattern:
+        parts += [("width", config.width)]
+    if "rwkv7" in config.pattern:
+        parts += [("width / rwkv.head_dim", config.width // config.part("rwkv").head_dim)]
     for field, size, axis, ways in (
         ("batch_size", batch_size, "data×fsdp", rows),
         ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
         ("width", config.width, "fsdp", mesh.shape["fsdp"]),
-        ("attention.num_heads", attention.num_heads, "tensor", mesh.shape["tensor"]),
-        ("attention.num_kv_heads", attention.kv_heads, "tensor", mesh.shape["tensor"]),
-        ("mlp.width", config.mlp.width, "tensor", mesh.shape["tensor"]),
-        ("vocab_size", config.vocab_size, "tensor", mesh.shape["tensor"]),
+        *((field, size, "tensor", tensor) for field, size in parts),
+        ("vocab_size", config.vocab_size, "tensor", tensor),
     ):
         check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
     check(

@@ -33,12 +33,16 @@ def train_flops_per_token(model: Decoder, sequence_length: int) -> float:
         weights -= (config.max_length or 0) * config.width
     attended = 0.0
     for kind in config.pattern:
-        window = config.attention.window if kind == "sliding" else None
+        if kind not in ("attention", "sliding"):
+            continue  # a recurrence's own work is small beside its projections
+        window = config.part("attention").window if kind == "sliding" else None
         w = min(window or sequence_length, sequence_length)
         attended += (w * (w + 1) / 2 + (sequence_length - w) * w) / sequence_length
     attended *= config.repeats
-    head_width = config.attention.num_heads * config.attention.channels(config.width)
-    return 6.0 * weights + 12.0 * attended * head_width
+    if attended:
+        attention = config.part("attention")
+        attended *= attention.num_heads * attention.channels(config.width)
+    return 6.0 * weights + 12.0 * attended
 
 
 def peak_flops() -> float | None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
+from layers.architecture import MIXERS
 from layers.attention import AttentionConfig
 from layers.config import ConfigError, check_choice, from_mapping
 from layers.decoder import DecoderConfig
@@ -57,7 +58,8 @@ def test_converts_int_to_float_list_to_tuple_and_none():
         (dict(dtype="float64"), "model.dtype='float64': must be one of float32, bfloat16, float16 "
          "(did you mean 'float16'?)"),
         (dict(pattern=["slidng"]),
-         "model.pattern[0]='slidng': must be one of attention, sliding (did you mean 'sliding'?)"),
+         f"model.pattern[0]='slidng': must be one of {', '.join(MIXERS)} "
+         "(did you mean 'sliding'?)"),
         (dict(pattern=[]), "model.pattern=(): must name at least one layer"),
         (dict(num_layers=3, pattern=["attention"] * 2),
          "model.num_layers=3: must be a multiple of the pattern's length 2"),

@@ -204,7 +204,7 @@ def test_cached_logits_are_the_full_forwards(name, scan):
     model = with_config(make(name), scan=scan)
     step = jax.jit(lambda m, tokens, positions, state: m(tokens, positions, state=state))
     state, at, parts = model.init_state(2, T), 0, []
-    assert all(layer.keys_bskc.shape[0] == model.config.repeats for layer in state)
+    assert all(layer.mixer.keys_bskc.shape[0] == model.config.repeats for layer in state)
     for n in (3, 1, 1, 1):
         positions = jnp.arange(at, at + n)[None]
         out = step(model, TOKENS[:, at : at + n], positions, state)
@@ -270,7 +270,7 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     want = logits(make(), TOKENS)
     assert 0 < float(jnp.abs(got - want).max()) < 0.05 * float(jnp.abs(want).max())
     assert {a.dtype for a in jax.tree.leaves(gradients(model, TOKENS))} == {jnp.dtype("float32")}
-    assert model.init_state(1, 4)[0].keys_bskc.dtype == jnp.bfloat16
+    assert model.init_state(1, 4)[0].mixer.keys_bskc.dtype == jnp.bfloat16
     stored = Decoder(dataclasses.replace(BASE, param_dtype="bfloat16"), rngs=nnx.Rngs(0))
     assert {a.dtype for a in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
 
@@ -284,7 +284,7 @@ def test_a_70b_model_takes_no_memory_to_plan():
     assert all(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)
     assert sum(a.size for a in leaves) == 70_553_706_496  # Llama 3 70B
     cache = jax.eval_shape(lambda m: m.init_state(1, 8192), shapes)
-    assert cache[0].keys_bskc.shape == (80, 1, 8192, 8, 128)
+    assert cache[0].mixer.keys_bskc.shape == (80, 1, 8192, 8, 128)
 
 
 def test_gradients_reach_every_parameter():

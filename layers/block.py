@@ -1,0 +1,163 @@
+"""One layer of the stack: a sequence mixer and a feed-forward layer, with norms and residuals."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.architecture import DecoderConfig
+from layers.attention import Attention
+from layers.hooks import Tap
+from layers.mlp import Mlp
+from layers.norm import Norm
+from layers.rwkv import ChannelMix, Place
+from layers.rwkv4 import Rwkv4
+from layers.rwkv7 import Rwkv7
+
+
+class First(NamedTuple):
+    """The layer's index among the RWKV-7 layers, and the values of the first of them."""
+
+    layer: jax.Array | int
+    values: jax.Array | None
+
+
+class BlockState(NamedTuple):
+    """What one layer remembers; None where its feed-forward layer remembers nothing."""
+
+    mixer: Any
+    feed_forward: Any
+
+
+class Block(nnx.Module):
+    """A mixer and a feed-forward layer, each with its norm and residual connection.
+
+    ``at`` is its place in the stack, which RWKV's initial values depend on.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        mixer: str,
+        feed_forward: str,
+        *,
+        rngs: nnx.Rngs,
+        at: Place = Place(),  # noqa: B008
+    ):
+        options = dict(rngs=rngs, out_scale=1 / math.sqrt(2 * config.num_layers), **dtypes(config))
+        self.norm_position = config.norm_position
+        self.parallel = config.parallel_residual
+        self.mixer: Any = _make_mixer(config, mixer, at, options)
+        self.mlp: Any = _make_feed_forward(config, feed_forward, at, options)
+        has_mlp = self.mlp is not None
+        both = config.norm_position == "both"
+        self.mixer_norm = make_norm(config)
+        self.mlp_norm = make_norm(config) if has_mlp and not self.parallel else None
+        self.mixer_post_norm = make_norm(config) if both else None
+        self.mlp_post_norm = make_norm(config) if both and has_mlp else None
+
+    def init_state(self, batch: int, max_length: int, dtype) -> BlockState:
+        """The empty state for ``max_length`` tokens."""
+        keeps = isinstance(self.mlp, ChannelMix)
+        return BlockState(
+            self.mixer.init_state(batch, max_length, dtype),
+            self.mlp.init_state(batch, max_length, dtype) if keeps else None,
+        )
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None,
+        state: BlockState | None,
+        tap: Tap,
+        first: First,
+    ) -> tuple[jax.Array, BlockState | None, First]:
+        """Returns ``(x_btd, state, first)``; `Rwkv7` hands ``first`` from layer to layer."""
+        where = positions_bt, segment_ids_bt
+        mixer_state, mlp_state = (None, None) if state is None else state
+
+        def mix(x):
+            if isinstance(self.mixer, Rwkv7):
+                y, new, values = self.mixer(
+                    x, *where, mixer_state, tap, layer=first.layer, first_values_bthc=first.values
+                )
+                return y, new, First(first.layer, values)
+            return *self.mixer(x, *where, mixer_state, tap), first
+
+        def feed_forward(x):
+            if isinstance(self.mlp, ChannelMix):
+                y, new = self.mlp(x, *where, mlp_state)
+            else:
+                assert self.mlp is not None
+                y, new = self.mlp(x), None
+            return tap("mlp.output", y), new
+
+        def normalise(norm, y):
+            return y if norm is None else norm(y)
+
+        x = tap("residual", x_btd)
+        if self.norm_position == "post":
+            y, mixer_state, first = mix(x)
+            x = self.mixer_norm(x + y)
+            if self.mlp is not None:
+                y, mlp_state = feed_forward(x)
+                x = normalise(self.mlp_norm, x + y)
+        else:
+            normed = self.mixer_norm(x)
+            y, mixer_state, first = mix(normed)
+            y = normalise(self.mixer_post_norm, y)
+            if not self.parallel:
+                x = x + y
+                normed = normalise(self.mlp_norm, x)
+                y = None
+            if self.mlp is not None:
+                z, mlp_state = feed_forward(normed)
+                z = normalise(self.mlp_post_norm, z)
+                y = z if y is None else y + z
+            x = x if y is None else x + y
+        new = None if state is None else BlockState(mixer_state, mlp_state)
+        return x, new, first
+
+
+def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
+    if kind in ("attention", "sliding"):
+        return Attention(
+            config.part("attention"),
+            config.width,
+            sliding=kind == "sliding",
+            rotary_config=config.rotary if config.position == "rotary" else None,
+            use_alibi=config.position == "alibi",
+            norm_eps=config.norm_eps,
+            **options,
+        )
+    return {"rwkv4": Rwkv4, "rwkv7": Rwkv7}[kind](
+        config.part("rwkv"), config.width, at=at, **options
+    )
+
+
+def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
+    if kind == "none":
+        return None
+    if kind == "mlp":
+        return Mlp(config.part("mlp"), config.width, **options)
+    hidden = config.part("mlp").width
+    return ChannelMix(hidden, config.width, gated=kind == "rwkv4", at=at, **options)
+
+
+def dtypes(config: DecoderConfig) -> dict[str, Any]:
+    """The configuration's ``dtype`` and ``param_dtype`` as layers take them."""
+    return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+
+
+def make_norm(config: DecoderConfig) -> Norm:
+    """The stack's norm over ``width`` features."""
+    return Norm(
+        config.norm,
+        config.width,
+        eps=config.norm_eps,
+        bias=config.norm_bias,
+        param_dtype=jnp.dtype(config.param_dtype),
+    )

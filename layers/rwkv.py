@@ -1,0 +1,143 @@
+"""RWKV: what its versions share (Peng 2023, arXiv:2305.13048; Peng 2025, arXiv:2503.14456).
+
+A block's time-mix is a sequence mixer (`layers.rwkv4`, `layers.rwkv7`) and its channel-mix the
+feed-forward layer. Both see the token just before (*token shift*) and else only a state that does
+not grow with the length.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.config import check, check_choice
+from layers.linear import Linear, fan_in_normal
+from layers.recurrent import Tail, Tokens, after, before
+from layers.sharding import gather, place
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class RwkvConfig:
+    """RWKV's own sizes; the channel-mix's hidden size is the model's ``mlp.width``.
+
+    ``head_dim``: RWKV-7's, which must divide the width. ``decay_rank``, ``rate_rank``,
+    ``value_rank``, ``gate_rank``: of the low-rank maps that give RWKV-7's decay, in-context
+    learning rate, value residual and gate. ``implementation``: of `pallas_kernels.wkv`; None
+    chooses by platform.
+    """
+
+    head_dim: int = 64
+    decay_rank: int = 64
+    rate_rank: int = 64
+    value_rank: int = 32
+    gate_rank: int = 128
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+
+
+class Place(NamedTuple):
+    """Where a layer stands, which its initial shifts and decays depend on; may be traced."""
+
+    layer: jax.Array | int = 0
+    num_layers: int = 1
+
+    @property
+    def height(self) -> Any:
+        """0 at the bottom, 1 at the top."""
+        return self.layer / max(self.num_layers - 1, 1)
+
+    @property
+    def rest(self) -> Any:
+        """1 at the bottom, almost 0 at the top."""
+        return 1 - self.layer / self.num_layers
+
+
+def ramp(width: int) -> jax.Array:
+    """``0 … 1`` over the channels."""
+    return jnp.arange(width) / width
+
+
+def vector(value: jax.Array, axis: str, dtype) -> nnx.Param:
+    """A parameter for each channel."""
+    return nnx.Param(value.astype(dtype), axes=(axis,))
+
+
+class ChannelMix(nnx.Module):
+    """RWKV's feed-forward layer: squared ReLU of the token and its predecessor.
+
+    ``gated`` (RWKV-4, 2305.13048, eq. 18) multiplies by a sigmoid of them; RWKV-7 does not.
+    Mixing parameters are shares of the token itself if gated, else of its predecessor, as each
+    paper's weights have them.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        gated: bool,
+        at: Place = Place(),  # noqa: B008
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.width, self.gated, self.dtype = width, gated, dtype
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        own = ramp(width) ** at.rest
+        start = own if gated else 1 - ramp(width) ** (at.rest**4)
+        self.mix_key = vector(start, "norm", param_dtype)
+        self.mix_receptance = vector(own, "norm", param_dtype) if gated else None
+        hidden_axes = ("batch", None, "mlp")
+        self.key = Linear(
+            "btd,df->btf", (width, hidden), ("embed", "mlp"), hidden_axes, rngs=rngs, **dtypes
+        )
+        self.receptance = (
+            Linear(
+                "btd,dc->btc", (width, width), ("embed", None), ("batch", None, None),
+                rngs=rngs, **dtypes,
+            )
+            if gated
+            else None
+        )  # fmt: skip
+        self.value = Linear(
+            "btf,fd->btd", (hidden, width), ("mlp", "embed"), ("batch", None, None),
+            rngs=rngs, init=fan_in_normal(out_scale), **dtypes,
+        )  # fmt: skip
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> Tail:
+        """The one token before: none."""
+        del max_length
+        return Tail.empty(batch, 1, self.width, dtype or self.dtype)
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: Tail | None = None,
+    ) -> tuple[jax.Array, Tail | None]:
+        """Returns ``(y_btd, state)``."""
+        x_btd = place(x_btd, "batch", None, None)
+        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, state)
+        [previous] = before(x_btd, 1, tokens, state)
+
+        def shifted(mix):
+            mix = gather(jnp.asarray(mix[...], x_btd.dtype), mix.axes)
+            share = mix if self.gated else 1 - mix
+            return x_btd * share + previous * (1 - share)
+
+        y = self.value(jnp.square(jax.nn.relu(self.key(shifted(self.mix_key)))))
+        if self.receptance is not None and self.mix_receptance is not None:
+            y = jax.nn.sigmoid(self.receptance(shifted(self.mix_receptance))) * y
+        if state is not None:
+            state = after(x_btd, tokens, state)
+        return place(y, "batch", "time", None), state

@@ -1,0 +1,144 @@
+"""RWKV-4's time-mix: a mean over the past whose weights decay (Peng 2023, arXiv:2305.13048)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.hooks import Tap
+from layers.linear import Linear, fan_in_normal
+from layers.recurrent import Tail, Tokens, after, before, carried
+from layers.rwkv import Place, RwkvConfig, ramp, vector
+from layers.sharding import gather, island, place
+from pallas_kernels.wkv import EMPTY, wkv4
+
+CHANNELS = ("batch", None, "channels")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rwkv4State:
+    """``tail`` of one token; numerator, denominator and greatest exponent of `wkv4`, float32."""
+
+    tail: Tail
+    numerator_bd: jax.Array
+    denominator_bd: jax.Array
+    greatest_bd: jax.Array
+
+
+class Rwkv4(nnx.Module):
+    """RWKV-4's time-mix (2305.13048, eq. 11–17).
+
+    A token's own share against its predecessor's grows with the channel, less so upwards.
+    """
+
+    def __init__(
+        self,
+        config: RwkvConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        at: Place = Place(),  # noqa: B008
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.width, self.dtype, self.implementation = width, dtype, config.implementation
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        own = ramp(width) ** at.rest
+        self.mix_key = vector(own, "norm", param_dtype)
+        self.mix_value = vector(own + 0.3 * at.height, "norm", param_dtype)
+        self.mix_receptance = vector(ramp(width) ** (0.5 * at.rest), "norm", param_dtype)
+        spread = jnp.arange(width) / max(width - 1, 1)
+        decay = -5 + 8 * spread ** (0.7 + 1.3 * at.height)
+        self.decay = vector(decay, "channels", param_dtype)
+        zigzag = ((jnp.arange(width) + 1) % 3 - 1) * 0.5
+        self.bonus = vector(jnp.log(0.3) + zigzag, "channels", param_dtype)
+
+        def linear(shape, axes, out_axes, **extra):
+            return Linear(
+                "btd,dc->btc", shape, axes, out_axes, rngs=rngs, **extra, **dtypes
+            )  # fmt: skip
+
+        square = (width, width)
+        self.key, self.value, self.receptance = (
+            linear(square, ("embed", "channels"), CHANNELS) for _ in range(3)
+        )
+        self.out = linear(
+            square, ("channels", "embed"), ("batch", "time", None), init=fan_in_normal(out_scale)
+        )
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> Rwkv4State:
+        """The empty state; ``max_length`` does not change its size."""
+        del max_length
+        zeros = jnp.zeros((batch, self.width), jnp.float32)
+        tail = Tail.empty(batch, 1, self.width, dtype or self.dtype)
+        return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: Rwkv4State | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, Rwkv4State | None]:
+        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
+        tap = tap or Tap()
+        tail = None if state is None else state.tail
+        x_btd = place(x_btd, "batch", None, None)
+        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tail)
+        [previous] = before(x_btd, 1, tokens, tail)
+
+        def shifted(mix):
+            mix = gather(jnp.asarray(mix[...], x_btd.dtype), mix.axes)
+            return x_btd * mix + previous * (1 - mix)
+
+        k = self.key(shifted(self.mix_key))
+        v = self.value(shifted(self.mix_value))
+        r = jax.nn.sigmoid(self.receptance(shifted(self.mix_receptance)))
+        k = k.astype(jnp.float32)
+        decay, bonus = (p[...].astype(jnp.float32) for p in (self.decay, self.bonus))
+        initial = None
+        if state is not None:
+            goes_on = tokens.continues(state.tail)
+            initial = (
+                carried(state.numerator_bd, goes_on),
+                carried(state.denominator_bd, goes_on),
+                carried(state.greatest_bd, goes_on, EMPTY),
+            )
+            # padding weighs nothing
+            assert tokens.valid_bt is not None
+            k = jnp.where(tokens.valid_bt[..., None], k, EMPTY)
+
+        def run(decay, bonus, k, v, segments, *initial):
+            y, end = wkv4(
+                decay,
+                bonus,
+                k,
+                v,
+                segment_ids_bt=segments,
+                initial_state=initial if initial else None,
+                implementation=self.implementation,
+            )
+            return y, *end
+
+        row = ("batch", "channels")
+        y, *end = island(
+            run,
+            (decay, bonus, k, v, tokens.segments_bt, *(initial or ())),
+            (("channels",), ("channels",), CHANNELS, CHANNELS, ("batch", None), row, row, row),
+            [CHANNELS, row, row, row],
+        )
+        if state is not None and tokens.valid_bt is not None:
+            numerator, denominator, greatest = end
+            # padding has let everything decay; the exponent says by how much
+            padding_b = jnp.sum(~tokens.valid_bt, axis=1)
+            greatest += padding_b[:, None] * jnp.exp(decay)
+            state = Rwkv4State(
+                after(x_btd, tokens, state.tail), numerator, denominator, greatest
+            )  # fmt: skip
+        y = tap("mixer.output", r * y.astype(r.dtype))
+        return self.out(y), state

@@ -1,0 +1,137 @@
+"""What every sequence mixer must be: parallel, token by token and in any chunks the same function.
+
+Whole decoders, so that feed-forward layers that look back are held to it too. All parameters are
+moved from where they begin, for some begin at 0.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from layers.architecture import MIXERS
+from layers.attention import AttentionConfig
+from layers.decoder import Decoder, DecoderConfig
+from layers.mlp import MlpConfig
+from layers.rwkv import RwkvConfig
+
+T = 5
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
+WINDOW = AttentionConfig(num_heads=4, num_kv_heads=2, window=3)
+RWKV = RwkvConfig(head_dim=8, decay_rank=3, rate_rank=3, value_rank=3, gate_rank=3)
+LAYER_NORM = dict(norm="layernorm", norm_bias=True, embedding_norm=True)
+STACKS = {
+    "attention": dict(pattern=("attention",), attention=ATTENTION),
+    "sliding": dict(pattern=("sliding",), attention=WINDOW),
+    "rwkv4": dict(pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RWKV, **LAYER_NORM),
+    "rwkv7": dict(pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, **LAYER_NORM),
+    "hybrid": dict(
+        pattern=("attention", "rwkv7"), feed_forward=("mlp", "none"), attention=ATTENTION, rwkv=RWKV
+    ),
+}
+TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 11)
+
+
+@functools.cache
+def make(name, scan=True):
+    options = dict(position="none", scan=scan, **STACKS[name])
+    config = DecoderConfig(11, 16, 2 * len(STACKS[name]["pattern"]), mlp=MlpConfig(24), **options)
+
+    @jax.jit
+    def moved():
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(model))))
+        return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), model)
+
+    return moved()
+
+
+def test_every_mixer_is_here():
+    assert {kind for stack in STACKS.values() for kind in stack["pattern"]} == set(MIXERS)
+
+
+@jax.jit
+def read(model, tokens, positions, segments, state=None):
+    return model(tokens, positions, segments, state=state)
+
+
+def in_chunks(model, tokens, positions, segments, sizes):
+    state, at, parts = model.init_state(tokens.shape[0], T), 0, []
+    for n in sizes:
+        here = slice(at, at + n)
+        out = read(model, tokens[:, here], positions[:, here], segments[:, here], state)
+        parts.append(out.logits_btv)
+        state, at = out.state, at + n
+    return jnp.concatenate(parts, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def gradients(model, *tokens, sizes):
+    weights = jax.random.normal(jax.random.key(3), (2, T, 11))
+
+    def loss(model):
+        logits = in_chunks(model, *tokens, sizes) if sizes else read(model, *tokens).logits_btv
+        return jnp.sum(logits * weights)
+
+    return jax.tree.leaves(jax.grad(loss)(model))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_parallel_is_recurrent_is_chunked(name):
+    model = make(name)
+    for segments, positions in (
+        ([[0] * T] * 2, [list(range(T))] * 2),
+        ([[1, 1, 2, 3, 3], [4, 4, 4, 4, 5]], [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]),
+    ):
+        tokens = TOKENS, jnp.array(positions), jnp.array(segments)
+        want = read(model, *tokens).logits_btv
+        for sizes in ((1,) * T, (2, 1, 2), (T,)):
+            np.testing.assert_allclose(in_chunks(model, *tokens, sizes), want, atol=3e-5)
+        got, want = (gradients(model, *tokens, sizes=sizes) for sizes in ((2, 1, 2), None))
+        assert all(np.any(a) for a in want)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_packed_documents_are_the_documents_alone(name):
+    model = make(name)
+    packed = jnp.concatenate((TOKENS[:1, :3], TOKENS[1:, :3]), axis=1)
+    positions, segments = jnp.array([[0, 1, 2, 0, 1, 2]]), jnp.array([[1, 1, 1, 2, 2, 2]])
+    got = read(model, packed, positions, segments).logits_btv[0]
+    alone = jax.jit(lambda m, tokens: m(tokens).logits_btv)(model, TOKENS[:, :3])
+    np.testing.assert_allclose(got, alone.reshape(6, -1), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_padding_changes_no_state(name):
+    """Rows of 3, 0 and 2 tokens in one call, then of 2, 5 and 0 more."""
+    model = make(name)
+    tokens = jax.random.randint(jax.random.key(4), (3, 2 * T), 0, 11)
+    counts = [(3, 2), (0, 5), (2, 0)]
+    state, got = model.init_state(3, T), [[], [], []]
+    for call in range(2):
+        at = [sum(c[:call]) for c in counts]
+        positions = [
+            [a + i if i < c[call] else -1 for i in range(T)]
+            for a, c in zip(at, counts, strict=True)
+        ]
+        these = jnp.stack([jnp.roll(row, -a)[:T] for row, a in zip(tokens, at, strict=True)])
+        out = read(model, these, jnp.array(positions), jnp.zeros((3, T), jnp.int32), state)
+        state = out.state
+        for row, c in enumerate(counts):
+            got[row].append(out.logits_btv[row, : c[call]])
+    whole = jax.jit(lambda m, tokens: m(tokens).logits_btv)(model, tokens[:, :T])
+    for row, c in enumerate(counts):
+        want = whole[row, : sum(c)]
+        np.testing.assert_allclose(jnp.concatenate(got[row]), want, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["rwkv7", "hybrid"])
+def test_scanned_is_unrolled(name):
+    """The first layer's values travel through the scan."""
+    a, b = (make(name, scan=scan)(TOKENS).logits_btv for scan in (True, False))
+    np.testing.assert_allclose(a, b, atol=1e-5)

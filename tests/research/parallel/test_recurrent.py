@@ -1,0 +1,54 @@
+"""Recurrent layers on meshes of eight devices: the loss and gradients of one device."""
+
+SCRIPT = """
+import os
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import jax, numpy as np
+from flax import nnx
+from layers.config import ConfigError
+from layers.decoder import Decoder, DecoderConfig
+from layers.mlp import MlpConfig
+from layers.rwkv import RwkvConfig
+from research.data import DataConfig, SyntheticConfig, make_dataset
+from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
+from research.training.step import next_token_loss
+
+MODEL = DecoderConfig(
+    vocab_size=64, width=32, num_layers=4, mlp=MlpConfig(64), position="none",
+    rwkv=RwkvConfig(8, 4, 4, 4, 4), pattern=("rwkv4", "rwkv7"), feed_forward=("rwkv4", "rwkv7"),
+)
+DATA = DataConfig(source="synthetic", sequence_length=32, batch_size=8,
+                  synthetic=SyntheticConfig(task="copy", vocab_size=64))
+batch = next(iter(make_dataset(DATA)))
+
+
+def found(mesh):
+    validate(MODEL, mesh, batch_size=8, sequence_length=32)
+    model = jax.jit(lambda: jax.tree.map(lambda a: a + 0.01, Decoder(MODEL, rngs=nnx.Rngs(0))))()
+    if mesh.size > 1:
+        model = jax.device_put(model, shardings(model, mesh))
+    with use_mesh(mesh):
+        value = jax.jit(jax.value_and_grad(lambda m, b: next_token_loss(m, b)[0] / 256))
+        loss, gradients = value(model, shard_batch(batch, mesh))
+    rests = jax.tree.leaves(shardings(gradients, mesh))
+    for a, s in zip(jax.tree.leaves(gradients), rests, strict=True):
+        assert mesh.size == 1 or a.sharding.is_equivalent_to(s, a.ndim), (a.sharding, s)
+    return [np.asarray(a) for a in jax.tree.leaves((loss, gradients))]
+
+
+want = found(make_mesh(MeshConfig(), jax.devices()[:1]))
+for sizes in (dict(data=8), dict(data=1, fsdp=2, tensor=4), dict(data=2, sequence=2, tensor=2)):
+    for a, b in zip(found(make_mesh(MeshConfig(**sizes))), want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()), err_msg=str(sizes))
+try:
+    validate(MODEL, make_mesh(MeshConfig(data=1, tensor=8)), batch_size=8, sequence_length=32)
+except ConfigError as error:
+    assert str(error) == "width / rwkv.head_dim=4: must be a multiple of mesh tensor=8", error
+else:
+    raise AssertionError("4 heads over 8 devices")
+print("passed")
+"""
+
+
+def test_meshes_of_eight_devices_agree_with_one(run_script):
+    assert run_script(SCRIPT).endswith("passed\n")
