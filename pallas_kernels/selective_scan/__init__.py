@@ -1,0 +1,161 @@
+"""The selective scan of Mamba: a linear recurrence whose coefficients follow the token.
+
+For each channel ``d`` a state of ``n`` numbers (Gu & Dao 2023, 2312.00752, eq. 2 and Alg. 2; zero-
+order hold for A, Euler for B, as its released code has it):
+
+    h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t          y_t = C_t · h_t + D x_t
+
+``Δ``, ``B`` and ``C`` differ for each token, so there is no convolution to take instead. Around it,
+in plain JAX, which XLA fuses: ``Δ = softplus(Δ + bias)``, the skip ``D x`` and the gate
+``y · silu(z)``. Nothing of size ``t · d · n`` is made: the forward pass keeps the state at the
+beginning of each chunk of tokens, the backward pass makes the states of one chunk anew (§3.3.2).
+
+Backward, with ``g_t`` the gradient of ``h_t`` and ``e_t = exp(Δ_t A)``:
+
+    g_t = C_t dy_t + e_{t+1} g_{t+1}      dC_t = Σ_d dy_t h_t      dB_t = Σ_d g_t Δ_t x_t
+    d(Δ_t x_t) = g_t · B_t                d(Δ_t A) = g_t e_t h_{t−1}
+
+Implementations, and what each keeps in fast memory:
+
+- ``reference``: token by token, differentiated by JAX. The equation.
+- ``xla``: a token at a time, channels along the vector; the states of one chunk in the backward
+  pass. See `xla`.
+- ``tpu``: the state of up to 1,024 channels in VMEM while time passes; it never leaves. See `tpu`.
+
+Every backward pass is deterministic: each gradient is summed by one program in one order.
+
+Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
+first token of a call always goes on from ``initial_state``.
+
+Limits: ``A`` is real. There is no kernel for GPU. Differentiable once;
+``implementation="reference"`` any number of times.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import block_sizes
+from pallas_kernels.dispatch import check, check_array, choose, per_platform
+from pallas_kernels.selective_scan import reference, tpu, xla
+
+OP = "selective_scan"
+
+PASSES = {
+    "xla": {"forward": xla.forward, "backward": xla.backward},
+    "tpu": {"forward": tpu.forward, "backward": tpu.backward},
+}
+
+
+def selective_scan(
+    x_btd: jax.Array,
+    delta_btd: jax.Array,
+    a_dn: jax.Array,
+    b_btn: jax.Array,
+    c_btn: jax.Array,
+    d_d: jax.Array | None = None,
+    z_btd: jax.Array | None = None,
+    *,
+    delta_bias_d: jax.Array | None = None,
+    delta_softplus: bool = False,
+    segment_ids_bt: jax.Array | None = None,
+    initial_state_bdn: jax.Array | None = None,
+    implementation: str | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Mamba's recurrence over ``t``; computed in float32 (float64 if ``x`` is).
+
+    Args:
+      x_btd: input.
+      delta_btd: step sizes, before bias and softplus if those are asked for. A step of 0 leaves the
+        state as it is.
+      a_dn: decay rates, negative where the state is to fade.
+      b_btn, c_btn: what of a token goes into the state, and what is read.
+      d_d: the skip's weights.
+      z_btd: the gate, before its SiLU.
+      delta_bias_d, delta_softplus: ``Δ = softplus(Δ + bias)``.
+      segment_ids_bt: integers; the state is emptied where they change.
+      initial_state_bdn: default 0.
+      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      blocks: sizes that override `pallas_kernels.blocks`: tokens of a ``chunk``, and ``rows`` of
+        128 channels that a TPU's program takes.
+
+    Returns:
+      ``y_btd`` in ``x``'s dtype and ``final_state_bdn``, float32 (float64 if ``x`` is).
+
+    Raises:
+      ValueError: names the argument that has another shape, dtype or range than said here, or the
+        implementation that cannot serve, with the reason.
+    """
+    check(x_btd.ndim == 3, "x.shape", x_btd.shape, "must be [batch, time, channels]")
+    check(a_dn.ndim == 2, "a.shape", a_dn.shape, "must be [channels, state]")
+    (b, t, d), n = x_btd.shape, a_dn.shape[1]
+    check(min(b, t, d, n) > 0, "x.shape", x_btd.shape, f"no size may be 0; a's {a_dn.shape}")
+    check_array("x", x_btd, (b, t, d))
+    check_array("delta", delta_btd, (b, t, d))
+    check_array("a", a_dn, (d, n))
+    check_array("b", b_btn, (b, t, n))
+    check_array("c", c_btn, (b, t, n))
+    for name, given, shape in (
+        ("d", d_d, (d,)), ("z", z_btd, (b, t, d)), ("delta_bias", delta_bias_d, (d,)),
+        ("initial_state", initial_state_bdn, (b, d, n)),
+    ):  # fmt: skip
+        if given is not None:
+            check_array(name, given, shape)
+
+    exact = jnp.promote_types(jnp.float32, x_btd.dtype)
+    x, delta, a, b_in, c_out = (
+        array.astype(exact) for array in (x_btd, delta_btd, a_dn, b_btn, c_btn)
+    )
+    if delta_bias_d is not None:
+        delta = delta + delta_bias_d.astype(exact)
+    if delta_softplus:
+        delta = jax.nn.softplus(delta)
+    reset = jnp.zeros((b, t), bool)
+    if segment_ids_bt is not None:
+        check_array("segment_ids", segment_ids_bt, (b, t), "integer")
+        changed = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
+        reset = jnp.pad(changed, ((0, 0), (1, 0)))
+    if initial_state_bdn is None:
+        initial_state_bdn = jnp.zeros((b, d, n), exact)
+    arrays = (x, delta, a, b_in, c_out, reset, initial_state_bdn.astype(exact))
+
+    chosen = choose(OP, implementation, {"xla": None, "tpu": tpu.refusal(x), "gpu": "it has none"})
+    if chosen == ["reference"]:
+        y, state = reference.scan(*arrays)
+    else:
+        # one table for all: the states that one pass keeps, any platform's other pass may read
+        sizes = tuple(block_sizes(OP, "cpu", blocks).items())
+        y, state = _scan(tuple(chosen), sizes, *arrays)
+    if d_d is not None:
+        y = y + d_d.astype(exact) * x
+    if z_btd is not None:
+        y = y * jax.nn.silu(z_btd.astype(exact))
+    return y.astype(x_btd.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(chosen, sizes, *arrays):
+    return _forward(chosen, sizes, *arrays)[0]
+
+
+def _table(chosen, sizes, name):
+    return {n: functools.partial(PASSES[n][name], dict(sizes)) for n in chosen}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(chosen, sizes, *arrays):
+    y, state, starts = per_platform(chosen, _table(chosen, sizes, "forward"), *arrays)
+    return (y, state), (*arrays[:-1], starts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(chosen, sizes, residuals, cotangents):
+    table = _table(chosen, sizes, "backward")
+    *tokens, d_state = per_platform(chosen, table, *residuals, *cotangents)
+    return *tokens, None, d_state
+
+
+_scan.defvjp(_forward, _backward)
