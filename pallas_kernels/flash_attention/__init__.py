@@ -28,7 +28,7 @@ Implementations, and what each keeps in fast memory:
   dQ (keys stream) and one for dK and dV (queries of all the group's heads stream). Scores are held
   transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
   would fill one lane of 128. Float32 and bfloat16.
-- ``gpu``: Hopper's asynchronous matrix units, after FlashAttention-3 (2407.08608); see `gpu`.
+- ``gpu``: none yet; a program for a GPU takes ``xla``.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 

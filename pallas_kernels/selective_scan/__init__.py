@@ -128,7 +128,7 @@ def selective_scan(
     else:
         # one table for all: the states that one pass keeps, any platform's other pass may read
         sizes = tuple(block_sizes(OP, "cpu", blocks).items())
-        y, state = _scan(tuple(chosen), sizes, *arrays)
+        y, state = _scan(tuple(chosen), sizes, *arrays)  # type: ignore[misc]
     if d_d is not None:
         y = y + d_d.astype(exact) * x
     if z_btd is not None:
