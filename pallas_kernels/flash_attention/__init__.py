@@ -28,12 +28,11 @@ Implementations, and what each keeps in fast memory:
   dQ (keys stream) and one for dK and dV (queries of all the group's heads stream). Scores are held
   transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
   would fill one lane of 128. Float32 and bfloat16.
-- ``gpu``: none yet; a program for a GPU takes ``xla``.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
-Limits: slopes of ALiBi are constants (their gradient is 0). No dropout. Differentiable once;
-``implementation="reference"`` any number of times.
+Limits: no GPU kernel; a program for a GPU takes ``xla``. Slopes of ALiBi are constants (their
+gradient is 0). No dropout. Differentiable once; ``implementation="reference"`` any number of times.
 """
 
 import functools
@@ -46,7 +45,7 @@ import numpy as np
 
 from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
-from pallas_kernels.flash_attention import gpu, reference, tpu, tpu_backward, xla
+from pallas_kernels.flash_attention import reference, tpu, tpu_backward, xla
 from pallas_kernels.flash_attention.spec import Spec
 
 OP = "flash_attention"
@@ -54,7 +53,6 @@ OP = "flash_attention"
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
     "tpu": {"forward": tpu.forward, "backward": tpu_backward.backward},
-    "gpu": {"forward": gpu.forward, "backward": gpu.backward},
 }
 
 
@@ -96,7 +94,7 @@ def flash_attention(
       scale: default ``1 / sqrt(c)``.
       return_lse: also return ``lse_bht``, float32: the log of the sum of the row's exponentiated
         scores, sinks included; −1e30 where nothing is seen. It has a gradient.
-      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
       blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`.
 
     Raises:
@@ -112,14 +110,14 @@ def flash_attention(
         v_bskc.dtype == q_bthc.dtype, "v.dtype", str(v_bskc.dtype), f"must be q's, {q_bthc.dtype}"
     )
     arrays = (q_bthc, k_bskc, v_bskc, *arrays)
-    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
+    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": "it has no GPU kernel"}
     chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:
         y, lse = reference.attention(spec, *arrays)
     else:
         sizes = tuple(
             (name, tuple(block_sizes(OP, platform, blocks).items()))
-            for name, platform in (("xla", "cpu"), ("tpu", "tpu"), ("gpu", "gpu"))
+            for name, platform in (("xla", "cpu"), ("tpu", "tpu"))
         )
         y, lse = _attention(spec, tuple(chosen), sizes, *arrays)  # type: ignore[misc]
     return (y, lse) if return_lse else y

@@ -122,7 +122,9 @@ def selective_scan(
         initial_state_bdn = jnp.zeros((b, d, n), exact)
     arrays = (x, delta, a, b_in, c_out, reset, initial_state_bdn.astype(exact))
 
-    chosen = choose(OP, implementation, {"xla": None, "tpu": tpu.refusal(x), "gpu": "it has none"})
+    chosen = choose(
+        OP, implementation, {"xla": None, "tpu": tpu.refusal(x), "gpu": "it has no GPU kernel"}
+    )
     if chosen == ["reference"]:
         y, state = reference.scan(*arrays)
     else:
