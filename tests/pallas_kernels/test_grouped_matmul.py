@@ -190,9 +190,10 @@ def test_compiles_for_tpus(generation, case):
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     for kernel in ("grouped_matmul_dx", "grouped_matmul_dweights"):
         assert kernel in text
-    # no transposed copy of the weights
+    # no transposed copy of the weights; what compilers of various versions stage is below 256 KiB
     dtype, _, d, f, e = COMPILED[case]
-    assert compiled.memory_analysis().temp_size_in_bytes < e * d * f * jnp.dtype(dtype).itemsize
+    weights = e * d * f * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < max(weights, 2**18)
 
 
 @pytest.mark.tpu_compile
