@@ -16,7 +16,7 @@ POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 # name → the field of the configuration that it needs
 MIXERS = {"attention": "attention", "sliding": "attention", "rwkv4": "rwkv", "rwkv7": "rwkv"}
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "none": None}
-NORM_POSITIONS = ("pre", "post", "both")
+NORM_POSITIONS = ("pre", "post", "both", "output")
 # name → policy of jax.checkpoint; "none" keeps every activation
 REMAT = {
     "none": None,
@@ -35,8 +35,11 @@ class DecoderConfig:
     ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the layer after each
     mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix ``"rwkv4"`` and
     ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), or ``"none"``.
-    ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017) or ``both`` (Gemma 2).
-    ``parallel_residual``: attention and MLP read the same normalised input (GPT-J).
+    ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017), ``both`` (Gemma 2) or
+    ``output``, of what a layer adds to the residual alone (OLMo 2).
+    ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or, without
+    ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the sliding layers
+    (Gemma 3); None: ``rotary``, as the others.
     ``max_length``: rows of the learned position table; nothing else limits the length.
     ``embedding_norm``: a norm of the embeddings themselves (BLOOM, RWKV).
     ``embedding_scale`` multiplies embeddings; ``logit_cap`` soft-caps logits (Gemma 2).
@@ -55,12 +58,14 @@ class DecoderConfig:
     feed_forward: tuple[str, ...] = ("mlp",)
     position: str = "rotary"
     rotary: RotaryConfig = RotaryConfig()
+    sliding_rotary: RotaryConfig | None = None
     max_length: int | None = None
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_bias: bool = False
     norm_position: str = "pre"
     parallel_residual: bool = False
+    shared_norm: bool = True
     embedding_norm: bool = False
     tie_embeddings: bool = True
     embedding_scale: float | None = None
@@ -124,10 +129,22 @@ class DecoderConfig:
             "only layernorm has one",
         )
         check(
-            not (self.parallel_residual and self.norm_position == "post"),
+            not self.parallel_residual or self.norm_position in ("pre", "both"),
             "parallel_residual",
             True,
             "needs norm_position=pre or both",
+        )
+        check(
+            self.shared_norm or self.parallel_residual,
+            "shared_norm",
+            False,
+            "only with parallel_residual is there a norm to share",
+        )
+        check(
+            self.sliding_rotary is None or "sliding" in self.pattern,
+            "sliding_rotary",
+            self.sliding_rotary,
+            "no layer of pattern is sliding",
         )
         if self.attention is not None:
             self._check_attention(self.attention)
@@ -146,6 +163,8 @@ class DecoderConfig:
             raise ConfigError(f"attention.{error}") from None
         if self.position == "rotary":
             rotated_channels(channels, self.rotary.fraction)
+            if self.sliding_rotary is not None:
+                rotated_channels(channels, self.sliding_rotary.fraction)
 
     def part(self, name: str) -> Any:
         """The configuration of ``attention``, ``mlp``, …; `ConfigError` if the model has none."""

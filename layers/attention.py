@@ -98,7 +98,8 @@ class AttentionConfig:
     ``num_kv_heads`` None: as many as ``num_heads``. ``head_dim`` None: width / num_heads.
     ``window``: reach of the pattern's ``"sliding"`` layers, in tokens, the query's own included.
     ``soft_cap``, ``sinks``, ``scale``: see `attention`. ``qk_norm``: RMSNorm of queries and keys
-    over each head's channels (Henry 2020; Qwen3). ``qkv_bias``, ``out_bias``: biases.
+    over each head's channels (Henry 2020; Qwen3), ``qk_norm_across_heads``: over those of all heads
+    together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
     """
 
@@ -108,6 +109,7 @@ class AttentionConfig:
     window: int | None = None
     soft_cap: float | None = None
     qk_norm: bool = False
+    qk_norm_across_heads: bool = False
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -126,6 +128,12 @@ class AttentionConfig:
         for name in ("head_dim", "window", "soft_cap", "scale"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
+        check(
+            self.qk_norm or not self.qk_norm_across_heads,
+            "qk_norm_across_heads",
+            self.qk_norm_across_heads,
+            "qk_norm is off",
+        )
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
@@ -146,7 +154,8 @@ class Attention(nnx.Module):
     """Projections, positions, `attention`, output projection: one sequence mixer.
 
     ``sliding`` limits the reach to ``config.window`` and makes the cache roll; ``rotary_config``
-    and ``use_alibi`` say how positions enter, if they do.
+    and ``use_alibi`` say how positions enter, if they do; ``qk_norm`` which RMSNorm queries and
+    keys have, if any.
     """
 
     def __init__(
@@ -158,6 +167,7 @@ class Attention(nnx.Module):
         sliding: bool = False,
         rotary_config: RotaryConfig | None = None,
         use_alibi: bool = False,
+        qk_norm: str = "rmsnorm",
         norm_eps: float = 1e-6,
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
@@ -199,11 +209,13 @@ class Attention(nnx.Module):
             param_dtype=param_dtype,
         )
 
-        def head_norm():
-            return Norm("rmsnorm", c, eps=norm_eps, axis="head_dim", param_dtype=param_dtype)
+        def norm(heads: int, axis: str):
+            across = config.qk_norm_across_heads
+            shape, axes = ((heads, c), (axis, "head_dim")) if across else ((c,), ("head_dim",))
+            return Norm(qk_norm, shape, eps=norm_eps, axes=axes, param_dtype=param_dtype)
 
-        self.query_norm = head_norm() if config.qk_norm else None
-        self.key_norm = head_norm() if config.qk_norm else None
+        self.query_norm = norm(h, "heads") if config.qk_norm else None
+        self.key_norm = norm(k, "kv_heads") if config.qk_norm else None
         zeros = jnp.zeros((h,), param_dtype)
         self.sinks = nnx.Param(zeros, axes=("heads",)) if config.sinks else None
 
@@ -233,7 +245,10 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_config is not None:
-            turn = dataclasses.asdict(self.rotary_config)
+            turn = {
+                field.name: getattr(self.rotary_config, field.name)
+                for field in dataclasses.fields(self.rotary_config)
+            }
             q = rotary(q, positions_bt, **turn)
             k = rotary(k, positions_bt, **turn)
         q, k, v = tap("attention.query", q), tap("attention.key", k), tap("attention.value", v)

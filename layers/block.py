@@ -52,11 +52,13 @@ class Block(nnx.Module):
         self.mixer: Any = _make_mixer(config, mixer, at, options)
         self.mlp: Any = _make_feed_forward(config, feed_forward, at, options)
         has_mlp = self.mlp is not None
-        both = config.norm_position == "both"
-        self.mixer_norm = make_norm(config)
-        self.mlp_norm = make_norm(config) if has_mlp and not self.parallel else None
-        self.mixer_post_norm = make_norm(config) if both else None
-        self.mlp_post_norm = make_norm(config) if both and has_mlp else None
+        first = config.norm_position != "output"
+        last = config.norm_position in ("both", "output")
+        own = has_mlp and not (self.parallel and config.shared_norm)
+        self.mixer_norm = make_norm(config) if first else None
+        self.mlp_norm = make_norm(config) if first and own else None
+        self.mixer_post_norm = make_norm(config) if last else None
+        self.mlp_post_norm = make_norm(config) if last and has_mlp else None
 
     def init_state(self, batch: int, max_length: int, dtype) -> BlockState:
         """The empty state for ``max_length`` tokens."""
@@ -101,18 +103,20 @@ class Block(nnx.Module):
         x = tap("residual", x_btd)
         if self.norm_position == "post":
             y, mixer_state, first = mix(x)
-            x = self.mixer_norm(x + y)
+            x = normalise(self.mixer_norm, x + y)
             if self.mlp is not None:
                 y, mlp_state = feed_forward(x)
                 x = normalise(self.mlp_norm, x + y)
         else:
-            normed = self.mixer_norm(x)
+            normed = normalise(self.mixer_norm, x)
             y, mixer_state, first = mix(normed)
             y = normalise(self.mixer_post_norm, y)
             if not self.parallel:
                 x = x + y
-                normed = normalise(self.mlp_norm, x)
+                normed = x
                 y = None
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(x)
             if self.mlp is not None:
                 z, mlp_state = feed_forward(normed)
                 z = normalise(self.mlp_post_norm, z)
@@ -124,12 +128,15 @@ class Block(nnx.Module):
 
 def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
     if kind in ("attention", "sliding"):
+        own = config.sliding_rotary if kind == "sliding" else None
+        rotary = own or config.rotary
         return Attention(
             config.part("attention"),
             config.width,
             sliding=kind == "sliding",
-            rotary_config=config.rotary if config.position == "rotary" else None,
+            rotary_config=rotary if config.position == "rotary" else None,
             use_alibi=config.position == "alibi",
+            qk_norm="rmsnorm_1p" if config.norm == "rmsnorm_1p" else "rmsnorm",
             norm_eps=config.norm_eps,
             **options,
         )

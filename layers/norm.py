@@ -6,13 +6,15 @@ from flax import nnx
 
 from layers.sharding import gather
 
-NORMS = ("rmsnorm", "layernorm")
+# "rmsnorm_1p" is "rmsnorm" whose parameter is the scale's difference from 1 (Gemma)
+NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm")
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis; returns ``x.dtype``."""
+    """``x / sqrt(mean(x²) + eps) · scale`` over the last axes, those of ``scale``; ``x.dtype``."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-scale.ndim, 0))
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -30,26 +32,29 @@ def layer_norm(
 
 
 class Norm(nnx.Module):
-    """One of `NORMS` over the last axis of size ``features``."""
+    """One of `NORMS` over the last axis of size ``features``, or, RMSNorm, over several."""
 
     def __init__(
         self,
         kind: str,
-        features: int,
+        features: int | tuple[int, ...],
         *,
         eps: float,
         bias: bool = False,
-        axis: str | None = "norm",
+        axes: tuple[str | None, ...] = ("norm",),
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.kind, self.eps = kind, eps
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,)) if bias else None
+        start = jnp.zeros if kind == "rmsnorm_1p" else jnp.ones
+        self.scale = nnx.Param(start(features, param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(features, param_dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = gather(self.scale[...], self.scale.axes)
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, eps=self.eps)
+        if self.kind == "rmsnorm_1p":
+            return rms_norm(x, 1 + scale.astype(jnp.float32), eps=self.eps)
         assert self.kind == "layernorm", self.kind
         bias = None if self.bias is None else gather(self.bias[...], self.bias.axes)
         return layer_norm(x, scale, bias, eps=self.eps)

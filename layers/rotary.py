@@ -5,12 +5,51 @@ Channel pairs of a query or key at position ``p`` are rotated by ``p·θ_i`` wit
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from layers.config import check
+from layers.config import check, check_choice
+
+SCALINGS = ("linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """Slower rotation for contexts ``factor`` times those trained on; maps frequencies to others.
+
+    ``linear``: every frequency over ``factor`` (position interpolation, Chen 2023,
+    arXiv:2306.15595, eq. 3). ``llama3`` (Llama 3.1, arXiv:2407.21783, §3.4.2): only those that turn
+    less than ``low_turns`` times in ``original_length`` tokens; those that turn more than
+    ``high_turns`` times stay, and between the two the factor is interpolated.
+    """
+
+    kind: str = "linear"
+    factor: float = 8.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        check_choice("kind", self.kind, SCALINGS)
+        for name in ("factor", "low_turns", "original_length"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        check(
+            self.high_turns > self.low_turns,
+            "high_turns",
+            self.high_turns,
+            f"must be > low_turns={self.low_turns}",
+        )
+
+    def __call__(self, theta: jax.Array) -> jax.Array:
+        """The frequencies ``[c/2]`` to rotate by instead of ``theta``."""
+        if self.kind == "linear":
+            return theta / self.factor
+        turns = self.original_length * theta / (2 * math.pi)
+        kept = jnp.clip((turns - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
+        return kept * theta + (1 - kept) * theta / self.factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +57,13 @@ class RotaryConfig:
     """``base``: θ's base. ``fraction`` of the head's channels that rotate, the first ones.
 
     ``interleaved`` pairs channels (0,1), (2,3), … as the paper does; otherwise channel ``i`` pairs
-    with ``i + c/2``, as GPT-NeoX and Llama checkpoints do.
+    with ``i + c/2``, as GPT-NeoX and Llama checkpoints do. ``scaling``: of the frequencies.
     """
 
     base: float = 10_000.0
     fraction: float = 1.0
     interleaved: bool = False
+    scaling: RotaryScaling | None = None
 
     def __post_init__(self):
         check(self.base > 1, "base", self.base, "must be > 1")

@@ -14,6 +14,7 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.hooks import Hooks
 from layers.mlp import MlpConfig
+from layers.rotary import RotaryConfig
 
 V, D, T = 13, 8, 6
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, T)), jnp.int32)
@@ -41,6 +42,16 @@ CONFIGS = {
     ),
     "gpt-j": dict(parallel_residual=True, tie_embeddings=False, norm="layernorm"),
     "parallel, both": dict(parallel_residual=True, norm_position="both", position="none"),
+    "gpt-neox": dict(parallel_residual=True, shared_norm=False, norm="layernorm", norm_bias=True),
+    "olmo 2": dict(
+        norm_position="output", pattern=("attention",),
+        attention=AttentionConfig(4, 2, qk_norm=True, qk_norm_across_heads=True),
+    ),
+    "gemma 3": dict(
+        norm="rmsnorm_1p", norm_position="both", rotary=RotaryConfig(50.0),
+        sliding_rotary=RotaryConfig(7.0),
+        attention=AttentionConfig(4, 2, window=3, qk_norm=True),
+    ),
 }  # fmt: skip
 
 
@@ -87,7 +98,8 @@ def in_numpy(model, tokens):
     def norm(layer, x, i=None):
         if c.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
-        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * array(layer.scale, i)
+        scale = array(layer.scale, i) + (c.norm == "rmsnorm_1p")
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
         return y if layer.bias is None else y + array(layer.bias, i)
 
     def linear(layer, x, i=None):
@@ -98,9 +110,19 @@ def in_numpy(model, tokens):
     def attend(layer, x, i, window):
         q, k, v = (linear(p, x, i) for p in (layer.query, layer.key, layer.value))
         b, t, h, ch = q.shape
+        if c.attention.qk_norm_across_heads:
+            # one norm over what the heads hold together
+            def across(p, a):
+                mean = (a**2).mean((-2, -1), keepdims=True)
+                return a / np.sqrt(mean + c.norm_eps) * array(p.scale, i)
+
+            q, k = across(layer.query_norm, q), across(layer.key_norm, k)
+        elif c.attention.qk_norm:
+            q, k = norm(layer.query_norm, q, i), norm(layer.key_norm, k, i)
         group = h // k.shape[2]
         if c.position == "rotary":
-            theta = c.rotary.base ** (-np.arange(0, ch, 2) / ch)
+            rotary = c.rotary if window is None else c.sliding_rotary or c.rotary
+            theta = rotary.base ** (-np.arange(0, ch, 2) / ch)
             turn = np.exp(1j * np.arange(t)[:, None] * theta)[None, :, None]
 
             def rotate(a):
@@ -144,11 +166,18 @@ def in_numpy(model, tokens):
                 x = norm(b.mixer_norm, x + attend(b.mixer, x, i, window), i)
                 x = norm(b.mlp_norm, x + mlp(b.mlp, x, i), i)
                 continue
+            if c.norm_position == "output":
+                x = x + norm(b.mixer_post_norm, attend(b.mixer, x, i, window), i)
+                x = x + norm(b.mlp_post_norm, mlp(b.mlp, x, i), i)
+                continue
             normed = norm(b.mixer_norm, x, i)
             y = attend(b.mixer, normed, i, window)
             if c.norm_position == "both":
                 y = norm(b.mixer_post_norm, y, i)
-            read = normed if c.parallel_residual else norm(b.mlp_norm, x + y, i)
+            if c.parallel_residual:
+                read = normed if c.shared_norm else norm(b.mlp_norm, x, i)
+            else:
+                read = norm(b.mlp_norm, x + y, i)
             z = mlp(b.mlp, read, i)
             if c.norm_position == "both":
                 z = norm(b.mlp_post_norm, z, i)

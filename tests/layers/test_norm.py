@@ -48,6 +48,15 @@ def test_zeros_are_finite_in_value_and_gradient(kind):
     assert np.all(np.isfinite(back(jnp.ones_like(y))[0]))
 
 
+def test_a_scale_held_as_its_difference_from_1_and_a_norm_over_two_axes():
+    one_p, plain = (Norm(kind, 8, eps=1e-6) for kind in ("rmsnorm_1p", "rmsnorm"))
+    assert not np.any(one_p.scale[...])
+    np.testing.assert_array_equal(one_p(X), plain(X))
+    scale = np.resize(SCALE, (5, 8))
+    flat = rms_norm(X.reshape(3, 40), scale.reshape(40), eps=1e-5)
+    np.testing.assert_allclose(rms_norm(X, scale, eps=1e-5), flat.reshape(X.shape), rtol=1e-6)
+
+
 def test_weights_begin_as_the_identity_and_bias_is_optional():
     assert Norm("layernorm", 8, eps=1e-6).bias is None
     norm = Norm("layernorm", 8, eps=1e-6, bias=True, param_dtype=jnp.bfloat16)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layers.config import ConfigError
-from layers.rotary import RotaryConfig, rotary
+from layers.rotary import RotaryConfig, RotaryScaling, frequencies, rotary
 
 
 def complex_form(x, positions, base=10_000.0):
@@ -94,8 +94,33 @@ def test_scaling_maps_the_frequencies():
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rope_type="linear", factor=4.0),
+        dict(
+            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ],
+)  # fmt: skip
+def test_scalings_are_those_of_transformers(fields):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=1, rope_parameters=dict(fields, rope_theta=1e4)
+    )
+    want, _ = ROPE_INIT_FUNCTIONS[fields["rope_type"]](theirs, "cpu")
+    ours = RotaryScaling(fields["rope_type"], fields["factor"], original_length=64)
+    np.testing.assert_allclose(ours(frequencies(32, 1e4)), want.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: RotaryScaling("yarn"), "^kind='yarn': must be one of linear, llama3$"),
+        (lambda: RotaryScaling(factor=0.0), "^factor=0.0: must be > 0$"),
+        (lambda: RotaryScaling(low_turns=4.0), "^high_turns=4.0: must be > low_turns=4.0$"),
         (lambda: RotaryConfig(base=1.0), "^base=1.0: must be > 1$"),
         (lambda: RotaryConfig(fraction=0.0), r"^fraction=0.0: must be in \(0, 1\]$"),
         (lambda: RotaryConfig(fraction=1.5), r"^fraction=1.5: must be in \(0, 1\]$"),
