@@ -1,6 +1,7 @@
 """A Hugging Face directory as a `Decoder`, one tensor on the host at a time."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -53,7 +54,7 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
         for target in wanted.values():
             parts = _read(reader, names[target.name], target, config)
             for path in target.paths:
-                part = next(parts).astype(shapes[path].dtype)
+                part = parts.pop(0).astype(shapes[path].dtype)
                 arrays[path] = _put(arrays.get(path), part, target, shapes[path], placed[path])
                 del part  # the next tensor is read only when this one is gone
             del parts
@@ -113,9 +114,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _canonical(name: str, family: Family) -> str:
     """``name`` with the family's prefix, which checkpoints of the bare model lack."""
-    if name.startswith((family.prefix, "lm_head.")):
-        return name
-    return family.prefix + name
+    name = family.renamed.get(name, name)
+    return name if name == family.head or name.startswith(family.prefix) else family.prefix + name
 
 
 def _check_names(
@@ -126,11 +126,11 @@ def _check_names(
     for name in names:
         known = name in wanted or name.endswith(family.ignored)
         # some checkpoints keep a copy of the embedding as a tied head
-        known = known or (tied and name == "lm_head.weight")
+        known = known or (tied and name == family.head)
         check(known, "tensor", name, f"is no part of a {family.architecture} with this config")
 
 
-def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> Iterator[np.ndarray]:
+def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> list[np.ndarray]:
     """The tensor called ``name`` in our layout: the parts that go to ``target.paths``."""
     tensor = reader.read(name)
     check(
@@ -139,8 +139,7 @@ def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> I
         list(tensor.shape),
         f"must have shape {list(target.shape)}",
     )
-    tensor = forth(target.pattern, tensor, config)
-    yield from (tensor,) if len(target.paths) == 1 else tensor
+    return forth(target, tensor, config)
 
 
 def _put(
@@ -154,9 +153,15 @@ def _put(
     if target.index is None:
         return jax.device_put(part, sharding)
     if array is None:
-        array = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=sharding)()
+        array = _zeros(shape.shape, shape.dtype, sharding)()
     row = jax.device_put(part[None], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec)))
     return jax.block_until_ready(_replace_row(array, row, target.index))
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
+    """Compiled once for the many parameters that are alike."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @jax.jit(donate_argnums=0)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,9 +14,13 @@ from safetensors.numpy import save_file
 
 from layers.config import ConfigError, check, check_choice
 from layers.decoder import Decoder, DecoderConfig
+from layers.rwkv import RwkvConfig
 from research.models.families import FAMILIES, Family
+from research.models.families.family import shortest
 from research.models.table import Target, back, flat, targets
 
+# a Decoder knows no special tokens, and transformers' defaults would be some other model's
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 # fields of a DecoderConfig that say how to compute, not what
 _EXECUTION = ("scan", "remat", "dtype", "param_dtype", "init_std", "max_length")
 
@@ -55,28 +60,52 @@ def save(model: Decoder, directory: Path | str, family: str, *, shard_bytes: int
 def _describe(config: DecoderConfig, family: Family) -> dict:
     """config.json, after checking that it says all that ``config`` does."""
     described = family.write(config)
-    again = dataclasses.asdict(family.read(described))
-    ours = dataclasses.asdict(_explicit(config))
-    for field in ours:
-        if field not in _EXECUTION and ours[field] != again[field]:
+    again = dict(_fields(dataclasses.asdict(_explicit(family.read(described)))))
+    for field, ours in _fields(dataclasses.asdict(_explicit(config))):
+        if field not in _EXECUTION and ours != again.get(field):
             raise ConfigError(
-                f"{field}={ours[field]!r}: a {family.architecture} would have {again[field]!r}"
+                f"{field}={ours!r}: a {family.architecture} would have {again.get(field)!r}"
             )
     dtype = config.param_dtype
     kind = {"architectures": [family.architecture], "model_type": family.model_type}
-    return {**kind, "dtype": dtype, "torch_dtype": dtype, **described}
+    return {**_NO_TOKENS, **kind, "dtype": dtype, "torch_dtype": dtype, **described}
+
+
+def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted names and values of nested fields."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _explicit(config: DecoderConfig) -> DecoderConfig:
-    """``config`` with what is implied written out, as checkpoints do."""
-    attention = config.part("attention")
-    attention = dataclasses.replace(
-        attention,
-        num_kv_heads=attention.kv_heads,
-        head_dim=attention.channels(config.width),
-        window=attention.window if "sliding" in config.pattern else None,
+    """``config`` with what is implied written out, and what only says how to compute left out."""
+    attention, rwkv, sliding_rotary = config.attention, config.rwkv, config.sliding_rotary
+    if attention is not None:
+        channels = attention.channels(config.width)
+        attention = dataclasses.replace(
+            attention,
+            num_kv_heads=attention.kv_heads,
+            head_dim=channels,
+            scale=channels**-0.5 if attention.scale is None else attention.scale,
+            implementation=None,
+        )
+    if rwkv is not None:
+        # RWKV-4 has no sizes but the width
+        keep = rwkv if "rwkv7" in config.pattern else RwkvConfig()
+        rwkv = dataclasses.replace(keep, implementation=None)
+    if "sliding" in config.pattern:
+        sliding_rotary = sliding_rotary or config.rotary
+    return dataclasses.replace(
+        config,
+        attention=attention,
+        rwkv=rwkv,
+        sliding_rotary=sliding_rotary,
+        pattern=shortest(config.pattern),
+        feed_forward=shortest(config.feed_forward),
     )
-    return dataclasses.replace(config, attention=attention)
 
 
 def _write_tensors(
@@ -117,5 +146,4 @@ def _tensor(target: Target, config: DecoderConfig, parameters: dict[str, jax.Arr
     if target.index is not None:
         parts = [part[target.index] for part in parts]
     host = [np.asarray(part) for part in parts]
-    ours = host[0] if len(host) == 1 else np.stack(host)
-    return np.ascontiguousarray(back(target.pattern, ours, config))
+    return np.ascontiguousarray(back(target.row, host, config))

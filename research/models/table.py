@@ -5,7 +5,8 @@ ours, and reading it from right to left gives the way back.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import einops
 import jax
@@ -20,24 +21,29 @@ class Row:
     """A tensor of the checkpoint and where it goes.
 
     ``name``: in the checkpoint, ``{l}`` standing for the layer. ``pattern``: their layout → ours,
-    with axes ``d h k c f v t`` as everywhere; a fused tensor splits into ``paths`` along a first
-    axis ``n``. ``paths``: in our tree, of a block where ``name`` has ``{l}``. A row whose path the
-    model lacks (a bias, an untied head) is left out.
+    with axes ``d h k c f v t`` as everywhere. ``paths``: in our tree, of a block where ``name`` has
+    ``{l}``; the parts of a fused tensor follow one another along axis ``join`` of our layout, and
+    may differ in size there. A row whose path the model lacks (a bias, an untied head) is left out.
     """
 
     name: str
     pattern: str
     paths: tuple[str, ...]
+    join: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One tensor of a given model: ``paths`` in its flat tree, ``index`` in the stack or None."""
+    """A row's tensor in a given model: ``paths`` in its flat tree, ``index`` in the stack or None.
+
+    ``sizes`` are those of its parts along the axis that joins them.
+    """
 
     name: str
-    pattern: str
+    row: Row
     paths: tuple[str, ...]
     index: int | None
+    sizes: tuple[int, ...]
     shape: tuple[int, ...]  # in the checkpoint
 
 
@@ -66,7 +72,9 @@ def targets(rows: tuple[Row, ...], config: DecoderConfig, parameters: Mapping) -
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
     """Letter → size, of the letters that patterns may group."""
-    attention = config.part("attention")
+    attention = config.attention
+    if attention is None:
+        return {}
     return {
         "h": attention.num_heads,
         "k": attention.kv_heads,
@@ -74,23 +82,23 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
     }
 
 
-def forth(pattern: str, x: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """``x`` from the checkpoint's layout to ours."""
-    return einops.rearrange(x, pattern, **_used(pattern, config))
+def forth(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
+    """``x`` of the checkpoint as the parts that go to ``target.paths``."""
+    pattern = target.row.pattern
+    ours = einops.rearrange(x, pattern, **_used(pattern, config))
+    return np.split(ours, np.cumsum(target.sizes)[:-1], axis=target.row.join)
 
 
-def back(pattern: str, x: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """``x`` from our layout to the checkpoint's."""
-    left, right = pattern.split("->")
-    return einops.rearrange(x, f"{right} -> {left}", **_used(pattern, config))
+def back(row: Row, parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+    """``parts`` of ours as the one tensor of the checkpoint."""
+    ours = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=row.join)
+    left, right = row.pattern.split("->")
+    return einops.rearrange(ours, f"{right} -> {left}", **_used(row.pattern, config))
 
 
 def _used(pattern: str, config: DecoderConfig) -> dict[str, int]:
-    return {
-        letter: size
-        for letter, size in sizes(config).items()
-        if letter in pattern.split() or f"({letter}" in pattern or f"{letter})" in pattern
-    }
+    letters = re.findall("[a-z]", pattern)
+    return {letter: size for letter, size in sizes(config).items() if letter in letters}
 
 
 def _targets(rows, config, parameters) -> Iterator[Target]:
@@ -103,8 +111,10 @@ def _targets(rows, config, parameters) -> Iterator[Target]:
                 continue
             index = None if layer is None else layer // period
             stacked = 0 if layer is None else 1
-            ours = [parameters[path].shape[stacked:] for path in paths]
-            shape = ours[0] if len(paths) == 1 else (len(paths), *ours[0])
+            shape, *others = (parameters[path].shape[stacked:] for path in paths)
+            each = tuple(part[row.join] for part in (shape, *others))
             # a view of nothing: only the shape is wanted
-            shape = back(row.pattern, np.broadcast_to(np.zeros(()), shape), config).shape
-            yield Target(row.name.format(l=layer), row.pattern, paths, index, shape)
+            whole = (*shape[: row.join], sum(each), *shape[row.join + 1 :])
+            empty = np.broadcast_to(np.zeros(()), whole)
+            shape = back(row, [empty], config).shape
+            yield Target(row.name.format(l=layer), row, paths, index, each, shape)

@@ -1,0 +1,141 @@
+"""What a family is, and what many of them share: rotary fields, patterns of layers, norm rows."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from layers.config import check, check_choice
+from layers.decoder import DecoderConfig
+from layers.rotary import SCALINGS, RotaryConfig, RotaryScaling
+from research.models.table import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a family of checkpoints maps to a `Decoder`.
+
+    ``architecture`` and ``model_type`` as in config.json; ``read`` and ``write`` translate
+    configurations; ``prefix`` is part of the rows' names and may be missing in a checkpoint;
+    ``ignored`` are endings of tensors that hold no parameters; ``renamed`` gives the rows' name of
+    a tensor that some checkpoints call otherwise.
+    """
+
+    architecture: str
+    model_type: str
+    read: Callable[[Mapping[str, Any]], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    rows: tuple[Row, ...]
+    prefix: str = "model."
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def head(self) -> str:
+        """The output layer's name, which a tied checkpoint may hold a copy under."""
+        return next(row.name for row in self.rows if row.paths == ("head/weight",))
+
+
+def supported(hf: Mapping[str, Any], where: str = "", **only: Any) -> None:
+    """Raise `ConfigError` unless each field of ``only`` is absent from ``hf`` or has that value."""
+    for name, value in only.items():
+        found = hf.get(name, value)
+        check(found == value, where + name, found, f"must be {_json(value)}")
+
+
+def _json(value: Any) -> str:
+    spelt = {None: "null", True: "true", False: "false"}
+    return spelt[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def head_channels(config: DecoderConfig) -> int:
+    """The model's channels a head."""
+    return config.part("attention").channels(config.width)
+
+
+def read_rotary(hf: Mapping[str, Any], **defaults: float) -> RotaryConfig:
+    """``rope_parameters`` (transformers ≥ 5), or the older ``rope_theta`` and ``rope_scaling``."""
+    rope: dict[str, Any] = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **defaults}
+    rope |= {name: hf[name] for name in rope if name in hf}
+    rope |= hf.get("rope_scaling") or {}
+    rope |= hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check_choice("rope_parameters.rope_type", kind, ("default", *SCALINGS))
+    scaling = None
+    if kind == "linear":
+        scaling = RotaryScaling("linear", float(rope["factor"]))
+    elif kind == "llama3":
+        scaling = RotaryScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            rope["original_max_position_embeddings"],
+        )
+    return RotaryConfig(
+        float(rope["rope_theta"]), float(rope["partial_rotary_factor"]), scaling=scaling
+    )
+
+
+def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
+    """``rotary`` as transformers ≥ 5 spells it."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
+    if rotary.fraction != 1:
+        rope["partial_rotary_factor"] = rotary.fraction
+    if (scaling := rotary.scaling) is not None:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope["low_freq_factor"] = scaling.low_turns
+            rope["high_freq_factor"] = scaling.high_turns
+            rope["original_max_position_embeddings"] = scaling.original_length
+    return rope
+
+
+def write_rotary(rotary: RotaryConfig) -> dict[str, Any]:
+    """``rotary`` in the new spelling, and in the old one for what reads nothing else."""
+    rope = rope_parameters(rotary)
+    written = {"rope_parameters": rope, "rope_theta": rotary.base}
+    if rotary.fraction != 1:
+        written["partial_rotary_factor"] = rotary.fraction
+    return written | ({"rope_scaling": rope} if rotary.scaling is not None else {})
+
+
+# theirs → ours
+_LAYER_TYPES = {"full_attention": "attention", "sliding_attention": "sliding"}
+
+
+def read_pattern(layer_types: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives ``layer_types``."""
+    for i, kind in enumerate(layer_types):
+        check_choice(f"layer_types[{i}]", kind, _LAYER_TYPES)
+    return shortest(tuple(_LAYER_TYPES[kind] for kind in layer_types))
+
+
+def shortest(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest tuple that, repeated, gives ``layers``."""
+    count = len(layers)
+    return next(
+        layers[:n]
+        for n in range(1, count + 1)
+        if count % n == 0 and layers[:n] * (count // n) == layers
+    )
+
+
+def layer_types(config: DecoderConfig) -> list[str]:
+    """Every layer's kind as config.json lists it."""
+    theirs = {ours: name for name, ours in _LAYER_TYPES.items()}
+    for i, kind in enumerate(config.pattern):
+        check_choice(f"pattern[{i}]", kind, theirs)
+    return [theirs[kind] for kind in config.pattern * config.repeats]
+
+
+def parts(prefix: str, part: str, *names: str) -> tuple[str, ...]:
+    """Paths of a fused tensor, e.g. of query, key and value."""
+    return tuple(f"{prefix}/{name}/{part}" for name in names)
+
+
+def affine(name: str, path: str) -> tuple[Row, Row]:
+    """The rows of a norm's scale and bias."""
+    return (
+        Row(f"{name}.weight", "d -> d", (f"{path}/scale",)),
+        Row(f"{name}.bias", "d -> d", (f"{path}/bias",)),
+    )

@@ -1,0 +1,316 @@
+"""The GPT line: GPT-2, GPT-NeoX, BLOOM and MPT, which fuse query, key and value each their way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from layers.attention import AttentionConfig
+from layers.config import check, check_choice
+from layers.decoder import DecoderConfig
+from layers.mlp import MlpConfig
+from research.models.families.family import (
+    Family,
+    affine,
+    head_channels,
+    parts,
+    read_rotary,
+    supported,
+    write_rotary,
+)
+from research.models.table import Row
+
+# theirs → ours; what is written is the first name of each
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
+
+
+def _read_activation(hf: Mapping[str, Any], field: str, default: str) -> str:
+    name = hf.get(field, default)
+    check_choice(field, name, _ACTIVATIONS)
+    return _ACTIVATIONS[name]
+
+
+def _write_activation(config: DecoderConfig) -> str:
+    theirs = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
+    check_choice("mlp.activation", config.part("mlp").activation, theirs)
+    return theirs[config.part("mlp").activation]
+
+
+def _heads(heads: int, width: int, bias: bool, scale: float | None = None) -> AttentionConfig:
+    """As many keys as queries, and no width of their own."""
+    check(width % heads == 0, "heads", heads, f"must divide the width {width}")
+    return AttentionConfig(
+        heads, heads, head_dim=width // heads, qkv_bias=bias, out_bias=bias, scale=scale
+    )
+
+
+def _read_gpt2(hf: Mapping[str, Any]) -> DecoderConfig:
+    supported(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    width = hf["n_embd"]
+    activation = _read_activation(hf, "activation_function", "gelu_new")
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=width,
+        num_layers=hf["n_layer"],
+        attention=_heads(hf["n_head"], width, bias=True),
+        mlp=MlpConfig(hf.get("n_inner") or 4 * width, activation, bias=True),
+        position="learned",
+        max_length=hf["n_positions"],
+        norm="layernorm",
+        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        norm_bias=True,
+        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+    )
+
+
+def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_length,
+        "n_embd": config.width,
+        "n_layer": config.num_layers,
+        "n_head": config.part("attention").num_heads,
+        "n_inner": config.part("mlp").width,
+        "activation_function": _write_activation(config),
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+# Conv1D keeps weights [in, out]; query, key and value follow one another
+_GPT2_ROWS = (
+    Row("transformer.wte.weight", "v d -> v d", ("embedding/table",)),
+    Row("transformer.wpe.weight", "t d -> t d", ("positions/table",)),
+    Row("lm_head.weight", "v d -> d v", ("head/weight",)),
+    *affine("transformer.ln_f", "final_norm"),
+    *affine("transformer.h.{l}.ln_1", "mixer_norm"),
+    *affine("transformer.h.{l}.ln_2", "mlp_norm"),
+    Row(
+        "transformer.h.{l}.attn.c_attn.weight",
+        "d (s c) -> d s c",
+        parts("mixer", "weight", "query", "key", "value"),
+        join=1,
+    ),
+    Row(
+        "transformer.h.{l}.attn.c_attn.bias",
+        "(s c) -> s c",
+        parts("mixer", "bias", "query", "key", "value"),
+    ),
+    Row("transformer.h.{l}.attn.c_proj.weight", "(h c) d -> h c d", ("mixer/out/weight",)),
+    Row("transformer.h.{l}.attn.c_proj.bias", "d -> d", ("mixer/out/bias",)),
+    Row("transformer.h.{l}.mlp.c_fc.weight", "d f -> d f", ("mlp/up/weight",)),
+    Row("transformer.h.{l}.mlp.c_fc.bias", "f -> f", ("mlp/up/bias",)),
+    Row("transformer.h.{l}.mlp.c_proj.weight", "f d -> f d", ("mlp/down/weight",)),
+    Row("transformer.h.{l}.mlp.c_proj.bias", "d -> d", ("mlp/down/bias",)),
+)
+
+
+def _read_neox(hf: Mapping[str, Any]) -> DecoderConfig:
+    width, bias = hf["hidden_size"], bool(hf.get("attention_bias", True))
+    parallel = bool(hf.get("use_parallel_residual", True))
+    rotary = read_rotary(
+        hf,
+        rope_theta=hf.get("rotary_emb_base", 10_000),
+        partial_rotary_factor=hf.get("rotary_pct", 0.25),
+    )
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=width,
+        num_layers=hf["num_hidden_layers"],
+        attention=_heads(hf["num_attention_heads"], width, bias),
+        mlp=MlpConfig(
+            hf["intermediate_size"], _read_activation(hf, "hidden_act", "gelu"), bias=True
+        ),
+        rotary=rotary,
+        norm="layernorm",
+        norm_eps=float(hf.get("layer_norm_eps", 1e-5)),
+        norm_bias=True,
+        parallel_residual=parallel,
+        shared_norm=not parallel,
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        max_length=hf.get("max_position_embeddings"),
+    )
+
+
+def _write_neox(config: DecoderConfig) -> dict[str, Any]:
+    # the fraction is always said: theirs is a quarter unless it is
+    said = {"partial_rotary_factor": config.rotary.fraction}
+    written = write_rotary(config.rotary)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.part("attention").num_heads,
+        "intermediate_size": config.part("mlp").width,
+        "hidden_act": _write_activation(config),
+        "attention_bias": config.part("attention").qkv_bias,
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel_residual,
+        "rotary_pct": config.rotary.fraction,
+        "rotary_emb_base": config.rotary.base,
+        **{
+            name: {**value, **said} if isinstance(value, dict) else value
+            for name, value in written.items()
+        },
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_length or 2048,
+    }
+
+
+def _fused_by_head(layer: str, attention: str, mlp: tuple[str, str]) -> tuple[Row, ...]:
+    """Rows of layers that keep each head's query, key and value together: GPT-NeoX and BLOOM."""
+    up, down = (f"{layer}.mlp.{name}" for name in mlp)
+    fused = f"{layer}.{attention}.query_key_value"
+    names = ("query", "key", "value")
+    return (
+        *affine(f"{layer}.input_layernorm", "mixer_norm"),
+        *affine(f"{layer}.post_attention_layernorm", "mlp_norm"),
+        Row(f"{fused}.weight", "(h n c) d -> d (n h) c", parts("mixer", "weight", *names), join=1),
+        Row(f"{fused}.bias", "(h n c) -> (n h) c", parts("mixer", "bias", *names)),
+        Row(f"{layer}.{attention}.dense.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
+        Row(f"{layer}.{attention}.dense.bias", "d -> d", ("mixer/out/bias",)),
+        Row(f"{up}.weight", "f d -> d f", ("mlp/up/weight",)),
+        Row(f"{up}.bias", "f -> f", ("mlp/up/bias",)),
+        Row(f"{down}.weight", "d f -> f d", ("mlp/down/weight",)),
+        Row(f"{down}.bias", "d -> d", ("mlp/down/bias",)),
+    )
+
+
+_HIDDEN = ("dense_h_to_4h", "dense_4h_to_h")
+_NEOX_ROWS = (
+    Row("gpt_neox.embed_in.weight", "v d -> v d", ("embedding/table",)),
+    Row("embed_out.weight", "v d -> d v", ("head/weight",)),
+    *affine("gpt_neox.final_layer_norm", "final_norm"),
+    *_fused_by_head("gpt_neox.layers.{l}", "attention", _HIDDEN),
+)
+
+
+def _read_bloom(hf: Mapping[str, Any]) -> DecoderConfig:
+    supported(hf, apply_residual_connection_post_layernorm=False)
+    # both spellings are on the Hub, the second one in the largest model's
+    width = hf["n_embed"] if "n_embed" in hf else hf["hidden_size"]
+    heads = hf["n_head"] if "n_head" in hf else hf["num_attention_heads"]
+    layers = hf["n_layer"] if "n_layer" in hf else hf["num_hidden_layers"]
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=width,
+        num_layers=layers,
+        attention=_heads(heads, width, bias=True),
+        mlp=MlpConfig(4 * width, "gelu_tanh", bias=True),
+        position="alibi",
+        norm="layernorm",
+        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        norm_bias=True,
+        embedding_norm=True,
+        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+    )
+
+
+def _write_bloom(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "n_layer": config.num_layers,
+        "n_head": config.part("attention").num_heads,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+_BLOOM_ROWS = (
+    Row("transformer.word_embeddings.weight", "v d -> v d", ("embedding/table",)),
+    Row("lm_head.weight", "v d -> d v", ("head/weight",)),
+    *affine("transformer.word_embeddings_layernorm", "embedding_norm"),
+    *affine("transformer.ln_f", "final_norm"),
+    *_fused_by_head("transformer.h.{l}", "self_attention", _HIDDEN),
+)
+
+
+def _read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
+    attention = hf.get("attn_config") or {}
+    supported(hf, no_bias=True, logit_scale=None, expansion_ratio=4)
+    supported(
+        attention,
+        "attn_config.",
+        alibi=True,
+        alibi_bias_max=8,
+        attn_type="multihead_attention",
+        clip_qkv=None,
+        prefix_lm=False,
+        qk_ln=False,
+    )
+    width, heads = hf["d_model"], hf["n_heads"]
+    # for others MPT orders the slopes unlike Press 2022
+    check(heads & (heads - 1) == 0, "n_heads", heads, "must be a power of two")
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=width,
+        num_layers=hf["n_layers"],
+        attention=_heads(heads, width, bias=False, scale=attention.get("softmax_scale")),
+        mlp=MlpConfig(4 * width, "gelu"),
+        position="alibi",
+        norm="layernorm",
+        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+        max_length=hf.get("max_seq_len"),
+    )
+
+
+def _write_mpt(config: DecoderConfig) -> dict[str, Any]:
+    scale = config.part("attention").scale
+    implied = scale is None or scale == head_channels(config) ** -0.5
+    return {
+        "vocab_size": config.vocab_size,
+        "d_model": config.width,
+        "n_layers": config.num_layers,
+        "n_heads": config.part("attention").num_heads,
+        "expansion_ratio": 4,
+        "attn_config": {"alibi": True, "softmax_scale": None if implied else scale},
+        "no_bias": True,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_seq_len": config.max_length or 2048,
+    }
+
+
+_BLOCK = "transformer.blocks.{l}."
+_MPT_ROWS = (
+    Row("transformer.wte.weight", "v d -> v d", ("embedding/table",)),
+    Row("lm_head.weight", "v d -> d v", ("head/weight",)),
+    Row("transformer.norm_f.weight", "d -> d", ("final_norm/scale",)),
+    Row(_BLOCK + "norm_1.weight", "d -> d", ("mixer_norm/scale",)),
+    Row(_BLOCK + "norm_2.weight", "d -> d", ("mlp_norm/scale",)),
+    Row(
+        _BLOCK + "attn.Wqkv.weight",
+        "(s c) d -> d s c",
+        parts("mixer", "weight", "query", "key", "value"),
+        join=1,
+    ),
+    Row(_BLOCK + "attn.out_proj.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
+    Row(_BLOCK + "ffn.up_proj.weight", "f d -> d f", ("mlp/up/weight",)),
+    Row(_BLOCK + "ffn.down_proj.weight", "d f -> f d", ("mlp/down/weight",)),
+)
+
+GPTS = (
+    Family(
+        "GPT2LMHeadModel",
+        "gpt2",
+        _read_gpt2,
+        _write_gpt2,
+        _GPT2_ROWS,
+        prefix="transformer.",
+        ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+    Family(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _read_neox,
+        _write_neox,
+        _NEOX_ROWS,
+        prefix="gpt_neox.",
+        ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+        renamed={"lm_head.weight": "embed_out.weight"},
+    ),
+    Family(
+        "BloomForCausalLM", "bloom", _read_bloom, _write_bloom, _BLOOM_ROWS, prefix="transformer."
+    ),
+    Family("MptForCausalLM", "mpt", _read_mpt, _write_mpt, _MPT_ROWS, prefix="transformer."),
+)

@@ -1,0 +1,121 @@
+"""Small transformers models of every family, random throughout."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 19))
+LLAMA = dict(
+    vocab_size=62, max_position_embeddings=64, hidden_size=16, intermediate_size=24,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+    eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+GEMMA = dict(
+    LLAMA, head_dim=6, query_pre_attn_scalar=9, sliding_window=5, attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+)  # fmt: skip
+GPT2 = dict(vocab_size=62, n_positions=64, n_embd=16, n_layer=2, n_head=4, eos_token_id=None)
+ENDLESS = dict(bos_token_id=None, eos_token_id=None)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+# name → (prefix of transformers' classes, fields)
+CASES = {
+    "llama": ("Llama", LLAMA),
+    "llama_biased_tied": (
+        "Llama",
+        dict(LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=8),
+    ),
+    "llama_scaled": ("Llama", dict(LLAMA, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(LLAMA, sliding_window=None)),
+    "mistral_window": ("Mistral", dict(LLAMA, sliding_window=7)),
+    "qwen2": ("Qwen2", dict(LLAMA, tie_word_embeddings=True)),
+    "qwen2_window": (
+        "Qwen2",
+        dict(
+            LLAMA, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+            rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4),
+        ),
+    ),
+    "qwen3": ("Qwen3", dict(LLAMA, head_dim=6)),
+    "olmo2": ("Olmo2", LLAMA),
+    "phi3": ("Phi3", dict(LLAMA, sliding_window=6, pad_token_id=0)),
+    "phi3_partial": (
+        "Phi3",
+        dict(
+            LLAMA, pad_token_id=0, hidden_size=32,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75
+            ),
+        ),
+    ),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3": (
+        "Gemma3Text",
+        dict(
+            GEMMA, attn_logit_softcapping=None, final_logit_softcapping=None, num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2_untied": (
+        "GPT2", dict(GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False),
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        dict(
+            NEOX, hidden_size=32,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25
+            ),
+        ),
+    ),
+    "gpt_neox_sequential": (
+        "GPTNeoX", dict(NEOX, hidden_size=32, use_parallel_residual=False, attention_bias=False),
+    ),
+    "bloom": ("Bloom", dict(vocab_size=62, hidden_size=24, n_layer=2, n_head=6, **ENDLESS)),
+    "mpt": ("Mpt", dict(vocab_size=62, d_model=16, n_layers=2, n_heads=4, **ENDLESS)),
+    "rwkv": ("Rwkv", dict(vocab_size=62, hidden_size=16, num_hidden_layers=3, **ENDLESS)),
+}  # fmt: skip
+
+
+def make(name, seed=0):
+    """A random transformers model; biases and norms are not left at 0 and 1."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    kind, fields = CASES[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def logits_of(theirs, tokens=TOKENS):
+    """What transformers computes."""
+    import torch
+
+    with torch.no_grad():
+        return theirs(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compiles():
+    """These tests compile much and compute little; LLVM's optimisations would be half the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,149 @@
+"""What is read is what was written: any configuration, dtype, naming and mesh."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from layers.decoder import Decoder
+from research.models import FAMILIES, decoder_config, load, save
+from research.models.table import flat
+from tests.research.models.conftest import TOKENS, logits_of, make
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@st.composite
+def tiny(draw, family):
+    """A config.json of ``family``; what a family does not have is not read."""
+    kv_heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    heads, channels = kv_heads * groups, draw(st.sampled_from([2, 4]))
+    layers = draw(st.integers(1, 3))
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    bias = draw(st.booleans())
+    own_width = family in ("gpt2", "gpt_neox", "bloom", "mpt")
+    width = heads * channels if own_width else 6
+    listed = family in ("qwen2", "qwen3", "gemma2", "gemma3_text")
+    return dict(
+        architectures=[FAMILIES[family].architecture],
+        vocab_size=11,
+        tie_word_embeddings=draw(st.booleans()),
+        **dict.fromkeys(("hidden_size", "n_embd", "d_model"), width),
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), layers),
+        **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), heads),
+        **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 8),
+        context_length=8,
+        num_key_value_heads=kv_heads,
+        head_dim=channels,
+        intermediate_size=draw(st.sampled_from([4, 6])),
+        attention_bias=bias,
+        mlp_bias=bias,
+        use_parallel_residual=bias,
+        partial_rotary_factor=1.0 if channels == 2 else draw(st.sampled_from([0.5, 1.0])),
+        rotary_pct=1.0,
+        rope_theta=draw(st.sampled_from([1e4, 5e5])),
+        use_sliding_window=True,
+        sliding_window=draw(st.integers(1, 9)),
+        query_pre_attn_scalar=draw(st.integers(1, 300)),
+        **(dict(layer_types=draw(st.lists(kinds, min_size=layers, max_size=layers)))
+           if listed else {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data(), shard_bytes=st.integers(1, 5000))
+def test_any_small_model_survives_the_round_trip(family, data, shard_bytes, tmp_path_factory):
+    config = decoder_config(data.draw(tiny(family)))
+    rng = np.random.default_rng(0)
+    # shapes alone: nothing is initialised, nothing computed
+    model = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
+        jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))),
+    )
+    out = tmp_path_factory.mktemp("round") / "trip"
+    save(model, out, family, shard_bytes=shard_bytes)
+    again = load(out)
+    assert again.config == config
+    for (path, before), after in zip(flat(model).items(), flat(again).values(), strict=True):
+        np.testing.assert_array_equal(before, after, err_msg=path)
+
+
+def test_bfloat16_is_read_and_kept(tmp_path):
+    model = make("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "in")
+    ours = load(tmp_path / "in", param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype("bfloat16")}
+    save(ours, tmp_path / "out", "llama")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_a_bare_gpt2_without_prefix_or_head_is_read(tmp_path):
+    model = make("gpt2")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(path).items()}
+    tensors.pop("lm_head.weight", None)
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    save_file(tensors, path)
+    bare = load(tmp_path)
+    model.save_pretrained(tmp_path)
+    for one, other in zip(*map(jax.tree.leaves, (bare, load(tmp_path))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_gpt_neox_is_read_under_either_name_of_its_head(tmp_path):
+    make("gpt_neox").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, models = load_file(path), []
+    [head] = [tensors.pop(n) for n in ("embed_out.weight", "lm_head.weight") if n in tensors]
+    for name in ("embed_out.weight", "lm_head.weight"):
+        save_file({**tensors, name: head}, path)
+        models.append(load(tmp_path))
+    for one, other in zip(*map(jax.tree.leaves, models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_sharded_over_8_devices_it_is_the_same_and_rests_where_the_table_says(run_script, tmp_path):
+    theirs = make("olmo2")  # its norms span heads that lie on different devices
+    theirs.save_pretrained(tmp_path / "in")
+    np.save(tmp_path / "want.npy", logits_of(theirs))
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    run_script(f"""
+import os
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import jax, numpy as np
+from research.models import load
+from research.models.load import Reader
+from research.parallel import MeshConfig, make_mesh, shardings, use_mesh
+
+# never more than one tensor on the host at a time
+import weakref
+held, read = [], Reader.read
+def counted(self, name):
+    # what is not stacked over layers is itself the destination
+    assert all(other() is None for name, other in held if "layers" in name), name
+    tensor = read(self, name)
+    view = tensor.view(type("Tracked", (np.ndarray,), {{}}))
+    held.append((name, weakref.ref(view)))
+    return view
+Reader.read = counted
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+model = load({str(tmp_path / "in")!r}, mesh=mesh)
+for leaf, want in zip(jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh))):
+    assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (leaf.shape, leaf.sharding, want)
+assert len(held) > 10
+tokens = np.repeat(np.load({str(tmp_path / "tokens.npy")!r}), 4, axis=0)
+want = np.repeat(np.load({str(tmp_path / "want.npy")!r}), 4, axis=0)
+from research.parallel import shard_batch
+with use_mesh(mesh):
+    batch = shard_batch({{"tokens": tokens.astype(np.int32)}}, mesh)
+    got = jax.jit(lambda m, x: m(x).logits_btv)(model, batch["tokens"])
+np.testing.assert_allclose(np.asarray(got), want, atol=1e-5, rtol=1e-5)
+""")
