@@ -37,7 +37,7 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
         unknown or of a wrong shape; named, in one line.
     """
     directory = Path(directory)
-    hf = _read_json(directory / "config.json")
+    hf = read_json(directory / "config.json")
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
@@ -67,7 +67,7 @@ class Reader:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            self._files = {k: directory / v for k, v in _read_json(index)["weight_map"].items()}
+            self._files = {k: directory / v for k, v in read_json(index)["weight_map"].items()}
         else:
             single = directory / "model.safetensors"
             check(single.exists(), "directory", str(directory), "holds no model.safetensors")
@@ -103,7 +103,8 @@ class Reader:
             raise ConfigError(f"file={str(path)!r}: cannot be read: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; `ConfigError` if it is missing or is not JSON."""
     check(path.parent.is_dir(), "directory", str(path.parent), "is not there")
     check(path.exists(), "directory", str(path.parent), f"holds no {path.name}")
     try:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,21 +14,40 @@ from safetensors.numpy import save_file
 from layers.config import ConfigError, check, check_choice
 from layers.decoder import Decoder, DecoderConfig
 from layers.rwkv import RwkvConfig
+from research.models.directory import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
+from research.models.load import read_json
 from research.models.table import Target, back, flat, targets
 
+# what a model is used with, beside its weights
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
 # a Decoder knows no special tokens, and transformers' defaults would be some other model's
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 # fields of a DecoderConfig that say how to compute, not what
 _EXECUTION = ("scan", "remat", "dtype", "param_dtype", "init_std", "max_length")
 
 
-def save(model: Decoder, directory: Path | str, family: str, *, shard_bytes: int = 4 << 30) -> None:
+def save(
+    model: Decoder,
+    directory: Path | str,
+    family: str,
+    *,
+    shard_bytes: int = 4 << 30,
+    source: Path | None = None,
+) -> None:
     """Write ``model`` to ``directory`` as a checkpoint of ``family``, in its parameters' dtype.
 
     Files hold up to ``shard_bytes`` (or one tensor), with an index if there are several. The
     directory appears whole or not at all.
+
+    Args:
+      source: the directory that ``model`` was read from: `COMPANIONS` (its tokenizer, …) are
+        copied, and fields of its config.json that say nothing of the weights are kept.
 
     Raises:
       ConfigError: an unknown family, a model the family cannot express (the field is named), or a
@@ -38,28 +56,28 @@ def save(model: Decoder, directory: Path | str, family: str, *, shard_bytes: int
     check_choice("family", family, FAMILIES)
     check(shard_bytes > 0, "shard_bytes", shard_bytes, "must be > 0")
     directory = Path(directory)
-    occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    check(not occupied, "directory", str(directory), "is there and not empty")
+    check_new(directory)
     chosen = FAMILIES[family]
     config, parameters = model.config, flat(model)
-    described = _describe(config, chosen)
+    described = _describe(config, chosen, read_json(source / "config.json") if source else {})
     wanted = targets(chosen.rows, config, parameters)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with new_directory(directory) as fresh:
+        if source:
+            copy_companions(source, fresh)
         _write_tensors(fresh, wanted, config, parameters, shard_bytes)
         (fresh / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-        fresh.chmod(0o755)
-        if directory.exists():
-            directory.rmdir()
-        os.replace(fresh, directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _describe(config: DecoderConfig, family: Family) -> dict:
+def copy_companions(source: Path, to: Path) -> None:
+    """Copy those of `COMPANIONS` that ``source`` has."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, to / name)
+
+
+def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
     """config.json, after checking that it says all that ``config`` does."""
-    described = family.write(config)
+    described = {**source, **family.write(config)}
     again = dict(_fields(dataclasses.asdict(_explicit(family.read(described)))))
     for field, ours in _fields(dataclasses.asdict(_explicit(config))):
         if field not in _EXECUTION and ours != again.get(field):
@@ -68,7 +86,7 @@ def _describe(config: DecoderConfig, family: Family) -> dict:
             )
     dtype = config.param_dtype
     kind = {"architectures": [family.architecture], "model_type": family.model_type}
-    return {**_NO_TOKENS, **kind, "dtype": dtype, "torch_dtype": dtype, **described}
+    return {**_NO_TOKENS, **described, **kind, "dtype": dtype, "torch_dtype": dtype}
 
 
 def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

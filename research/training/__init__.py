@@ -3,8 +3,9 @@
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError
 from research.training.evaluate import evaluate
-from research.training.loop import Preempted, TrainResult, load_model, train
+from research.training.loop import Preempted, TrainResult, train
 from research.training.optimizers import OptimizerConfig
+from research.training.workdir import load_model, save_model
 
 __all__ = [
     "DivergenceError",
@@ -14,5 +15,6 @@ __all__ = [
     "TrainingConfig",
     "evaluate",
     "load_model",
+    "save_model",
     "train",
 ]

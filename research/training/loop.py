@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from layers.config import ConfigError, check, from_mapping
+from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
 from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh, validate
@@ -245,29 +245,6 @@ class _Run:
         loss = self.metrics["eval_loss"] if evaluated else None
         self.checkpoints.save(step, state, position, loss)
         self.saved = step
-
-
-def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
-    """The model of the newest checkpoint in ``workdir``, as `train` left it.
-
-    Raises:
-      ConfigError: ``workdir`` holds no run, or no checkpoint that can be read.
-    """
-    workdir = Path(workdir)
-    path = workdir / "config.json"
-    check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
-    held = json.loads(path.read_text())
-    config = from_mapping(DecoderConfig, held["model"], "model")
-    training = from_mapping(TrainingConfig, held["training"], "training")
-    optimizer = make_optimizer(training.optimizer, training.steps)
-    checkpoints = Checkpoints(workdir / "checkpoints", training.keep)
-    try:
-        restored = checkpoints.restore(abstract_state(config, optimizer, make_mesh(mesh)))
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
-    return restored[0].model
 
 
 def _check_parts(model, data, training, mesh) -> None:

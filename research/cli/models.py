@@ -1,0 +1,51 @@
+"""``ablate import`` and ``ablate export``: Hugging Face directories to checkpoints and back."""
+
+import argparse
+from pathlib import Path
+
+_EXAMPLES = """examples:
+  ablate import models/Qwen3-0.6B --to runs/qwen3      # `load_model` and `train(init=…)` read it
+  ablate export runs/qwen3 --to exported/qwen3         # transformers reads it
+  ablate export runs/mine --family=llama --to exported/mine
+"""
+
+
+def add(commands) -> None:
+    """The two commands, among argparse's ``commands``."""
+    parser = _parser(commands, "import", "a Hugging Face directory as a checkpoint of ours")
+    parser.add_argument("source", metavar="DIR", type=Path, help="config.json and safetensors")
+    parser.add_argument("--to", metavar="CKPT", type=Path, required=True, help="a new folder")
+    parser.add_argument("--param-dtype", help="e.g. float32; default: what config.json says")
+    parser.set_defaults(command=_import)
+
+    parser = _parser(commands, "export", "a checkpoint of ours as a Hugging Face directory")
+    parser.add_argument("source", metavar="CKPT", type=Path, help="imported, or a run's workdir")
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    parser.add_argument("--family", help="e.g. llama; default: the one it was imported from")
+    parser.set_defaults(command=_export)
+
+
+def _parser(commands, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _import(options) -> int:
+    from research.models import import_directory
+
+    import_directory(options.source, options.to, param_dtype=options.param_dtype)
+    print(f"written: {options.to}")
+    return 0
+
+
+def _export(options) -> int:
+    from research.models import export_checkpoint
+
+    export_checkpoint(options.source, options.to, family=options.family)
+    print(f"written: {options.to}")
+    return 0

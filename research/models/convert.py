@@ -1,0 +1,61 @@
+"""Hugging Face directories as checkpoints that training and generation read, and back."""
+
+import shutil
+from pathlib import Path
+
+from layers.architecture import DTYPES
+from layers.config import check, check_choice
+from research.models.directory import check_new, new_directory
+from research.models.families import FAMILIES, family_of
+from research.models.load import load, read_json
+from research.models.save import copy_companions, save
+from research.training import load_model, save_model
+
+# in an imported checkpoint: config.json and tokenizer as they came
+ORIGIN = "hugging_face"
+
+
+def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> None:
+    """Write the model in ``source`` to ``to``, which `research.training.load_model` reads.
+
+    Args:
+      param_dtype: default: the one config.json names, or float32.
+
+    Raises:
+      ConfigError: what `research.models.load` raises; ``to`` is there and not empty.
+    """
+    check_new(to)
+    hf = read_json(source / "config.json")
+    said = hf.get("dtype") or hf.get("torch_dtype")
+    if param_dtype is None:
+        param_dtype = said if said in DTYPES else "float32"
+    check_choice("param_dtype", param_dtype, DTYPES)
+    model = load(source, param_dtype=param_dtype)
+    with new_directory(to) as fresh:
+        save_model(model, fresh)
+        (fresh / ORIGIN).mkdir()
+        shutil.copyfile(source / "config.json", fresh / ORIGIN / "config.json")
+        copy_companions(source, fresh / ORIGIN)
+
+
+def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:
+    """Write the model in the workdir ``source`` to ``to``, which transformers loads.
+
+    Args:
+      family: default: that of the directory ``source`` was imported from.
+
+    Raises:
+      ConfigError: ``source`` holds no model or was not imported and no ``family`` is named; the
+        family cannot hold the model; ``to`` is there and not empty.
+    """
+    check_new(to)
+    origin = source / ORIGIN
+    imported = None
+    if (origin / "config.json").exists():
+        imported = family_of(read_json(origin / "config.json")).model_type
+    family = family or imported
+    known = ", ".join(FAMILIES)
+    check(family is not None, "family", None, f"not an imported model; name one of {known}")
+    assert family is not None
+    check_choice("family", family, FAMILIES)
+    save(load_model(source), to, family, source=origin if family == imported else None)
