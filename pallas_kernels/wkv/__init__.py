@@ -14,25 +14,41 @@ channel and a rank-one change of what it holds:
 
     S_t = S_{t−1} (diag(e^(−exp(w_t))) + a_tᵀ b_t) + v_tᵀ k_t          y_t = r_t S_tᵀ
 
-Implementations: ``reference``, token by token; ``xla``, the same step in chunks, of which the
-backward pass keeps the state at their beginnings and makes the rest anew: ``t / chunk + chunk``
-states, and not ``t``. Both are differentiated by JAX. There are no kernels for TPU and GPU yet.
+Implementations, and what each keeps in fast memory:
+
+- ``reference``: token by token, differentiated by JAX. The equation.
+- ``xla``: the same step; the states of one chunk in the backward pass. See `xla`.
+- ``tpu``: the state of up to 1,024 channels (`wkv4`) or of a head (`wkv7`) in VMEM while time
+  passes; it never leaves. See `kernels` and `tpu`.
+
+The last two keep the state at the beginning of each chunk of tokens, and the backward pass makes
+the states of one chunk anew: ``t / chunk + chunk`` states, and not ``t``. It goes back by the
+transpose of a step, which JAX derives, so no decay is divided by and no exponent grows. Every
+backward pass is deterministic.
 
 Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
 first token of a call always goes on from ``initial_state``.
+
+Limits: the TPU kernels go token by token, so that `wkv7` is bound by the latency of the matrix
+unit. There is no kernel for GPU. Differentiable once; ``implementation="reference"`` any number of
+times.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
-from pallas_kernels.dispatch import check, check_array, choose
-from pallas_kernels.wkv import reference, xla
+from pallas_kernels.dispatch import check, check_array, choose, per_platform
+from pallas_kernels.wkv import reference, tpu, xla
 from pallas_kernels.wkv.reference import EMPTY
 
-REFUSALS = {"xla": None, "tpu": "it has no kernel for TPU", "gpu": "it has no kernel for GPU"}
+PASSES = {
+    "xla": {"forward": xla.forward, "backward": xla.backward},
+    "tpu": {"forward": tpu.forward, "backward": tpu.backward},
+}
 
 State4 = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -57,8 +73,9 @@ def wkv4(
       segment_ids_bt: integers; the state is emptied where they change.
       initial_state: numerator, denominator and greatest exponent, each ``[b, d]``; an empty one is
         ``0, 0, −1e38``.
-      implementation: None, ``"reference"`` or ``"xla"``.
-      blocks: a size of ``chunk`` that overrides `pallas_kernels.blocks`.
+      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      blocks: sizes that override `pallas_kernels.blocks`: tokens of a ``chunk``, and ``rows`` of
+        128 channels that a TPU's program takes.
 
     Returns:
       ``y_btd`` and the final state, float32 (float64 if ``k`` is).
@@ -85,10 +102,10 @@ def wkv4(
     numerator, denominator, greatest = (part.astype(exact) for part in initial_state)
     y, state = _scan(
         "wkv4",
-        reference.step4,
         (-jnp.exp(w), u),
         (numerator, denominator, greatest),
-        (_resets(segment_ids_bt, b, t), k, v),
+        (k, v),
+        _resets(segment_ids_bt, b, t),
         implementation,
         blocks,
     )
@@ -118,7 +135,7 @@ def wkv7(
         and ``b = κ · rate`` for a key ``κ`` of length 1.
       segment_ids_bt: integers; the state is emptied where they change.
       initial_state_bhcc: values by keys; default 0.
-      implementation: None, ``"reference"`` or ``"xla"``.
+      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
       blocks: a size of ``chunk`` that overrides `pallas_kernels.blocks`.
 
     Returns:
@@ -139,12 +156,12 @@ def wkv7(
         initial_state_bhcc = jnp.zeros((b, h, c, c), exact)
     check_array("initial_state", initial_state_bhcc, (b, h, c, c))
     r, w, k, v, a, b_ = (x.astype(exact) for x in arrays.values())
-    y, state = _scan(
+    y, [state] = _scan(
         "wkv7",
-        reference.step7,
         (),
-        initial_state_bhcc.astype(exact),
-        (_resets(segment_ids_bt, b, t), r, w, k, v, a, b_),
+        (initial_state_bhcc.astype(exact),),
+        (r, w, k, v, a, b_),
+        _resets(segment_ids_bt, b, t),
         implementation,
         blocks,
     )
@@ -160,8 +177,37 @@ def _resets(segment_ids_bt, b, t):
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
-def _scan(op, step, constants, state, tokens, implementation, blocks):
-    size = block_sizes("wkv", "cpu", blocks)["chunk"]
-    if choose(op, implementation, REFUSALS) == ["reference"]:
-        return reference.scan(step, constants, state, tokens)
-    return xla.scan(step, constants, state, tokens, size)
+def _scan(op, constants, state, tokens, reset_bt, implementation, blocks):
+    refusals = {"xla": None, "tpu": tpu.refusal(tokens[0]), "gpu": "it has no GPU kernel"}
+    chosen = choose(op, implementation, refusals)
+    # one table for all: the states that one pass keeps, any platform's other pass may read
+    sizes = tuple(block_sizes("wkv", "cpu", blocks).items())
+    if chosen == ["reference"]:
+        return reference.scan(op, constants, state, tokens, reset_bt)
+    return _differentiable(op, tuple(chosen), sizes, constants, state, tokens, reset_bt)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(op, chosen, sizes, *arrays):
+    return _forward(op, chosen, sizes, *arrays)[0]
+
+
+def _table(op, chosen, sizes, name):
+    return {n: functools.partial(PASSES[n][name], op, dict(sizes)) for n in chosen}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(op, chosen, sizes, constants, state, tokens, reset_bt):
+    table = _table(op, chosen, sizes, "forward")
+    y, end, starts = per_platform(chosen, table, constants, state, tokens, reset_bt)
+    return (y, end), (constants, tokens, reset_bt, starts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(op, chosen, sizes, residuals, cotangents):
+    table = _table(op, chosen, sizes, "backward")
+    d_constants, d_state, d_tokens = per_platform(chosen, table, *residuals, *cotangents)
+    return d_constants, d_state, d_tokens, None
+
+
+_differentiable.defvjp(_forward, _backward)

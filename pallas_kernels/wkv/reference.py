@@ -1,5 +1,7 @@
 """The recurrences, token by token."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,17 +14,17 @@ def exact(array):
     return jnp.float64 if array.dtype == jnp.float64 else jnp.float32
 
 
-def scan(step, constants, state, tokens):
-    """``y`` and the final state of ``step`` over time, the second axis of each of ``tokens``."""
-    in_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    state, y = jax.lax.scan(lambda s, x: step(constants, s, x), state, in_time)
+def scan(op: str, constants, state, tokens, reset_bt):
+    """``y`` and the final state of ``op`` over time, the second axis of ``tokens``."""
+    in_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (tokens, reset_bt))
+    state, y = jax.lax.scan(lambda s, x: STEPS[op](constants, s, *x), state, in_time)
     return jnp.moveaxis(y, 0, 1), state
 
 
-def step4(constants, state, token):
+def step4(constants, state, token, reset_b):
     """One token of `wkv4`: ``constants`` are the decay's logarithm and the bonus."""
     decay_d, u_d = constants
-    reset_b, k_bd, v_bd = token
+    k_bd, v_bd = token
     reset = reset_b[:, None]
     numerator, denominator, greatest = state
     numerator = jnp.where(reset, 0, numerator)
@@ -38,15 +40,20 @@ def step4(constants, state, token):
     return (past * numerator + now * v_bd, past * denominator + now, top), y
 
 
-def step7(constants, state, token):
+def step7(constants, state, token, reset_b):
     """One token of `wkv7`; the state is values by keys."""
     del constants
-    reset_b, r, w, k, v, a, b = token
-    state = jnp.where(reset_b[:, None, None, None], 0, state)
-    taken_bhc = jnp.sum(state * a[..., None, :], -1)
-    state = (
-        state * jnp.exp(-jnp.exp(w))[..., None, :]
+    [matrix] = state
+    r, w, k, v, a, b = token
+    matrix = jnp.where(reset_b[:, None, None, None], 0, matrix)
+    taken_bhc = jnp.sum(matrix * a[..., None, :], -1)
+    matrix = (
+        matrix * jnp.exp(-jnp.exp(w))[..., None, :]
         + taken_bhc[..., None] * b[..., None, :]
         + v[..., None] * k[..., None, :]
     )
-    return state, jnp.sum(state * r[..., None, :], -1)
+    return (matrix,), jnp.sum(matrix * r[..., None, :], -1)
+
+
+# step(constants, state, token, reset_b) -> (state, y): tuples of arrays
+STEPS: dict[str, Callable] = {"wkv4": step4, "wkv7": step7}

@@ -1,5 +1,7 @@
 """`wkv4` against float64, against transformers, and with the arguments that cannot be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.wkv import wkv4
+from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
 
 
 def inputs(b, t, d, scale=1.0, seed=0):
@@ -18,13 +21,13 @@ def inputs(b, t, d, scale=1.0, seed=0):
     return w, u, k, v, state
 
 
-def value_and_gradients(implementation, arrays, dtype, segments=None, chunk=4):
+def value_and_gradients(implementation, arrays, dtype, segments=None):
     arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), arrays)
 
     def loss(w, u, k, v, state):
         y, final = wkv4(
             w, u, k, v, segment_ids_bt=segments, initial_state=state,
-            implementation=implementation, blocks={"chunk": chunk},
+            implementation=implementation, blocks={"chunk": 4, "rows": 2},
         )  # fmt: skip
         weights = jnp.cos(jnp.arange(y.size, dtype=final[0].dtype)).reshape(y.shape)
         total = jnp.sum(y * weights) + jnp.sum(final[0] * 0.3) + jnp.sum(jnp.sin(final[1]))
@@ -35,21 +38,47 @@ def value_and_gradients(implementation, arrays, dtype, segments=None, chunk=4):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), (results, gradients))
 
 
-@pytest.mark.parametrize(
-    "b, t, d, scale, packed",
-    [(1, 1, 1, 1, False), (2, 13, 5, 1, True), (1, 16, 3, 30, False), (2, 11, 4, 1e4, True)],
-)
-def test_equals_float64(b, t, d, scale, packed):
+# length 1, primes, extreme logits, more channels than a program of the TPU's takes
+CASES = {
+    "one token": (1, 1, 1, 1, False),
+    "packed": (2, 13, 5, 1, True),
+    "whole chunks": (1, 16, 3, 30, False),
+    "extreme": (2, 11, 4, 1e4, True),
+    "many channels": (1, 9, 300, 1, True),
+}
+
+
+@functools.cache
+def exact(case):
+    b, t, d, scale, packed = CASES[case]
     arrays = inputs(b, t, d, scale)
     segments = np.cumsum(np.random.default_rng(1).uniform(size=(b, t)) < 0.4, 1) if packed else None
     with jax.enable_x64(True):
-        want = value_and_gradients("reference", arrays, jnp.float64, segments)
-    got = value_and_gradients("xla", arrays, jnp.float32, segments)
+        return arrays, segments, value_and_gradients("reference", arrays, jnp.float64, segments)
+
+
+def assert_close(got, want, case):
     # float32 holds an exponent of 1e4 to 1e-3 only
-    tolerance = 1e-4 if scale < 1e3 else 2e-2
+    tolerance = 1e-4 if case != "extreme" else 2e-2
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.isfinite(g).all()
         np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_equals_float64(implementation, case):
+    arrays, segments, want = exact(case)
+    with interpreted(implementation):
+        got = value_and_gradients(implementation, arrays, jnp.float32, segments)
+    assert_close(got, want, case)
+
+
+def test_the_tpu_kernels_do_not_race():
+    arrays, segments, want = exact("many channels")
+    with interpreted("tpu", races=True):
+        got = value_and_gradients("tpu", arrays, jnp.float32, segments)
+    assert_close(got, want, "many channels")
 
 
 def test_equals_transformers():
@@ -110,8 +139,7 @@ def test_bfloat16():
         ({"initial_state": (jnp.zeros((1, 4)),)}, "initial_state=1"),
         ({"initial_state": (jnp.zeros((1, 3)),) * 3}, "initial_state.shape="),
         ({"blocks": {"chunk": 0}}, "blocks.chunk=0"),
-        ({"implementation": "tpu"}, "no kernel for TPU"),
-        ({"implementation": "gpu"}, "no kernel for GPU"),
+        ({"implementation": "gpu"}, "it has no GPU kernel"),
         ({"implementation": "xal"}, "did you mean 'xla'"),
     ],
 )
@@ -119,3 +147,41 @@ def test_refuses(change, message):
     row = jnp.zeros((1, 3, 4))
     with pytest.raises(ValueError, match=message):
         wkv4(**({"w_d": row[0, 0], "u_d": row[0, 0], "k_btd": row, "v_btd": row} | change))
+
+
+def test_the_tpu_kernels_refuse_float64():
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(x) for x in inputs(1, 3, 4)[:4]]
+        with pytest.raises(ValueError, match="implementation='tpu': .* dtype float64"):
+            wkv4(*arrays, implementation="tpu")
+
+
+def gradients(*arrays, **options):
+    def loss(*arrays):
+        y, state = wkv4(*arrays, **options)
+        return jnp.sum(y) + sum(jnp.sum(part) for part in state)
+
+    return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
+
+
+def shapes(b, t, d):
+    return [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((d,), (d,), (b, t, d), (b, t, d))]
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", TPUS)
+def test_compiles_for_tpus(generation):
+    """Chosen by the platform it is lowered for, forward and backward."""
+    mesh = topology_mesh(generation, (1,), ("data",))
+    for size in ((2, 1000, 2560), (1, 77, 100)):
+        text = compile_for_tpu(gradients, mesh, *shapes(*size)).as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 2
+        assert "wkv4_backward" in text
+
+
+@pytest.mark.tpu_compile
+def test_a_chunk_that_does_not_fit_fails():
+    run = functools.partial(gradients, blocks=dict(chunk=8192))
+    mesh = topology_mesh("v5e", (1,), ("data",))
+    with pytest.raises(Exception, match="(?i)vmem|resource_exhausted"):
+        compile_for_tpu(run, mesh, *shapes(1, 8192, 1024))

@@ -1,5 +1,7 @@
 """`wkv7` against float64, against the equation in torch, and its memory and its refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.wkv import wkv7
+from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
 
 
 def inputs(b, t, h, c, decay=0.0, seed=0):
@@ -32,16 +35,38 @@ def value_and_gradients(implementation, arrays, dtype, segments=None):
     return [np.asarray(x, np.float64) for x in (*results, *gradients)]
 
 
-@pytest.mark.parametrize(
-    "b, t, h, c, decay, packed",
-    [(1, 1, 1, 1, 0, False), (2, 13, 2, 4, 0, True), (1, 16, 1, 8, 4, False), (1, 11, 3, 4, -9, 1)],
-)
-def test_equals_float64(b, t, h, c, decay, packed):
+# length 1, primes, a decay that forgets at once and one that hardly forgets
+CASES = {
+    "one token": (1, 1, 1, 1, 0, False),
+    "packed": (2, 13, 2, 4, 0, True),
+    "forgets": (1, 16, 1, 8, 4, False),
+    "remembers": (1, 11, 3, 4, -9, True),
+}
+
+
+@functools.cache
+def exact(case):
+    b, t, h, c, decay, packed = CASES[case]
     arrays = inputs(b, t, h, c, decay)
     segments = np.cumsum(np.random.default_rng(1).uniform(size=(b, t)) < 0.4, 1) if packed else None
     with jax.enable_x64(True):
-        want = value_and_gradients("reference", arrays, jnp.float64, segments)
-    got = value_and_gradients("xla", arrays, jnp.float32, segments)
+        return arrays, segments, value_and_gradients("reference", arrays, jnp.float64, segments)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_equals_float64(implementation, case):
+    arrays, segments, want = exact(case)
+    with interpreted(implementation):
+        got = value_and_gradients(implementation, arrays, jnp.float32, segments)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+
+
+def test_the_tpu_kernels_do_not_race():
+    arrays, segments, want = exact("packed")
+    with interpreted("tpu", races=True):
+        got = value_and_gradients("tpu", arrays, jnp.float32, segments)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
 
@@ -113,11 +138,40 @@ def test_bfloat16():
         ({"segment_ids_bt": jnp.zeros((1, 2), int)}, "segment_ids.shape="),
         ({"initial_state_bhcc": jnp.zeros((1, 2, 4, 3))}, "initial_state.shape="),
         ({"blocks": {"size": 1}}, "blocks.size=1"),
-        ({"implementation": "tpu"}, "no kernel for TPU"),
-        ({"implementation": "gpu"}, "no kernel for GPU"),
+        ({"implementation": "gpu"}, "it has no GPU kernel"),
     ],
 )
 def test_refuses(change, message):
     row = jnp.zeros((1, 3, 2, 4))
     with pytest.raises(ValueError, match=message):
         wkv7(**({f"{name}_bthc": row for name in "rwkvab"} | change))
+
+
+def gradients(*arrays, **options):
+    def loss(*arrays):
+        y, state = wkv7(*arrays, **options)
+        return jnp.sum(y) + jnp.sum(state)
+
+    return jax.grad(loss, argnums=tuple(range(6)))(*arrays)
+
+
+def shapes(*size):
+    return [jax.ShapeDtypeStruct(size, jnp.float32)] * 6
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", TPUS)
+def test_compiles_for_tpus(generation):
+    """Chosen by the platform it is lowered for, forward and backward."""
+    mesh = topology_mesh(generation, (1,), ("data",))
+    text = compile_for_tpu(gradients, mesh, *shapes(2, 1000, 3, 64)).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert "wkv7_backward" in text
+
+
+@pytest.mark.tpu_compile
+def test_a_chunk_that_does_not_fit_fails():
+    run = functools.partial(gradients, blocks=dict(chunk=4096))
+    mesh = topology_mesh("v5e", (1,), ("data",))
+    with pytest.raises(Exception, match="(?i)vmem|resource_exhausted"):
+        compile_for_tpu(run, mesh, *shapes(1, 4096, 2, 64))

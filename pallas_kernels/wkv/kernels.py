@@ -1,0 +1,270 @@
+"""A recurrence of tiles on a TPU, forward and backward: Pallas kernels, compiled by Mosaic.
+
+The grid is (rows of the batch, parts, chunks of time). A part is what one program holds the state
+of: see `tpu`. Time is the last axis, so that the state stays in VMEM from chunk to chunk.
+
+The backward pass goes through the chunks from the last to the first: it makes the states of a chunk
+anew from the one kept at its beginning, then walks back by the transpose of the step, which JAX
+derives inside the kernel. No decay is divided by. Gradients of constants are summed in VMEM over a
+row of the batch, and over rows outside.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# step(constants, state, token) -> (state, y): tuples of tiles
+Step = Callable[[tuple, tuple, tuple], tuple[tuple, jax.Array]]
+
+
+class _Kernel(NamedTuple):
+    """What a kernel knows before it runs: numbers of arrays, tokens in all, the rows of a tile."""
+
+    step: Step
+    constants: int
+    tokens: int
+    states: int
+    length: int
+    single: bool  # a token's tile is one row, which stays two-dimensional
+
+    def at(self, t):
+        return pl.ds(t, 1) if self.single else t
+
+    def split(self, refs: Sequence, *counts: int):
+        """``refs`` in groups of ``counts``."""
+        groups, at = [], 0
+        for count in counts:
+            groups.append(refs[at : at + count])
+            at += count
+        assert at == len(refs), (at, len(refs))
+        return groups
+
+    def advance(self, constants, state, token, alive, reset, empty):
+        """One token, or none where not ``alive``."""
+        begun = tuple(
+            jnp.where(reset, jnp.full_like(s, e), s) for s, e in zip(state, empty, strict=True)
+        )
+        new, y = self.step(constants, begun, token)
+        return tuple(jnp.where(alive, n, s) for n, s in zip(new, state, strict=True)), y
+
+    def alive(self, chunk, size, t):
+        return chunk * size + t < self.length
+
+
+def _forward_kernel(kernel: _Kernel, empty, reset, *refs):
+    constants, tokens, firsts, [y], ends, starts, held = kernel.split(
+        refs, kernel.constants, kernel.tokens, kernel.states, 1, *[kernel.states] * 3
+    )
+    i, size = pl.program_id(2), reset.shape[0]
+
+    @pl.when(i == 0)
+    def _():
+        for h, first in zip(held, firsts, strict=True):
+            h[...] = first[...]
+
+    for start, h in zip(starts, held, strict=True):
+        start[...] = h[...]
+    fixed = tuple(c[...] for c in constants)
+
+    def one(t, state):
+        token = tuple(x[kernel.at(t)] for x in tokens)
+        alive = kernel.alive(i, size, t)
+        state, out = kernel.advance(fixed, state, token, alive, reset[t, 0] > 0, empty)
+        y[kernel.at(t)] = out
+        return state
+
+    state = jax.lax.fori_loop(0, size, one, tuple(h[...] for h in held))
+    for h, s in zip(held, state, strict=True):
+        h[...] = s
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _():
+        for end, h in zip(ends, held, strict=True):
+            end[...] = h[...]
+
+
+def _backward_kernel(kernel: _Kernel, empty, reset, *refs):
+    n = kernel.states
+    constants, tokens, starts, [dy], d_ends, d_constants, d_tokens, d_firsts, before, d_held = (
+        kernel.split(
+            refs, kernel.constants, kernel.tokens, n, 1, n, kernel.constants, kernel.tokens, n, n, n
+        )
+    )
+    back, last, size = pl.program_id(2), pl.num_programs(2) - 1, reset.shape[0]
+    i = last - back
+
+    @pl.when(back == 0)
+    def _():
+        for d, end in zip(d_held, d_ends, strict=True):
+            d[...] = end[...]
+        for d in d_constants:
+            d[...] = jnp.zeros_like(d)
+
+    fixed = tuple(c[...] for c in constants)
+
+    def again(t, state):
+        for b, s in zip(before, state, strict=True):
+            b[t] = s
+        token = tuple(x[kernel.at(t)] for x in tokens)
+        alive = kernel.alive(i, size, t)
+        return kernel.advance(fixed, state, token, alive, reset[t, 0] > 0, empty)[0]
+
+    jax.lax.fori_loop(0, size, again, tuple(s[...] for s in starts))
+
+    def one(n, d_state):
+        t = size - 1 - n
+        alive, begins = kernel.alive(i, size, t), reset[t, 0] > 0
+
+        def run(constants, state, token):
+            return kernel.advance(constants, state, token, alive, begins, empty)
+
+        token = tuple(x[kernel.at(t)] for x in tokens)
+        _, pull = jax.vjp(run, fixed, tuple(b[t] for b in before), token)
+        d_fixed, d_state, d_token = pull((d_state, dy[kernel.at(t)]))
+        for d, more in zip(d_constants, d_fixed, strict=True):
+            d[...] += more
+        for d, value in zip(d_tokens, d_token, strict=True):
+            d[kernel.at(t)] = value
+        return d_state
+
+    d_state = jax.lax.fori_loop(0, size, one, tuple(d[...] for d in d_held))
+    for d, s in zip(d_held, d_state, strict=True):
+        d[...] = s
+
+    @pl.when(back == last)
+    def _():
+        for d, h in zip(d_firsts, d_held, strict=True):
+            d[...] = h[...]
+
+
+class _Call(NamedTuple):
+    """Sizes of a call, of which its block specs follow."""
+
+    batch: int
+    parts: int
+    chunks: int
+    size: int
+
+    def tokens(self, tile, chunk_of):
+        block = (None, None, self.size, *tile)
+        return pl.BlockSpec(block, lambda b, p, i: (b, p, chunk_of(i), *[0] * len(tile)))
+
+    def state(self, tile):
+        return pl.BlockSpec((None, None, *tile), lambda b, p, i: (b, p, *[0] * len(tile)))
+
+    def constant(self, tile):
+        return pl.BlockSpec((None, *tile), lambda b, p, i: (p, *[0] * len(tile)))
+
+    def starts(self, tile, chunk_of):
+        block = (None, None, None, *tile)
+        return pl.BlockSpec(block, lambda b, p, i: (chunk_of(i), b, p, *[0] * len(tile)))
+
+    def reset(self, chunk_of):
+        return pl.BlockSpec(
+            (None, self.size, 1), lambda b, p, i: (b, chunk_of(i), 0), memory_space=pltpu.SMEM
+        )
+
+    def run(self, kernel, name, inputs, outputs, scratch):
+        """``inputs`` are (spec, array), ``outputs`` (spec, shape)."""
+        return pl.pallas_call(
+            kernel,
+            grid=(self.batch, self.parts, self.chunks),
+            in_specs=[spec for spec, _ in inputs],
+            out_specs=[spec for spec, _ in outputs],
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for _, shape in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            name=name,
+        )(*(array for _, array in inputs))
+
+
+def _prepared(chunk, step, tokens, constants, state, reset_bt):
+    """The call, what its kernel knows, tokens and resets in whole chunks."""
+    batch, parts, length = tokens[0].shape[:3]
+    size = min(chunk, length)
+    call = _Call(batch, parts, pl.cdiv(length, size), size)
+    single = tokens[0].ndim == 4
+    kernel = _Kernel(step, len(constants), len(tokens), len(state), length, single)
+
+    def whole(a, axis):
+        widths = [(0, 0)] * a.ndim
+        widths[axis] = (0, call.chunks * size - length)
+        return jnp.pad(a, widths)
+
+    tokens = [whole(a, 2) for a in tokens]
+    return call, kernel, tokens, whole(reset_bt[..., None].astype(jnp.float32), 1)
+
+
+def forward(name, step, empty, chunk, constants, state, tokens, reset_bt):
+    """``y``, the final state and the states at the beginnings of chunks.
+
+    Args:
+      empty: what each part of a state is before the first token.
+      constants: each ``[parts, …]``; state: each ``[b, parts, …]``; tokens: each
+        ``[b, parts, t, …]``; ``y`` is like the last of them.
+    """
+    call, kernel, tokens, reset = _prepared(chunk, step, tokens, constants, state, reset_bt)
+
+    def same(i):
+        return i
+
+    tile = tokens[-1].shape[3:]
+    y, *states = call.run(
+        functools.partial(_forward_kernel, kernel, empty),
+        name,
+        [
+            (call.reset(same), reset),
+            *((call.constant(a.shape[1:]), a) for a in constants),
+            *((call.tokens(a.shape[3:], same), a) for a in tokens),
+            *((call.state(a.shape[2:]), a) for a in state),
+        ],
+        [
+            (call.tokens(tile, same), tokens[-1].shape),
+            *((call.state(a.shape[2:]), a.shape) for a in state),
+            *((call.starts(a.shape[2:], same), (call.chunks, *a.shape)) for a in state),
+        ],
+        [a.shape[2:] for a in state],
+    )
+    count = len(state)
+    return y[:, :, : kernel.length], tuple(states[:count]), tuple(states[count:])
+
+
+def backward(name, step, empty, chunk, constants, starts, tokens, reset_bt, dy, d_end):
+    """Gradients by constants, by the first state and by tokens; shapes as in `forward`."""
+    call, kernel, padded, reset = _prepared(chunk, step, tokens, constants, d_end, reset_bt)
+
+    def reverse(i):
+        return call.chunks - 1 - i
+
+    dy = jnp.pad(dy, [(0, p - n) for p, n in zip(padded[-1].shape, dy.shape, strict=True)])
+    found = call.run(
+        functools.partial(_backward_kernel, kernel, empty),
+        f"{name}_backward",
+        [
+            (call.reset(reverse), reset),
+            *((call.constant(a.shape[1:]), a) for a in constants),
+            *((call.tokens(a.shape[3:], reverse), a) for a in padded),
+            *((call.starts(a.shape[3:], reverse), a) for a in starts),
+            (call.tokens(dy.shape[3:], reverse), dy),
+            *((call.state(a.shape[2:]), a) for a in d_end),
+        ],
+        [
+            *((call.state(a.shape[1:]), (call.batch, *a.shape)) for a in constants),
+            *((call.tokens(a.shape[3:], reverse), a.shape) for a in padded),
+            *((call.state(a.shape[2:]), a.shape) for a in d_end),
+        ],
+        [*((call.size, *a.shape[2:]) for a in d_end), *(a.shape[2:] for a in d_end)],
+    )
+    d_constants, d_tokens, d_first = kernel.split(found, len(constants), len(padded), len(d_end))
+    return (
+        tuple(a.sum(0) for a in d_constants),
+        tuple(d_first),
+        tuple(a[:, :, : kernel.length] for a in d_tokens),
+    )
