@@ -37,9 +37,9 @@ class DecoderConfig:
     ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), or ``"none"``.
     ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017), ``both`` (Gemma 2) or
     ``output``, of what a layer adds to the residual alone (OLMo 2).
-    ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or, without
-    ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the sliding layers
-    (Gemma 3); None: ``rotary``, as the others.
+    ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or,
+    without ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the sliding
+    layers (Gemma 3); None: ``rotary``, as the others.
     ``max_length``: rows of the learned position table; nothing else limits the length.
     ``embedding_norm``: a norm of the embeddings themselves (BLOOM, RWKV).
     ``embedding_scale`` multiplies embeddings; ``logit_cap`` soft-caps logits (Gemma 2).

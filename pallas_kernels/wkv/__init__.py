@@ -36,6 +36,7 @@ times.
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,7 @@ def _resets(segment_ids_bt, b, t):
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
-def _scan(op, constants, state, tokens, reset_bt, implementation, blocks):
+def _scan(op, constants, state, tokens, reset_bt, implementation, blocks) -> Any:
     refusals = {"xla": None, "tpu": tpu.refusal(tokens[0]), "gpu": "it has no GPU kernel"}
     chosen = choose(op, implementation, refusals)
     # one table for all: the states that one pass keeps, any platform's other pass may read
