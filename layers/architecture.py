@@ -10,12 +10,13 @@ from layers.config import ConfigError, check, check_choice
 from layers.mlp import MlpConfig
 from layers.norm import NORMS
 from layers.rotary import RotaryConfig, rotated_channels
+from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 # name → the field of the configuration that it needs
 MIXERS = {"attention": "attention", "sliding": "attention", "rwkv4": "rwkv", "rwkv7": "rwkv"}
-FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "none": None}
+FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
 # name → policy of jax.checkpoint; "none" keeps every activation
 REMAT = {
@@ -34,12 +35,13 @@ class DecoderConfig:
     ``"attention"`` sees everything before, ``"sliding"`` the last ``attention.window`` tokens,
     ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the layer after each
     mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix ``"rwkv4"`` and
-    ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), or ``"none"``.
+    ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), a mixture of experts ``"moe"``, or
+    ``"none"``.
     ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017), ``both`` (Gemma 2) or
     ``output``, of what a layer adds to the residual alone (OLMo 2).
     ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or,
-    without ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the sliding
-    layers (Gemma 3); None: ``rotary``, as the others.
+    without ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the
+    sliding layers (Gemma 3); None: ``rotary``, as the others.
     ``max_length``: rows of the learned position table; nothing else limits the length.
     ``embedding_norm``: a norm of the embeddings themselves (BLOOM, RWKV).
     ``embedding_scale`` multiplies embeddings; ``logit_cap`` soft-caps logits (Gemma 2).
@@ -54,6 +56,7 @@ class DecoderConfig:
     attention: AttentionConfig | None = None
     mlp: MlpConfig | None = None
     rwkv: RwkvConfig | None = None
+    moe: MoeConfig | None = None
     pattern: tuple[str, ...] = ("attention",)
     feed_forward: tuple[str, ...] = ("mlp",)
     position: str = "rotary"

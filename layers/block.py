@@ -11,6 +11,7 @@ from layers.architecture import DecoderConfig
 from layers.attention import Attention
 from layers.hooks import Tap
 from layers.mlp import Mlp
+from layers.moe import Moe, RouterStats
 from layers.norm import Norm
 from layers.rwkv import ChannelMix, Place
 from layers.rwkv4 import Rwkv4
@@ -76,10 +77,15 @@ class Block(nnx.Module):
         state: BlockState | None,
         tap: Tap,
         first: First,
-    ) -> tuple[jax.Array, BlockState | None, First]:
-        """Returns ``(x_btd, state, first)``; `Rwkv7` hands ``first`` from layer to layer."""
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, BlockState | None, First, RouterStats | None]:
+        """Returns ``(x_btd, state, first, stats)``; `Rwkv7` hands ``first`` from layer to layer.
+
+        ``key`` is of a router's noise in training, ``stats`` what a mixture of experts reports.
+        """
         where = positions_bt, segment_ids_bt
         mixer_state, mlp_state = (None, None) if state is None else state
+        stats: list[RouterStats] = []
 
         def mix(x):
             if isinstance(self.mixer, Rwkv7):
@@ -92,6 +98,10 @@ class Block(nnx.Module):
         def feed_forward(x):
             if isinstance(self.mlp, ChannelMix):
                 y, new = self.mlp(x, *where, mlp_state)
+            elif isinstance(self.mlp, Moe):
+                y, found = self.mlp(x, positions_bt, key)
+                stats.append(found)
+                new = None
             else:
                 assert self.mlp is not None
                 y, new = self.mlp(x), None
@@ -123,7 +133,7 @@ class Block(nnx.Module):
                 y = z if y is None else y + z
             x = x if y is None else x + y
         new = None if state is None else BlockState(mixer_state, mlp_state)
-        return x, new, first
+        return x, new, first, stats[0] if stats else None
 
 
 def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
@@ -150,6 +160,8 @@ def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dic
         return None
     if kind == "mlp":
         return Mlp(config.part("mlp"), config.width, **options)
+    if kind == "moe":
+        return Moe(config.part("moe"), config.width, **options)
     hidden = config.part("mlp").width
     return ChannelMix(hidden, config.width, gated=kind == "rwkv4", at=at, **options)
 

@@ -17,6 +17,7 @@ from layers.config import check
 from layers.embedding import Embedding, sinusoidal
 from layers.hooks import Hooks, Tap
 from layers.linear import Linear
+from layers.moe import RouterStats
 from layers.rwkv import Place
 from layers.sharding import place
 
@@ -24,11 +25,15 @@ State = tuple[BlockState, ...]
 
 
 class Output(NamedTuple):
-    """``logits_btv`` float32; ``state`` after these tokens, if one was given; captured ``taps``."""
+    """``logits_btv`` float32; ``state`` after these tokens, if one was given; captured ``taps``.
+
+    ``aux``: what the mixtures of experts report, stacked over them in order; None without any.
+    """
 
     logits_btv: jax.Array
     state: State | None
     taps: dict[str, jax.Array]
+    aux: RouterStats | None
 
 
 class Decoder(nnx.Module):
@@ -86,6 +91,9 @@ class Decoder(nnx.Module):
     def init_state(self, batch: int, max_length: int, dtype=None) -> State:
         """Empty states for ``max_length`` tokens: one a pattern entry, stacked over repeats."""
         dtype = jnp.dtype(dtype or self.config.dtype)
+        moe = self.config.moe
+        looks_ahead = moe is not None and moe.router == "expert_choice"
+        check(not looks_ahead, "moe.router", "expert_choice", "sees later tokens: cannot generate")
 
         def stack(block):
             empty = block.init_state(batch, max_length, dtype)
@@ -101,6 +109,7 @@ class Decoder(nnx.Module):
         segment_ids_bt: jax.Array | None = None,
         state: State | None = None,
         hooks: Hooks | None = None,
+        key: jax.Array | None = None,
     ) -> Output:
         """Logits of the next token after each token.
 
@@ -111,6 +120,7 @@ class Decoder(nnx.Module):
           segment_ids_bt: int32; tokens see only their own segment.
           state: from `init_state` or an earlier call; any number of new tokens follow it.
           hooks: what to capture and edit on the way (see `layers.hooks`).
+          key: of the noise of routers, in training; None for no noise.
 
         Raises:
           ConfigError: tokens that are not ``[b, t]`` integers, a sequence longer than the learned
@@ -149,28 +159,32 @@ class Decoder(nnx.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         x = outer("embedding", x)
-        x, state, taps = self._stack(x, positions_bt, segment_ids_bt, state, hooks)
+        x, state, taps, aux = self._stack(x, positions_bt, segment_ids_bt, state, hooks, key)
         if self.final_norm is not None:
             x = self.final_norm(x)
         x = outer("final", x)
         logits = self.embedding.logits(x) if self.head is None else self.head(x)
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-        return Output(logits, state, taps | outer.captured)
+        return Output(logits, state, taps | outer.captured, aux)
 
-    def _stack(self, x, positions_bt, segment_ids_bt, state, hooks):
+    def _stack(self, x, positions_bt, segment_ids_bt, state, hooks, key):
         config = self.config
         size = len(config.pattern)
 
         def repeat(x, values, blocks, states, index):
-            new_states, captured = [], []
+            new_states, captured, reported = [], [], []
             for p, (block, old) in enumerate(zip(blocks, states, strict=True)):
                 tap = Tap(hooks, index * size + p)
                 first = First(index * size + p - self._first_rwkv7, values)
-                x, new, (_, values) = block(x, positions_bt, segment_ids_bt, old, tap, first)
+                own = None if key is None else jax.random.fold_in(key, index * size + p)
+                x, new, (_, values), stats = block(
+                    x, positions_bt, segment_ids_bt, old, tap, first, own
+                )
+                reported += [] if stats is None else [stats]
                 new_states.append(new)
                 captured.append(tap.captured)
-            return x, values, tuple(new_states), captured
+            return x, values, tuple(new_states), (captured, reported)
 
         if config.remat != "none":
             repeat = jax.checkpoint(repeat, policy=REMAT[config.remat])
@@ -193,12 +207,17 @@ class Decoder(nnx.Module):
                 x, values, new, captured_here = repeat(x, values, part, old, i)
                 outputs.append((new, captured_here))
             states, captured = jax.tree.map(lambda *a: jnp.stack(a), *outputs)
+        captured, reported = captured
         taps = {}
         for name in dict.fromkeys(n for layer in captured for n in layer):
             # [repeats, pattern, …] → layers in order
             each = jnp.stack([layer[name] for layer in captured if name in layer], axis=1)
             taps[name] = each.reshape(-1, *each.shape[2:])
-        return x, (None if state is None else states), taps
+        aux = None
+        if reported:
+            each = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *reported)
+            aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
+        return x, (None if state is None else states), taps, aux
 
     @property
     def _first_rwkv7(self) -> int:

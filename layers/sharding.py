@@ -40,8 +40,8 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
 
     For what explicit sharding cannot follow: kernels, sorts, scatters. ``axes`` are the logical
     axes of each argument (those of None arguments are not looked at), ``out_axes`` of the result, a
-    list of them where the function returns a tuple. The function must need nothing from other
-    devices' shares.
+    list of them where the function returns a tuple. Other devices' shares are had by collectives
+    over a `mesh_axis` alone.
     """
     if spec() is None:
         return function(*arguments)
@@ -59,3 +59,9 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
         local, in_specs=tuple(spec(*axes[i]) for i in given), out_specs=out_spec, check_vma=False
     )
     return run(*(place(arguments[i], *axes[i]) for i in given))
+
+
+def mesh_axis(axis: str) -> str | tuple[str, ...] | None:
+    """The mesh axis that splits the logical ``axis``, for collectives inside an `island`."""
+    found = spec(axis)
+    return None if found is None else found[0]

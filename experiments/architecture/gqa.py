@@ -146,7 +146,9 @@ def run(unit: Unit):
     cost = dict(batch=config.decode_batch, length=config.decode_length)
     metrics["cache_bytes"] = state_bytes(model, **cost)
     if unit.after is None:
-        heads = dataclasses.replace(model.config.part("attention"), num_kv_heads=attention.num_heads)
+        heads = dataclasses.replace(
+            model.config.part("attention"), num_kv_heads=attention.num_heads
+        )
         multi_head = dataclasses.replace(model.config, attention=heads)
         baseline = Decoder(multi_head, rngs=nnx.Rngs(0))
         metrics["decode_speedup"] = decode_speedup(model, baseline, **cost)
