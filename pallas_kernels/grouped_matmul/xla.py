@@ -88,9 +88,9 @@ def _each_chunk(start, end, rows: int, most: int, carry, visit: Callable):
     ``at`` is where a chunk begins, ``own[:, None]`` which of its rows are meant: the last chunk of
     all the rows begins early rather than beyond their end.
     """
-    for size in (min(rows, most), min(max(rows // 8, 1), most)):
-        # whole chunks first; the last round takes a part as one
-        part = 0 if size == min(rows, most) else size - 1
+    whole, rest = min(rows, most), min(max(rows // 8, 1), most)
+    # chunks that are full, and then the rest, of which the last need not be
+    for size, part in ((whole, 0), (rest, rest - 1)):
         chunks = (end - start + part) // size
 
         def one(n, carry, start=start, size=size):
