@@ -17,7 +17,7 @@ from layers.config import check
 from layers.embedding import Embedding, sinusoidal
 from layers.hooks import Hooks, Tap
 from layers.linear import Linear
-from layers.moe import RouterStats
+from layers.moe import Moe, RouterStats
 from layers.rwkv import Place
 from layers.sharding import place
 
@@ -87,6 +87,11 @@ class Decoder(nnx.Module):
                 **types,
             )
         )
+
+    @property
+    def mixtures(self) -> list[Moe]:
+        """The pattern's mixtures of experts, each stacked over repeats."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, Moe)]
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> State:
         """Empty states for ``max_length`` tokens: one a pattern entry, stacked over repeats."""
@@ -232,6 +237,15 @@ class Decoder(nnx.Module):
         c = self.config.part("rwkv").head_dim
         b, t, d = x_btd.shape
         return place(jnp.zeros((b, t, d // c, c), jnp.float32), "batch", None, "heads", None)
+
+
+def flat(model: Decoder) -> dict[str, jax.Array]:
+    """Path → parameter, e.g. ``blocks/0/mixer/query/weight``, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
+        for path, leaf in leaves
+    }
 
 
 def unstack(tree, repeats: int) -> list:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from layers.config import ConfigError, check
-from layers.decoder import Decoder, DecoderConfig
+from layers.decoder import Decoder, DecoderConfig, flat
 from research.models.families import Family, decoder_config, family_of
-from research.models.table import Target, flat, forth, targets
+from research.models.table import Target, forth, targets
 from research.parallel import make_mesh, shardings, use_mesh
 
 

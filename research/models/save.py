@@ -12,13 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from layers.config import ConfigError, check, check_choice
-from layers.decoder import Decoder, DecoderConfig
+from layers.decoder import Decoder, DecoderConfig, flat
 from layers.rwkv import RwkvConfig
 from research.models.directory import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
 from research.models.load import read_json
-from research.models.table import Target, back, flat, targets
+from research.models.table import Target, back, targets
 
 # what a model is used with, beside its weights
 COMPANIONS = (

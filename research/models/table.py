@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import einops
-import jax
 import numpy as np
 
 from layers.config import ConfigError
-from layers.decoder import Decoder, DecoderConfig
+from layers.decoder import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +44,6 @@ class Target:
     index: int | None
     sizes: tuple[int, ...]
     shape: tuple[int, ...]  # in the checkpoint
-
-
-def flat(model: Decoder) -> dict[str, jax.Array]:
-    """Path → parameter, e.g. ``blocks/0/mixer/query/weight``."""
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
-        for path, leaf in leaves
-    }
 
 
 def targets(rows: tuple[Row, ...], config: DecoderConfig, parameters: Mapping) -> list[Target]:

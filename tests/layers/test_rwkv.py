@@ -233,7 +233,8 @@ def test_taps_see_the_mixers_output():
         (dict(rwkv=None), "rwkv=None: the 'rwkv4' layers need it"),
         (dict(mlp=None), "mlp=None: the 'rwkv4' layers need it"),
         (dict(feed_forward=("rwkv5",)),
-         "feed_forward[0]='rwkv5': must be one of mlp, rwkv4, rwkv7, none (did you mean 'rwkv7'?)"),
+         "feed_forward[0]='rwkv5': must be one of mlp, rwkv4, rwkv7, moe, none "
+         "(did you mean 'rwkv7'?)"),
         (dict(feed_forward=("mlp", "none")),
          "feed_forward=('mlp', 'none'): must name one layer, or one for each of pattern's 1"),
     ],

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from layers.decoder import Decoder
+from layers.decoder import Decoder, flat
 from research.models import FAMILIES, decoder_config, load, save
-from research.models.table import flat
 from tests.research.models.conftest import TOKENS, logits_of, make
 
 torch = pytest.importorskip("torch")

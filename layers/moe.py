@@ -1,0 +1,275 @@
+"""Mixtures of experts: a router (`layers.routing`) and the experts' products.
+
+Two ways to bring tokens to experts. With a capacity, one-hot products into ``[e, capacity]`` places
+a sequence (GShard, 2006.16668); without, tokens sorted by expert and `grouped_matmul`, so that none
+is dropped (MegaBlocks, 2211.15841). Where the mesh splits experts, tokens travel by all-to-all.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.linear import Linear, fan_in_normal
+from layers.mlp import ACTIVATIONS, Mlp, MlpConfig
+from layers.routing import (
+    MoeConfig,
+    assign,
+    balance_loss,
+    choose_experts,
+    choose_tokens,
+    scores,
+    z_loss,
+)
+from layers.sharding import gather, island, mesh_axis, place
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """What a mixture reports; a decoder's are stacked, with its layers first.
+
+    ``loss`` is the weighted sum of ``balance`` and ``z``. ``counts_e`` are choices (for expert
+    choice, tokens taken), before anything is dropped; ``asked`` all choices (for expert choice,
+    tokens) and ``dropped`` those that no expert took.
+    """
+
+    loss: jax.Array
+    balance: jax.Array
+    z: jax.Array
+    counts_e: jax.Array
+    asked: jax.Array
+    dropped: jax.Array
+
+
+class RouterBias(nnx.Variable):
+    """Moved by `rebalance` after each step; no gradient reaches it."""
+
+
+class Moe(nnx.Module):
+    """``Σ_k weight_k · expert_k(x) + shared(x)``."""
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.config, self.dtype = config, dtype
+        e, f = config.num_experts, config.width
+        axes = ("batch", "time", None)
+
+        def to_experts(**options):
+            return Linear(
+                "btd,de->bte",
+                (width, e),
+                ("embed", None),
+                axes,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                **options,
+            )
+
+        def expert(shape, axes, scale=1.0):
+            init = fan_in_normal(scale, fan_in=shape[1])
+            return nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
+
+        into = ("experts", "embed", "mlp")
+        self.router = to_experts()
+        zeros = nnx.initializers.zeros
+        self.noise = to_experts(init=zeros) if config.router == "noisy" else None
+        sigmoid = config.router == "sigmoid"
+        self.bias = RouterBias(jnp.zeros(e, jnp.float32), axes=(None,)) if sigmoid else None
+        gated = ACTIVATIONS[config.activation][1]
+        self.gate = expert((e, width, f), into) if gated else None
+        self.up = expert((e, width, f), into)
+        self.down = expert((e, f, width), ("experts", "mlp", "embed"), out_scale)
+        types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        shared = MlpConfig(max(1, config.shared_experts) * f, config.activation)
+        self.shared = (
+            Mlp(shared, width, rngs=rngs, out_scale=out_scale, **types)
+            if config.shared_experts
+            else None
+        )
+
+    def __call__(
+        self, x_btd: jax.Array, positions_bt: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """``(y_btd, stats)``. Positions of −1 are padding; ``key`` is of training's noise."""
+        config = self.config
+        valid_bt = jnp.broadcast_to(positions_bt >= 0, x_btd.shape[:2])
+        valid_bt = place(valid_bt, "batch", "time")
+        logits_bte = self._logits(x_btd, key)
+        scores_bte = scores(config, logits_bte)
+        capacity = config.capacity(x_btd.shape[1])
+        # places of an expert are counted along a whole sequence
+        time = "time" if capacity is None else None
+        row = ("batch", time, None)
+
+        def local(x_btd, scores_bte, valid_bt, bias_e, gate_edf, up_edf, down_efd):
+            weights = gate_edf, up_edf, down_efd
+            e = config.num_experts
+            if config.router == "expert_choice":
+                assert capacity is not None
+                dispatch, combine = choose_tokens(scores_bte, valid_bt, capacity, config.scale)
+                chosen_bte = jnp.any(dispatch, axis=-1)
+                lost_bt = valid_bt & ~jnp.any(chosen_bte, axis=-1)
+            else:
+                weights_btk, experts_btk = choose_experts(config, scores_bte, bias_e)
+                hot = experts_btk[..., None] == jnp.arange(e)
+                chosen_bte = jnp.any(hot, axis=2) & valid_bt[..., None]
+                if capacity is None:
+                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights)
+                    return y, chosen_bte, jnp.zeros(valid_bt.shape, jnp.int32)
+                dispatch, combine = assign(weights_btk, experts_btk, valid_bt, e, capacity)
+                lost_bt = jnp.sum(chosen_bte, axis=-1) - jnp.sum(dispatch, axis=(2, 3))
+            y = self._placed(x_btd, dispatch, combine, weights)
+            return y, chosen_bte, lost_bt.astype(jnp.int32)
+
+        weights = [
+            None if w is None else gather(jnp.asarray(w[...], self.dtype), w.axes[:1] + rest)
+            for w, rest in (
+                (self.gate, (None, "mlp")),
+                (self.up, (None, "mlp")),
+                (self.down, ("mlp", None)),
+            )
+        ]
+        bias = None if self.bias is None else self.bias[...]
+        hidden = ("experts", None, "mlp")
+        y_btd, chosen_bte, lost_bt = island(
+            local,
+            (x_btd.astype(self.dtype), scores_bte, valid_bt, bias, *weights),
+            (row, row, row[:2], (None,), hidden, hidden, ("experts", "mlp", None)),
+            [row, row, row[:2]],
+        )
+        y_btd = place(y_btd, "batch", "time", None)
+        if self.shared is not None:
+            y_btd = y_btd + self.shared(x_btd)
+        counts_e = jnp.sum(chosen_bte, axis=(0, 1)).astype(jnp.float32)
+        balance = balance_loss(scores_bte, counts_e, valid_bt, config.top_k)
+        z = z_loss(logits_bte, valid_bt)
+        loss = config.balance_weight * balance + config.z_weight * z
+        each = 1 if config.router == "expert_choice" else config.top_k
+        asked, dropped = (
+            jnp.sum(n, dtype=jnp.float32) for n in (each * valid_bt.astype(jnp.int32), lost_bt)
+        )
+        return y_btd, RouterStats(loss, balance, z, counts_e, asked, dropped)
+
+    def _logits(self, x_btd: jax.Array, key: jax.Array | None) -> jax.Array:
+        config = self.config
+        x_btd = x_btd.astype(jnp.float32)
+        if key is None:
+            return self.router(x_btd)
+        spread, normal = jax.random.split(key)
+        if config.jitter:
+            low, high = 1 - config.jitter, 1 + config.jitter
+            drawn = jax.random.uniform(spread, x_btd.shape, jnp.float32, low, high)
+            x_btd = x_btd * place(drawn, "batch", "time", None)
+        logits_bte = self.router(x_btd)
+        if self.noise is not None:
+            drawn = place(jax.random.normal(normal, logits_bte.shape), "batch", "time", None)
+            logits_bte = logits_bte + drawn * jax.nn.softplus(self.noise(x_btd))
+        return logits_bte
+
+    def _placed(self, x_btd, dispatch_btec, combine_btec, weights):
+        """Through the places of `assign`: one dense product over experts of equal loads."""
+        gate, up, down = weights
+        activation, _ = ACTIVATIONS[self.config.activation]
+        axis = mesh_axis("experts")
+        x_becd = jnp.einsum("btec,btd->becd", dispatch_btec.astype(self.dtype), x_btd)
+        if axis is not None:
+            x_becd = jax.lax.all_to_all(x_becd, axis, split_axis=1, concat_axis=0, tiled=True)
+        h = jnp.einsum("becd,edf->becf", x_becd, up)
+        if gate is None:
+            h = activation(h)
+        else:
+            h = activation(jnp.einsum("becd,edf->becf", x_becd, gate)) * h
+        y_becd = jnp.einsum("becf,efd->becd", h, down)
+        if axis is not None:
+            y_becd = jax.lax.all_to_all(y_becd, axis, split_axis=0, concat_axis=1, tiled=True)
+        y_btd = jnp.einsum("btec,becd->btd", combine_btec, y_becd.astype(jnp.float32))
+        return _sum_hidden(y_btd).astype(self.dtype)
+
+    def _sorted(self, x_btd, weights_btk, experts_btk, valid_bt, weights):
+        """Sorted by expert, so that each expert's tokens are rows next to one another."""
+        b, t, k = experts_btk.shape
+        x_md = jnp.repeat(x_btd.reshape(b * t, -1), k, axis=0)
+        # padding goes to an expert past the last, which is no group
+        experts_m = jnp.where(valid_bt[..., None], experts_btk, self.config.num_experts).reshape(-1)
+        axis = mesh_axis("experts")
+        run = _grouped if axis is None else _exchanged
+        y_md = run(x_md, experts_m, weights, self.config, axis)
+        y_btkd = y_md.reshape(b, t, k, -1).astype(jnp.float32)
+        weights_btk = weights_btk * valid_bt[..., None]
+        return _sum_hidden(jnp.einsum("btk,btkd->btd", weights_btk, y_btkd)).astype(self.dtype)
+
+
+def _sum_hidden(y: jax.Array) -> jax.Array:
+    """The sum over devices that hold shares of the experts' hidden units."""
+    axis = mesh_axis("mlp")
+    return y if axis is None else jax.lax.psum(y, axis)
+
+
+def _grouped(x_md, experts_m, weights, config, axis):
+    """Each row through its expert among those held here; rows of no expert give 0."""
+    del axis
+    gate, up, down = weights
+    activation, _ = ACTIVATIONS[config.activation]
+    order = jnp.argsort(experts_m, stable=True)
+    sizes = jnp.sum(experts_m[:, None] == jnp.arange(up.shape[0]), axis=0, dtype=jnp.int32)
+    x_md = x_md[order]
+    h = grouped_matmul(x_md, up, sizes)
+    h = activation(h) if gate is None else activation(grouped_matmul(x_md, gate, sizes)) * h
+    y_md = grouped_matmul(h, down, sizes)
+    return y_md[jnp.argsort(order)]
+
+
+def _exchanged(x_md, experts_m, weights, config, axis):
+    """`_grouped` where devices hold different experts: rows go to theirs and come back.
+
+    All may go to one device, so each pair of devices exchanges room for all rows: what dropless
+    costs where the sizes of messages must be known beforehand.
+    """
+    ways = jax.lax.axis_size(axis)
+    held = config.num_experts // ways
+    m = experts_m.shape[0]
+    to = experts_m // held
+    # row i of every message is row i here or empty
+    mine = to[None] == jnp.arange(ways)[:, None]
+    sent = jnp.where(mine[..., None], x_md[None], 0)
+    which = jnp.where(mine, experts_m[None] % held, held)
+    got = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True).reshape(ways * m, -1)
+    which = jax.lax.all_to_all(which, axis, 0, 0, tiled=True).reshape(-1)
+    y = _grouped(got, which, weights, config, None)
+    y = jax.lax.all_to_all(y.reshape(ways, m, -1), axis, 0, 0, tiled=True)
+    return jnp.sum(jnp.where(mine[..., None], y, 0), axis=0)
+
+
+def rebalance(mixtures: Sequence[Moe], counts_le: jax.Array) -> None:
+    """Move the biases of sigmoid routers towards even loads (DeepSeek-V3, §2.1.2), in place.
+
+    ``mixtures`` are a pattern's, stacked over its repeats; ``counts_le`` are of all their layers in
+    order. An expert that got more than its share loses ``bias_rate``, one that got less gains it.
+    """
+    for i, moe in enumerate(mixtures):
+        if moe.bias is None or not moe.config.bias_rate:
+            continue
+        counts_re = counts_le[i :: len(mixtures)]
+        lack = jnp.mean(counts_re, axis=-1, keepdims=True) - counts_re
+        moe.bias[...] += moe.config.bias_rate * jnp.sign(lack)
+
+
+def load_entropy(counts_le: jax.Array) -> jax.Array:
+    """Entropy of the experts' shares over its largest value: 1 is even; mean over layers."""
+    share = counts_le / jnp.maximum(jnp.sum(counts_le, axis=-1, keepdims=True), 1)
+    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+    return jnp.mean(entropy) / max(math.log(counts_le.shape[-1]), 1e-9)

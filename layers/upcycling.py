@@ -1,0 +1,72 @@
+"""A dense checkpoint as a mixture of experts: sparse upcycling (Komatsuzaki 2022, 2212.05055)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.config import check
+from layers.decoder import Decoder, flat
+from layers.routing import MoeConfig
+
+
+def upcycle(
+    model: Decoder, moe: MoeConfig, feed_forward: tuple[str, ...] = ("moe",), *, key: jax.Array
+) -> Decoder:
+    """``model`` with copies of its MLPs as experts, and fresh routers (§3).
+
+    With weights that sum to 1 (``moe.normalize``, or ``router="choice_softmax"``) and no capacity,
+    the result computes what ``model`` does.
+
+    Args:
+      moe: its experts must be as the model's MLPs are: same width and activation, no biases.
+      feed_forward: one name a layer of a new pattern, repeated: ``("mlp", "moe")`` is every other
+        layer.
+      key: of the routers.
+
+    Raises:
+      ConfigError: experts of another shape, or a pattern that does not fit the model's.
+    """
+    old = model.config
+    mlp = old.part("mlp")
+    check(set(old.feed_forward) == {"mlp"}, "feed_forward", old.feed_forward, "must be all mlp")
+    check(moe.width == mlp.width, "moe.width", moe.width, f"must be the MLPs' {mlp.width}")
+    same = moe.activation == mlp.activation
+    check(same, "moe.activation", moe.activation, f"must be the MLPs' {mlp.activation}")
+    check(not mlp.bias, "mlp.bias", mlp.bias, "experts have none")
+    shared = moe.shared_experts
+    check(shared == 0, "moe.shared_experts", shared, "must be 0: every expert is a copy")
+    only = set(feed_forward) <= {"mlp", "moe"} and "moe" in feed_forward
+    check(only, "feed_forward", feed_forward, "must name moe, and mlp where the MLP stays")
+    period = math.lcm(len(old.pattern), len(feed_forward))
+    config = dataclasses.replace(
+        old,
+        moe=moe,
+        pattern=old.pattern * (period // len(old.pattern)),
+        feed_forward=feed_forward * (period // len(feed_forward)),
+    )
+    fresh = Decoder(config, rngs=nnx.Rngs(key))
+
+    have = flat(model)
+
+    def convert(name: str, new: jax.Array) -> jax.Array:
+        if not name.startswith("blocks/"):
+            return have[name]
+        _, position, part = name.split("/", 2)
+        # the old layers that this stack is made of: every `period`-th
+        layers = range(int(position), old.num_layers, period)
+        places = [divmod(layer, len(old.pattern)) for layer in layers]
+
+        def rows(part):
+            return jnp.stack([have[f"blocks/{p}/{part}"][repeat] for repeat, p in places])
+
+        if feed_forward[int(position) % len(feed_forward)] == "mlp" or not part.startswith("mlp/"):
+            return rows(part)
+        if part in ("mlp/gate", "mlp/up", "mlp/down"):
+            return jnp.broadcast_to(rows(part + "/weight")[:, None], new.shape)
+        return new
+
+    leaves = [convert(name, new) for name, new in flat(fresh).items()]
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
