@@ -18,8 +18,8 @@ class MeshConfig:
     """How many ways each axis splits; −1 on one axis takes the devices the others leave.
 
     ``data``: batches split, parameters copied. ``fsdp``: batches and parameters split (ZeRO-3).
-    ``expert``: experts split. ``sequence``: time split. ``tensor``: heads, hidden units and
-    vocabulary split.
+    ``expert``: batches and experts split. ``sequence``: time split. ``tensor``: heads, hidden units
+    and vocabulary split.
     """
 
     data: int = -1
@@ -56,15 +56,18 @@ class MeshConfig:
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence | None = None) -> Mesh:
     """A mesh with the axes of ``config`` over ``devices`` (default: all), explicitly sharded.
 
+    On one device nothing is sharded, and types that say so would only be in the way.
+
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
+    kind = AxisType.Explicit if len(devices) > 1 else AxisType.Auto
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
+        axis_types=(kind,) * len(sizes),
         devices=devices,
     )
 

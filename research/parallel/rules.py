@@ -6,6 +6,7 @@ before use (`layers.sharding.gather`), and the gather's transpose scatters the g
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -22,13 +23,14 @@ Tree = TypeVar("Tree")
 
 # name: (at rest, in computation)
 RULES: Mapping[str, tuple[Any, Any]] = {
-    "batch": (("data", "fsdp"), ("data", "fsdp")),
+    "batch": (("data", "fsdp", "expert"), ("data", "fsdp", "expert")),
     "time": ("sequence", "sequence"),
     "vocab": ("tensor", "tensor"),
     "heads": ("tensor", "tensor"),
     "kv_heads": ("tensor", "tensor"),
     "channels": ("tensor", "tensor"),
     "mlp": ("tensor", "tensor"),
+    "experts": ("expert", "expert"),
     "embed": ("fsdp", None),
     "head_dim": (None, None),
     "norm": (None, None),
@@ -86,6 +88,12 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """How many ways ``mesh`` splits the rows of a batch."""
+    axes, _ = RULES["batch"]
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch ``[batch, time]`` of this process's rows as global arrays on ``mesh``."""
     if mesh.size == 1:
@@ -104,20 +112,28 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     Raises:
       ConfigError: names the field, its size and the mesh axis that does not divide it.
     """
-    tensor = mesh.shape["tensor"]
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
     parts: list[tuple[str, int]] = []
     if (attention := config.attention) is not None:
         parts += [("attention.num_heads", attention.num_heads)]
         parts += [("attention.num_kv_heads", attention.kv_heads)]
     if config.mlp is not None:
         parts += [("mlp.width", config.mlp.width)]
+    if (moe := config.moe) is not None:
+        parts += [("moe.width", moe.width)]
+        experts = moe.num_experts
+        check(
+            experts % expert == 0,
+            "moe.num_experts",
+            experts,
+            f"must be a multiple of mesh expert={expert}",
+        )
     if "rwkv4" in config.pattern:
         parts += [("width", config.width)]
     if "rwkv7" in config.pattern:
         parts += [("width / rwkv.head_dim", config.width // config.part("rwkv").head_dim)]
     for field, size, axis, ways in (
-        ("batch_size", batch_size, "data×fsdp", rows),
+        ("batch_size", batch_size, "data×fsdp×expert", batch_ways(mesh)),
         ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
         ("width", config.width, "fsdp", mesh.shape["fsdp"]),
         *((field, size, "tensor", tensor) for field, size in parts),
@@ -125,8 +141,8 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     ):
         check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
     check(
-        mesh.shape["expert"] == 1,
+        expert == 1 or moe is not None,
         "mesh.expert",
-        mesh.shape["expert"],
+        expert,
         "must be 1: the model has no experts to split",
     )

@@ -13,7 +13,7 @@ class DivergenceError(RuntimeError):
 
 def check_finite(
     step: int,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, Any],
     batch: Mapping[str, np.ndarray],
     workdir: Path | None,
 ) -> None:

@@ -10,7 +10,7 @@ from layers.config import check
 from layers.decoder import Decoder
 from research.data import DataConfig, make_dataset
 from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh
-from research.training.step import LossFn, make_eval_step, next_token_loss
+from research.training.step import LossFn, make_eval_step, next_token_loss, report, scalars
 
 
 def evaluate(
@@ -23,8 +23,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over the first ``batches`` batches of the held-out split, the same ones every time.
 
-    Returns ``loss`` in nats a token, ``accuracy``, and whatever else ``loss_fn`` sums, each per
-    unit of label weight.
+    Returns ``loss`` in nats a token, ``accuracy``, and whatever else is a number in the `report` of
+    what ``loss_fn`` sums.
 
     Raises:
       ConfigError: ``batches`` < 1, or a held-out split without labels.
@@ -38,14 +38,14 @@ def evaluate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    totals: dict[str, float] = {}
+    totals: dict[str, np.ndarray] = {}
     with use_mesh(mesh):
         pending = [
             step(model, shard_batch(batch, mesh)) for batch in itertools.islice(dataset, batches)
         ]
     for sums in pending:
         for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(value, np.float64))
-    weight = totals.pop("weight", 0.0)
-    check(weight > 0, "data", data.source, "its held-out split has nothing to predict")
-    return {name: total / weight for name, total in totals.items()}
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    something = float(totals.get("weight", 0.0)) > 0
+    check(something, "data", data.source, "its held-out split has nothing to predict")
+    return scalars(report(totals))

@@ -22,7 +22,8 @@ PEAK_FLOPS = {
 def train_flops_per_token(model: Decoder, sequence_length: int) -> float:
     """Forward and backward: ``6 N + 6 · layers · reach · 2 · h · c`` (PaLM, appendix B).
 
-    ``N`` counts every weight that is multiplied by: all but tables that are only looked up.
+    ``N`` counts every weight that a token is multiplied by: all but tables that are only looked up
+    and the experts it does not go to.
     ``reach`` is the mean number of keys a query sees: half the length, or what the window leaves.
     """
     config = model.config
@@ -31,6 +32,10 @@ def train_flops_per_token(model: Decoder, sequence_length: int) -> float:
         weights -= config.vocab_size * config.width
     if config.position == "learned":
         weights -= (config.max_length or 0) * config.width
+    for moe in model.mixtures:
+        experts = jax.tree.leaves([moe.gate, moe.up, moe.down])
+        held = sum(math.prod(leaf.shape) for leaf in experts)
+        weights -= held * (1 - moe.config.experts_per_token / moe.config.num_experts)
     attended = 0.0
     for kind in config.pattern:
         if kind not in ("attention", "sliding"):

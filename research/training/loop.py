@@ -20,7 +20,14 @@ from jax.experimental import multihost_utils
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
-from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh, validate
+from research.parallel import (
+    MeshConfig,
+    batch_ways,
+    make_mesh,
+    shard_batch,
+    use_mesh,
+    validate,
+)
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError, check_finite
@@ -31,7 +38,7 @@ from research.training.metrics import Metrics
 from research.training.optimizers import make_optimizer
 from research.training.progress import bar
 from research.training.state import TrainState, abstract_state
-from research.training.step import LossFn, make_step, next_token_loss
+from research.training.step import LossFn, make_step, next_token_loss, scalars
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
@@ -207,9 +214,9 @@ class _Run:
 
     def _read(self, step: int, computed, batch) -> None:
         """Wait for a step's numbers; stop if they are not finite; log them when due."""
-        values = {name: float(value) for name, value in computed.items()}
+        values = {name: np.asarray(value).tolist() for name, value in computed.items()}
         check_finite(step, values, batch, self.workdir)
-        self.metrics.update(values)
+        self.metrics.update(scalars(values))
         if self.log and step % self.training.log_every == 0:
             self.log.write("metrics", step, values)
 
@@ -262,12 +269,12 @@ def _check_parts(model, data, training, mesh) -> None:
         data.sequence_length,
         f"must be at most model.max_length={limit}",
     )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     # a process brings its own rows, whole: the other axes cannot reach across processes
     processes = jax.process_count()
     check(
         ways % processes == 0,
-        "mesh.data×fsdp",
+        "mesh.data×fsdp×expert",
         ways,
         f"must be a multiple of the {processes} processes",
     )
@@ -277,7 +284,7 @@ def _check_parts(model, data, training, mesh) -> None:
         data.batch_size % rows == 0,
         "training.gradient_accumulation",
         parts,
-        f"× data × fsdp = {rows} must divide data.batch_size={data.batch_size}",
+        f"× data × fsdp × expert = {rows} must divide data.batch_size={data.batch_size}",
     )
 
 

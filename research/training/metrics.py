@@ -28,13 +28,17 @@ class Metrics:
             self._files[name] = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """One line of ``name`` ("metrics" or "timing"), and its points on the board."""
+    def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line of ``name`` ("metrics" or "timing"), and its points on the board.
+
+        Lists (an expert's share each) have no point there.
+        """
         row: dict[str, Any] = {"step": step, **values}
         self._files[name].write(json.dumps(row) + "\n")
         self._files[name].flush()
         for field, value in values.items():
-            self._board.add_scalar(f"{name}/{field}", value, step)
+            if not isinstance(value, list):
+                self._board.add_scalar(f"{name}/{field}", value, step)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -135,7 +135,8 @@ def muon_dimensions(params: Any) -> Any:
     """For Muon (Jordan 2024): the input and output dimensions of every map between spaces.
 
     ``embed`` is one side of it and the other named dimensions are the other; a stack's leading
-    dimension is a batch of maps. Embeddings, heads, norms and biases are None: Adam takes them.
+    dimension and that of experts are batches of maps. Embeddings, heads, norms and biases are None:
+    Adam takes them.
     """
 
     def of(variable):
@@ -144,8 +145,8 @@ def muon_dimensions(params: Any) -> Any:
             return None
         first = variable[...].ndim - len(axes)
         embed = first + axes.index("embed")
-        others = tuple(i for i in range(first, first + len(axes)) if i != embed)
-        sides = ((embed,), others) if embed == first else (others, (embed,))
+        others = tuple(first + i for i, axis in enumerate(axes) if axis not in ("embed", "experts"))
+        sides = ((embed,), others) if embed < others[0] else (others, (embed,))
         return optax.contrib.MuonDimensionNumbers(*sides)
 
     return _map_variables(of, params)

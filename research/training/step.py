@@ -2,20 +2,28 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from layers.decoder import Decoder
+from layers.moe import RouterStats, load_entropy, rebalance
 from layers.sharding import spec
 from research.training.config import TrainingConfig
 from research.training.optimizers import make_optimizer, make_schedule
 from research.training.state import TrainState
 
 Batch = Mapping[str, jax.Array]
-# (model, batch, z_loss) → (sum to minimise, sums of other things to report), over the batch
-LossFn = Callable[[Decoder, Batch, float], tuple[jax.Array, dict[str, jax.Array]]]
+# (model, batch, z_loss, key of what is random in training or None)
+# → (sum to minimise, sums of other things to report), over the batch
+LossFn = Callable[[Decoder, Batch, float, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+# sums of `router_sums` that are not reported per unit of label weight
+_ROUTED = ("router_choices", "router_asked", "router_dropped")
 
 
 def cross_entropy(logits_btv: jax.Array, targets_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -28,14 +36,15 @@ def cross_entropy(logits_btv: jax.Array, targets_bt: jax.Array) -> tuple[jax.Arr
 
 
 def next_token_loss(
-    model: Decoder, batch: Batch, z_loss: float = 0.0
+    model: Decoder, batch: Batch, z_loss: float = 0.0, key: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sums over a batch: cross-entropy in nats, plus ``z_loss · log²Z`` (PaLM, §5).
 
     Returns the sum to minimise, and the sums ``loss`` (cross-entropy alone), ``accuracy`` and
-    ``z_loss``.
+    ``z_loss``. Of a model with mixtures of experts, what to minimise holds their own losses too,
+    and the sums those of `router_sums`.
     """
-    output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    output = model(batch["tokens"], batch["positions"], batch["segment_ids"], key=key)
     weights_bt = batch["weights"]
     nats_bt, norm_bt = cross_entropy(output.logits_btv, batch["targets"])
     right_bt = jnp.argmax(output.logits_btv, axis=-1) == batch["targets"]
@@ -44,7 +53,46 @@ def next_token_loss(
         "accuracy": jnp.sum(right_bt * weights_bt),
         "z_loss": jnp.sum(jnp.square(norm_bt) * weights_bt),
     }
-    return sums["loss"] + z_loss * sums["z_loss"], sums
+    total = sums["loss"] + z_loss * sums["z_loss"]
+    if output.aux is None:
+        return total, sums
+    weight = jnp.sum(weights_bt)
+    return total + weight * jnp.sum(output.aux.loss), sums | router_sums(output.aux, weight)
+
+
+def router_sums(stats: RouterStats, weight: jax.Array) -> dict[str, jax.Array]:
+    """What `report` makes router metrics of: losses times ``weight``, choices ``[layers, e]``."""
+    return {
+        "router_balance": weight * jnp.mean(stats.balance),
+        "router_z": weight * jnp.mean(stats.z),
+        "router_choices": stats.counts_e,
+        "router_asked": jnp.sum(stats.asked),
+        "router_dropped": jnp.sum(stats.dropped),
+    }
+
+
+def report(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of ``sums`` over any number of batches: each over their ``weight``, its own sum.
+
+    Of mixtures of experts: ``router_balance`` and ``router_z`` (their losses, mean over layers),
+    ``router_choices`` (tokens that chose each expert, ``[layers, e]``), ``router_entropy`` of them
+    (1 is even), and ``router_drop_rate``, the share of choices that no expert took.
+    """
+    sums = dict(sums)
+    weight = sums.pop("weight")
+    routed = {name: sums.pop(name) for name in _ROUTED if name in sums}
+    metrics = {name: value / weight for name, value in sums.items()}
+    if routed:
+        choices, asked, dropped = (routed[name] for name in _ROUTED)
+        metrics["router_choices"] = choices
+        metrics["router_entropy"] = load_entropy(choices)
+        metrics["router_drop_rate"] = dropped / jnp.maximum(asked, 1)
+    return metrics
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The ``metrics`` that are one number."""
+    return {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
@@ -73,9 +121,9 @@ def make_step(
     schedule = make_schedule(config.optimizer, config.steps)
     parts = config.gradient_accumulation
 
-    def gradient(model, batch, total):
+    def gradient(model, batch, total, key):
         def mean_loss(model):
-            loss, sums = loss_fn(model, batch, config.z_loss)
+            loss, sums = loss_fn(model, batch, config.z_loss, key)
             return loss / total, sums
 
         return jax.grad(mean_loss, has_aux=True)(model)
@@ -83,22 +131,27 @@ def make_step(
     def step(state: TrainState, batch: Batch):
         # a batch of padding alone must not divide by 0
         total = jnp.maximum(jnp.sum(batch["weights"]), 1e-6)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if parts == 1:
-            gradients, sums = gradient(state.model, batch, total)
+            gradients, sums = gradient(state.model, batch, total, key)
         else:
 
             def add(carry, part):
-                return jax.tree.map(jnp.add, carry, gradient(state.model, part, total)), None
+                batch, key = part
+                return jax.tree.map(jnp.add, carry, gradient(state.model, batch, total, key)), None
 
-            split = split_batch(batch, parts)
-            first, rest = ({k: v[i] for k, v in split.items()} for i in (0, slice(1, None)))
-            carry = gradient(state.model, first, total)
+            split = split_batch(batch, parts), jax.random.split(key, parts)
+            first, rest = (jax.tree.map(lambda a, i=i: a[i], split) for i in (0, slice(1, None)))
+            carry = gradient(state.model, first[0], total, first[1])
             (gradients, sums), _ = jax.lax.scan(add, carry, rest)
-        metrics = {name: value / total for name, value in sums.items()}
+        metrics = report({**sums, "weight": total})
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         metrics["weight"] = total
-        return state.apply(gradients, optimizer), metrics
+        state = state.apply(gradients, optimizer)
+        if "router_choices" in metrics:
+            rebalance(state.model.mixtures, metrics["router_choices"])
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)
 
@@ -110,7 +163,7 @@ def make_eval_step(
     """A compiled ``eval_step(model, batch)``: weighted sums over the batch and its ``weight``."""
 
     def step(model, batch):
-        _, sums = loss_fn(model, batch, 0.0)
+        _, sums = loss_fn(model, batch, 0.0, None)
         return {**sums, "weight": jnp.sum(batch["weights"])}
 
     return jax.jit(step)

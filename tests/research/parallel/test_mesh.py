@@ -55,8 +55,8 @@ def test_sizes_that_do_not_fit_name_the_numbers():
     [
         ({"tensor": 4}, "attention.num_kv_heads=2: must be a multiple of mesh tensor=4"),
         ({"tensor": 3}, "attention.num_heads=8: must be a multiple of mesh tensor=3"),
-        ({"data": 3}, "batch_size=8: must be a multiple of mesh data×fsdp=3"),
-        ({"data": 4, "fsdp": 4}, "batch_size=8: must be a multiple of mesh data×fsdp=16"),
+        ({"data": 3}, "batch_size=8: must be a multiple of mesh data×fsdp×expert=3"),
+        ({"data": 4, "fsdp": 4}, "batch_size=8: must be a multiple of mesh data×fsdp×expert=16"),
         ({"sequence": 3}, "sequence_length=16: must be a multiple of mesh sequence=3"),
         ({"expert": 2}, "mesh.expert=2: must be 1: the model has no experts"),
     ],
