@@ -7,6 +7,8 @@ import jax
 
 from layers.attention import AttentionConfig
 from layers.config import ConfigError, check, check_choice
+from layers.latent_attention import LatentConfig
+from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.norm import NORMS
 from layers.rotary import RotaryConfig, rotated_channels
@@ -15,7 +17,14 @@ from layers.rwkv import RwkvConfig
 
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 # name → the field of the configuration that it needs
-MIXERS = {"attention": "attention", "sliding": "attention", "rwkv4": "rwkv", "rwkv7": "rwkv"}
+MIXERS = {
+    "attention": "attention",
+    "sliding": "attention",
+    "latent": "latent",
+    "mamba": "mamba",
+    "rwkv4": "rwkv",
+    "rwkv7": "rwkv",
+}
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
 # name → policy of jax.checkpoint; "none" keeps every activation
@@ -33,6 +42,7 @@ class DecoderConfig:
 
     ``pattern`` names the mixer of each layer in turn and is repeated to ``num_layers``:
     ``"attention"`` sees everything before, ``"sliding"`` the last ``attention.window`` tokens,
+    ``"latent"`` everything before through keys and values of low rank (DeepSeek), ``"mamba"``,
     ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the layer after each
     mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix ``"rwkv4"`` and
     ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), a mixture of experts ``"moe"``, or
@@ -55,6 +65,8 @@ class DecoderConfig:
     num_layers: int
     attention: AttentionConfig | None = None
     mlp: MlpConfig | None = None
+    latent: LatentConfig | None = None
+    mamba: MambaConfig | None = None
     rwkv: RwkvConfig | None = None
     moe: MoeConfig | None = None
     pattern: tuple[str, ...] = ("attention",)
@@ -148,6 +160,12 @@ class DecoderConfig:
             "sliding_rotary",
             self.sliding_rotary,
             "no layer of pattern is sliding",
+        )
+        check(
+            "latent" not in self.pattern or self.position == "rotary",
+            "position",
+            self.position,
+            "must be rotary: latent attention knows no other",
         )
         if self.attention is not None:
             self._check_attention(self.attention)

@@ -17,7 +17,7 @@ from layers.config import check, check_choice
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
-from layers.rotary import RotaryConfig, rotary, rotated_channels
+from layers.rotary import RotaryConfig, rotated_channels
 from layers.sharding import gather, island, place, spec
 from layers.state import KVCache
 from pallas_kernels.dispatch import IMPLEMENTATIONS
@@ -245,12 +245,7 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_config is not None:
-            turn = {
-                field.name: getattr(self.rotary_config, field.name)
-                for field in dataclasses.fields(self.rotary_config)
-            }
-            q = rotary(q, positions_bt, **turn)
-            k = rotary(k, positions_bt, **turn)
+            q, k = (self.rotary_config(a, positions_bt) for a in (q, k))
         q, k, v = tap("attention.query", q), tap("attention.key", k), tap("attention.value", v)
 
         segments_bt = segment_ids_bt

@@ -10,6 +10,8 @@ from flax import nnx
 from layers.architecture import DecoderConfig
 from layers.attention import Attention
 from layers.hooks import Tap
+from layers.latent_attention import LatentAttention
+from layers.mamba import Mamba
 from layers.mlp import Mlp
 from layers.moe import Moe, RouterStats
 from layers.norm import Norm
@@ -150,6 +152,16 @@ def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, 
             norm_eps=config.norm_eps,
             **options,
         )
+    if kind == "latent":
+        return LatentAttention(
+            config.part("latent"),
+            config.width,
+            rotary_config=config.rotary,
+            norm_eps=config.norm_eps,
+            **options,
+        )
+    if kind == "mamba":
+        return Mamba(config.part("mamba"), config.width, **options)
     return {"rwkv4": Rwkv4, "rwkv7": Rwkv7}[kind](
         config.part("rwkv"), config.width, at=at, **options
     )

@@ -68,11 +68,16 @@ class Tokens(NamedTuple):
         return self.segments_bt[:, 0] == tail.segments_bn[:, -1]
 
 
-def before(x_btd: jax.Array, n: int, tokens: Tokens, tail: Tail | None) -> list[jax.Array]:
-    """``[x_{t−n}, …, x_{t−1}]``, each ``[b, t, d]``; 0 where that is of another segment."""
+def before(
+    x_btd: jax.Array, n: int, tokens: Tokens, tail: Tail | None, axis: str | None = None
+) -> list[jax.Array]:
+    """``[x_{t−n}, …, x_{t−1}]``, each ``[b, t, d]``; 0 where that is of another segment.
+
+    ``axis`` is the logical name of ``d``.
+    """
     b, t, d = x_btd.shape
     held = Tail.empty(b, n, d, x_btd.dtype) if tail is None else tail
-    values_bnd = place(held.values_bnd.astype(x_btd.dtype), "batch", None, None)
+    values_bnd = place(held.values_bnd.astype(x_btd.dtype), "batch", None, axis)
     whole = jnp.concatenate((values_bnd, x_btd), axis=1)
     parts = [whole[:, i : i + t] for i in range(n)]
     if tokens.segments_bt is None:

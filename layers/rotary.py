@@ -69,6 +69,11 @@ class RotaryConfig:
         check(self.base > 1, "base", self.base, "must be > 1")
         check(0 < self.fraction <= 1, "fraction", self.fraction, "must be in (0, 1]")
 
+    def __call__(self, x_bthc: jax.Array, positions_bt: jax.Array) -> jax.Array:
+        """`rotary` of ``x_bthc`` as this says."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return rotary(x_bthc, positions_bt, **options)
+
 
 def frequencies(channels: int, base: float) -> jax.Array:
     """``θ_i = base^(−2i/channels)`` for ``i < channels/2``, in radians a position, float32."""

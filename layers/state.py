@@ -32,15 +32,27 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, batch: int, capacity: int, kv_heads: int, channels: int, dtype, *, rolling: bool
+        cls,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        channels: int,
+        dtype,
+        *,
+        rolling: bool,
+        value_channels: int | None = None,
     ) -> "KVCache":
-        """Raises `ConfigError` unless ``batch`` and ``capacity`` are positive."""
+        """``value_channels`` are as many as ``channels`` by default.
+
+        Raises:
+          ConfigError: ``batch`` or ``capacity`` is not positive.
+        """
         check(batch > 0, "batch", batch, "must be > 0")
         check(capacity > 0, "max_length", capacity, "must be > 0")
-        shape = (batch, capacity, kv_heads, channels)
+        values = channels if value_channels is None else value_channels
         return cls(
-            keys_bskc=jnp.zeros(shape, dtype),
-            values_bskc=jnp.zeros(shape, dtype),
+            keys_bskc=jnp.zeros((batch, capacity, kv_heads, channels), dtype),
+            values_bskc=jnp.zeros((batch, capacity, kv_heads, values), dtype),
             positions_bs=jnp.full((batch, capacity), -1, jnp.int32),
             segments_bs=jnp.zeros((batch, capacity), jnp.int32),
             written_b=jnp.zeros((batch,), jnp.int32),

@@ -128,6 +128,10 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
             experts,
             f"must be a multiple of mesh expert={expert}",
         )
+    if (latent := config.latent) is not None:
+        parts += [("latent.num_heads", latent.num_heads)]
+    if "mamba" in config.pattern:
+        parts += [("mamba.expand × width", config.part("mamba").expand * config.width)]
     if "rwkv4" in config.pattern:
         parts += [("width", config.width)]
     if "rwkv7" in config.pattern:

@@ -4,6 +4,7 @@ Whole decoders, so that feed-forward layers that look back are held to it too. A
 moved from where they begin, for some begin at 0.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,8 @@ from flax import nnx
 from layers.architecture import MIXERS
 from layers.attention import AttentionConfig
 from layers.decoder import Decoder, DecoderConfig
+from layers.latent_attention import LatentConfig
+from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 
@@ -22,10 +25,22 @@ T = 5
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
 WINDOW = AttentionConfig(num_heads=4, num_kv_heads=2, window=3)
 RWKV = RwkvConfig(head_dim=8, decay_rank=3, rate_rank=3, value_rank=3, gate_rank=3)
+MAMBA = MambaConfig(state=3, convolution=3)
 LAYER_NORM = dict(norm="layernorm", norm_bias=True, embedding_norm=True)
 STACKS = {
     "attention": dict(pattern=("attention",), attention=ATTENTION),
     "sliding": dict(pattern=("sliding",), attention=WINDOW),
+    "latent": dict(
+        pattern=("latent",),
+        latent=LatentConfig(4, rank=6, head_dim=4, rotary_dim=2, value_dim=3, query_rank=5),
+        position="rotary",
+    ),
+    "mamba": dict(pattern=("mamba",), feed_forward=("none",), mamba=MAMBA),
+    "mamba_fixed": dict(
+        pattern=("mamba",),
+        feed_forward=("none",),
+        mamba=dataclasses.replace(MAMBA, selective=("b",)),
+    ),
     "rwkv4": dict(pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RWKV, **LAYER_NORM),
     "rwkv7": dict(pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, **LAYER_NORM),
     "hybrid": dict(
@@ -37,7 +52,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 11)
 
 @functools.cache
 def make(name, scan=True):
-    options = dict(position="none", scan=scan, **STACKS[name])
+    options = {"position": "none", "scan": scan, **STACKS[name]}
     config = DecoderConfig(11, 16, 2 * len(STACKS[name]["pattern"]), mlp=MlpConfig(24), **options)
 
     @jax.jit

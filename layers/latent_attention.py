@@ -1,0 +1,208 @@
+"""Multi-head latent attention: keys and values of low rank (DeepSeek-V2, arXiv:2405.04434, §2.1).
+
+A token is kept as one latent vector, from which every head's keys and values are made, and one
+rotated key that all heads share. Without state they are made and attended to as usual. With state
+only what is kept is cached (eq. 9–19), and the maps to keys and values move to the other side of
+the product (§2.1.2: "absorbed"): heads query the latents themselves, as one key-value head.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.attention import attention
+from layers.config import check, check_choice
+from layers.hooks import Tap
+from layers.linear import Linear, einsum, fan_in_normal
+from layers.norm import Norm
+from layers.rotary import RotaryConfig, rotated_channels
+from layers.sharding import place
+from layers.state import KVCache
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+
+LATENT = ("batch", "time", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """One layer of latent attention.
+
+    ``rank``: of the latent that keys and values are made from; ``query_rank``: of the queries',
+    None for queries made straight from the input. ``head_dim``: channels of a head's queries and
+    keys beside the ``rotary_dim`` ones that carry the position; ``value_dim``: of its values.
+    ``bias``: of the maps down and out. ``scale``: of scores, default
+    ``1 / sqrt(head_dim + rotary_dim)``.
+    ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
+    """
+
+    num_heads: int
+    rank: int
+    head_dim: int
+    rotary_dim: int
+    value_dim: int
+    query_rank: int | None = None
+    bias: bool = False
+    scale: float | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("num_heads", "rank", "head_dim", "value_dim"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        for name in ("query_rank", "scale"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be > 0 or None")
+        even = self.rotary_dim > 0 and self.rotary_dim % 2 == 0
+        check(even, "rotary_dim", self.rotary_dim, "must be even and > 0")
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+
+
+class LatentAttention(nnx.Module):
+    """Latent attention as a sequence mixer; positions enter by rotation alone."""
+
+    def __init__(
+        self,
+        config: LatentConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        rotary_config: RotaryConfig,
+        norm_eps: float = 1e-6,
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        rotated_channels(config.rotary_dim, rotary_config.fraction)
+        self.config, self.rotary_config, self.dtype = config, rotary_config, dtype
+        h, r, q = config.num_heads, config.rank, config.query_rank
+        c, p, v = config.head_dim, config.rotary_dim, config.value_dim
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+
+        def down(size):
+            return Linear(
+                "btd,dr->btr", (width, size), ("embed", None), LATENT,
+                rngs=rngs, bias=config.bias, **dtypes,
+            )  # fmt: skip
+
+        def heads(inputs, axis, channels):
+            return Linear(
+                "btr,rhc->bthc", (inputs, h, channels), (axis, "heads", "head_dim"),
+                ("batch", "time", "heads", None), rngs=rngs, **dtypes,
+            )  # fmt: skip
+
+        def norm(size):
+            return Norm("rmsnorm", size, eps=norm_eps, param_dtype=param_dtype)
+
+        self.query_down = None if q is None else down(q)
+        self.query_norm = None if q is None else norm(q)
+        self.query = heads(width, "embed", c + p) if q is None else heads(q, None, c + p)
+        self.latent_down, self.latent_norm = down(r), norm(r)
+        self.rotary_key = down(p)
+        self.key, self.value = heads(r, None, c), heads(r, None, v)
+        self.out = Linear(
+            "bthc,hcd->btd", (h, v, width), ("heads", "head_dim", "embed"), LATENT,
+            rngs=rngs, bias=config.bias, init=fan_in_normal(out_scale, fan_in=h * v), **dtypes,
+        )  # fmt: skip
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
+        """An empty cache of latents and rotated keys, as one key-value head without values."""
+        kept = self.config.rank + self.config.rotary_dim
+        return KVCache.empty(
+            batch, max_length, 1, kept, dtype or self.dtype, rolling=False, value_channels=0
+        )
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: KVCache | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
+        tap = tap or Tap()
+        config = self.config
+        c, p = config.head_dim, config.rotary_dim
+        q_btr = x_btd
+        if self.query_down is not None and self.query_norm is not None:
+            q_btr = self.query_norm(self.query_down(x_btd))
+        q = self.query(q_btr)
+        q_own, q_turned = q[..., :c], self.rotary_config(q[..., c:], positions_bt)
+        latent_btr = self.latent_norm(self.latent_down(x_btd))
+        turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions_bt)
+        scale = (c + p) ** -0.5 if config.scale is None else config.scale
+        options: dict[str, Any] = dict(
+            scale=scale, implementation=config.implementation, tap=tap, q_positions_bt=positions_bt
+        )
+        if state is None:
+            keys = self.key(latent_btr)
+            shared = jnp.broadcast_to(turned_btkp, (*keys.shape[:3], p))
+            shared = place(shared, "batch", "time", "heads", None)
+            k = jnp.concatenate((keys, shared), axis=-1)
+            q = tap("attention.query", jnp.concatenate((q_own, q_turned), axis=-1))
+            k, v = tap("attention.key", k), tap("attention.value", self.value(latent_btr))
+            y = _attend(
+                q,
+                k,
+                v,
+                segments=(segment_ids_bt, segment_ids_bt),
+                k_positions=positions_bt,
+                **options,
+            )
+            return self.out(tap("attention.output", y)), None
+
+        positions_bt = jnp.broadcast_to(positions_bt, x_btd.shape[:2])
+        if segment_ids_bt is None:
+            segment_ids_bt = jnp.zeros_like(positions_bt)
+        kept_btkc = jnp.concatenate((latent_btr[:, :, None], turned_btkp), axis=-1)
+        nothing = kept_btkc[..., :0]
+        state = state.write(kept_btkc, nothing, positions_bt, segment_ids_bt)
+        k = state.keys_bskc.astype(self.dtype)
+        q = jnp.concatenate((self._through("bthc,rhc->bthr", q_own, self.key), q_turned), axis=-1)
+        q, k = tap("attention.query", q), tap("attention.key", k)
+        v = tap("attention.value", k[..., : config.rank])
+        y = _attend(
+            q, k, v,
+            segments=(segment_ids_bt, state.segments_bs),
+            k_positions=state.positions_bs,
+            **options,
+        )  # fmt: skip
+        y = self._through("bthr,rhc->bthc", y, self.value)
+        return self.out(tap("attention.output", y)), state
+
+    def _through(self, subscripts: str, x: jax.Array, linear: Linear) -> jax.Array:
+        """``linear``'s weight on a head's side of a product with latents."""
+        return einsum(
+            subscripts,
+            x,
+            linear.weight[...],
+            dtype=self.dtype,
+            weight_axes=linear.weight.axes,
+            out_axes=("batch", "time", "heads", None),
+        )
+
+
+def _attend(q, k, v, *, segments, k_positions, **options):
+    """`attention` with values of fewer channels than the keys have (or more)."""
+    k, v = (place(a, "batch", None, "kv_heads", None) for a in (k, v))
+    k_positions = place(jnp.broadcast_to(k_positions, k.shape[:2]), "batch", None)
+    q_segments, k_segments = segments
+    if k_segments is not None:
+        k_segments = place(k_segments, "batch", None)
+    channels = v.shape[-1]
+
+    def widen(a):
+        more = max(k.shape[-1], channels) - a.shape[-1]
+        return jnp.pad(a, ((0, 0),) * 3 + ((0, more),)) if more else a
+
+    y = attention(
+        widen(q), widen(k), widen(v),
+        k_positions_bs=k_positions,
+        q_segments_bt=q_segments,
+        k_segments_bs=k_segments,
+        **options,
+    )  # fmt: skip
+    return y[..., :channels]

@@ -1,0 +1,306 @@
+"""Mamba: a selective state space in place of attention (Gu & Dao 2023, arXiv:2312.00752).
+
+A block's mixer (Figure 3): the input is projected to twice its width, one half goes through a short
+causal convolution and the selective scan (`pallas_kernels.selective_scan`), the other gates it.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.config import check, check_choice
+from layers.hooks import Tap
+from layers.linear import Linear, fan_in_normal
+from layers.recurrent import Tail, Tokens, after, before, carried
+from layers.sharding import gather, island, place
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.selective_scan import selective_scan
+
+SELECTIVE = ("delta", "b", "c")
+CHANNELS = ("batch", None, "channels")
+# a step that leaves the state as it is: its softplus is 0
+STILL = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of Mamba-1 (`Mamba`) and Mamba-2 (`layers.mamba2`) layers.
+
+    ``state``: numbers a channel (Mamba-1: 16) or a head's channel (Mamba-2: 128). ``expand``: inner
+    over outer width. ``convolution``: tokens that the convolution sees, the current one included.
+    ``bias``, ``convolution_bias``: of the projections in and out, and of the convolution.
+    ``delta_min``, ``delta_max``: range of the step sizes at initialisation.
+    Mamba-1 alone: ``delta_rank`` of the projection to step sizes, default ``width / 16``;
+    ``selective``: which of `SELECTIVE` follow the token; the others are parameters, as in S4 (§3.1
+    and Table 7).
+    Mamba-2 alone: ``head_dim``, and ``groups`` of heads that share ``b`` and ``c``.
+    ``implementation``: of the scan's op; None chooses by platform.
+    """
+
+    state: int = 16
+    expand: int = 2
+    convolution: int = 4
+    bias: bool = False
+    convolution_bias: bool = True
+    delta_min: float = 0.001
+    delta_max: float = 0.1
+    delta_rank: int | None = None
+    selective: tuple[str, ...] = SELECTIVE
+    head_dim: int = 64
+    groups: int = 1
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("state", "expand", "convolution", "delta_min", "head_dim", "groups"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        low = self.delta_min
+        check(low < self.delta_max, "delta_max", self.delta_max, f"must be > delta_min={low}")
+        rank = self.delta_rank
+        check(rank is None or rank > 0, "delta_rank", rank, "must be > 0 or None")
+        for i, name in enumerate(self.selective):
+            check_choice(f"selective[{i}]", name, SELECTIVE)
+        if self.implementation is not None:
+            check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+
+    def heads(self, width: int) -> int:
+        """Mamba-2's heads in a model of ``width``; raises `ConfigError` if they don't divide."""
+        inner = self.expand * width
+        fits = inner % self.head_dim == 0
+        check(fits, "head_dim", self.head_dim, f"must divide expand × width = {inner}")
+        heads = inner // self.head_dim
+        check(heads % self.groups == 0, "groups", self.groups, f"must divide the {heads} heads")
+        return heads
+
+
+def causal_convolution(
+    x_btd: jax.Array, earlier: list[jax.Array], weight_nd: jax.Array, bias_d: jax.Array | None
+) -> jax.Array:
+    """``y_t = Σ_i weight_i · x_{t−n+1+i} + bias``, each channel by itself.
+
+    ``earlier`` are the ``n − 1`` inputs before ``x``, the earliest first (`layers.recurrent`).
+    """
+    y = x_btd * weight_nd[-1]
+    for i, past in enumerate(earlier):
+        y = y + past * weight_nd[i]
+    return y if bias_d is None else y + bias_d
+
+
+class Convolution(nnx.Module):
+    """`causal_convolution` of ``channels``, and the SiLU after it."""
+
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        axis: str | None,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+    ):
+        self.size, self.axis, self.dtype = size, axis, dtype
+        # PyTorch's own initialisation of a depthwise convolution, which the released code keeps
+        bound = 1 / math.sqrt(size)
+
+        def draw(shape, axes):
+            value = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+            return nnx.Param(value.astype(param_dtype), axes=axes)
+
+        self.weight = draw((size, channels), (None, axis))
+        self.bias = draw((channels,), (axis,)) if bias else None
+
+    def __call__(self, x_btd: jax.Array, tokens: Tokens, tail: Tail | None) -> jax.Array:
+        def value(parameter):
+            return gather(jnp.asarray(parameter[...], self.dtype), parameter.axes)
+
+        earlier = before(x_btd, self.size - 1, tokens, tail, self.axis)
+        bias = None if self.bias is None else value(self.bias)
+        return jax.nn.silu(causal_convolution(x_btd, earlier, value(self.weight), bias))
+
+
+def step_bias(key: jax.Array, shape: tuple[int, ...], config: MambaConfig) -> jax.Array:
+    """A bias whose softplus is spread evenly, on a log scale, over the range of step sizes."""
+    low, high = math.log(config.delta_min), math.log(config.delta_max)
+    delta = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+    return delta + jnp.log(-jnp.expm1(-delta))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+    """``tail`` of the convolution's inputs; the scan's state, float32."""
+
+    tail: Tail
+    scan_bdn: jax.Array
+
+
+class Mamba(nnx.Module):
+    """Mamba-1's mixer: projections, convolution, selective scan, gate (§3.4)."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.config, self.dtype = config, dtype
+        self.inner = inner = config.expand * width
+        n = config.state
+        rank = config.delta_rank or math.ceil(width / 16)
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+
+        def linear(subscripts, shape, axes, out_axes, **options):
+            return Linear(subscripts, shape, axes, out_axes, rngs=rngs, **options, **dtypes)
+
+        def into():
+            return linear(
+                "btd,di->bti", (width, inner), ("embed", "channels"), CHANNELS, bias=config.bias
+            )
+
+        def low_rank(size):
+            return linear(
+                "bti,ir->btr", (inner, size), ("channels", None), ("batch", None, None)
+            )  # fmt: skip
+
+        def parameter(value, axes):
+            return nnx.Param(value.astype(param_dtype), axes=axes)
+
+        def chosen(name, make, other):
+            return make() if name in config.selective else other()
+
+        self.into, self.gate = into(), into()
+        self.convolution = Convolution(
+            config.convolution, inner, "channels", rngs=rngs, bias=config.convolution_bias, **dtypes
+        )
+        self.delta_down = chosen("delta", lambda: low_rank(rank), lambda: None)
+        # the released code's: of the variance of a row of `rank` inputs
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.delta_up = chosen(
+            "delta",
+            lambda: linear(
+                "btr,ri->bti", (rank, inner), (None, "channels"), CHANNELS,
+                init=uniform, out_dtype=jnp.float32,
+            ),
+            lambda: None,
+        )  # fmt: skip
+        self.delta_bias = parameter(step_bias(rngs.params(), (inner,), config), ("channels",))
+        # what is no linear map of the token is a parameter of each channel (S4D: b of 1)
+        fixed = ("channels", None)
+        self.b = chosen("b", lambda: low_rank(n), lambda: parameter(jnp.ones((inner, n)), fixed))
+        self.c = chosen(
+            "c",
+            lambda: low_rank(n),
+            lambda: parameter(jax.random.normal(rngs.params(), (inner, n)), fixed),
+        )
+        # S4D-Real (§3.6): A_n = −(n + 1)
+        rates = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1)), (inner, n))
+        self.log_rate = parameter(rates, fixed)
+        self.skip = parameter(jnp.ones(inner), ("channels",))
+        self.out = linear(
+            "bti,id->btd", (inner, width), ("channels", "embed"), ("batch", "time", None),
+            init=fan_in_normal(out_scale), bias=config.bias,
+        )  # fmt: skip
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> MambaState:
+        """The empty state; ``max_length`` does not change its size."""
+        del max_length
+        tail = Tail.empty(batch, self.config.convolution - 1, self.inner, dtype or self.dtype)
+        scan = jnp.zeros((batch, self.inner, self.config.state), jnp.float32)
+        return MambaState(tail, scan)
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: MambaState | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, MambaState | None]:
+        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
+        tap = tap or Tap()
+        tail = None if state is None else state.tail
+        x_btd = place(x_btd, "batch", None, None)
+        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tail)
+        inputs_bti, z_bti = self.into(x_btd), self.gate(x_btd)
+        x_bti = self.convolution(inputs_bti, tokens, tail)
+        if self.delta_down is not None and self.delta_up is not None:
+            delta_bti = self.delta_up(self.delta_down(x_bti))
+        else:
+            delta_bti = jnp.zeros_like(x_bti, jnp.float32)
+        initial = None
+        if state is not None:
+            initial = carried(state.scan_bdn, tokens.continues(state.tail))
+            assert tokens.valid_bt is not None
+            delta_bti = jnp.where(tokens.valid_bt[..., None], delta_bti, STILL)
+        b, c = (
+            (part(x_bti), ("batch", None, None))
+            if isinstance(part, Linear)
+            else (part[...].astype(jnp.float32), part.axes)
+            for part in (self.b, self.c)
+        )
+
+        def run(x, delta, log_rate, b, c, skip, z, bias, segments, initial):
+            options: dict[str, Any] = dict(
+                delta_bias_d=bias,
+                delta_softplus=True,
+                segment_ids_bt=segments,
+                initial_state_bdn=initial,
+                implementation=self.config.implementation,
+            )
+            scan = selective_scan if b.ndim == c.ndim == 3 else _scan_by_channel
+            return scan(x, delta, -jnp.exp(log_rate), b, c, skip, z, **options)
+
+        numbers = ("channels", None)
+        state_axes = ("batch", "channels", None)
+        rate = self.log_rate[...].astype(jnp.float32)
+        skip, bias = (p[...].astype(jnp.float32) for p in (self.skip, self.delta_bias))
+        y_bti, scan_bdn = island(
+            run,
+            (x_bti, delta_bti, rate, b[0], c[0], skip, z_bti, bias, tokens.segments_bt, initial),
+            (
+                CHANNELS, CHANNELS, numbers, b[1], c[1], ("channels",), CHANNELS, ("channels",),
+                ("batch", None), state_axes,
+            ),
+            [CHANNELS, state_axes],
+        )  # fmt: skip
+        if state is not None:
+            state = MambaState(after(inputs_bti, tokens, state.tail), scan_bdn)
+        return self.out(tap("mixer.output", y_bti)), state
+
+
+def _scan_by_channel(x, delta, a, b, c, skip, z, *, delta_bias_d, initial_state_bdn, **options):
+    """`selective_scan` where ``b``, ``c`` or both are ``[d, n]``: parameters of each channel.
+
+    The op's are shared by all channels, so each number of a channel's state becomes a channel with
+    a state of one number. It takes ``n`` times the memory of the op: it is for ablations.
+    """
+    (batch, t, d), n = x.shape, a.shape[1]
+
+    def wide(array):  # [b, t, n] or [d, n] as [b, t, d, n]
+        return jnp.broadcast_to(array[:, :, None] if array.ndim == 3 else array, (batch, t, d, n))
+
+    inflow = (x.astype(jnp.float32)[..., None] * wide(b)).reshape(batch, t, d * n)
+    one = jnp.ones((batch, t, 1), jnp.float32)
+    initial = None if initial_state_bdn is None else initial_state_bdn.reshape(batch, d * n, 1)
+    y, end = selective_scan(
+        inflow,
+        jnp.repeat(delta, n, axis=-1),
+        a.reshape(d * n, 1),
+        one,
+        one,
+        delta_bias_d=jnp.repeat(delta_bias_d, n),
+        initial_state_bdn=initial,
+        **options,
+    )
+    y = jnp.sum(y.reshape(batch, t, d, n) * wide(c), axis=-1) + skip * x
+    y = y * jax.nn.silu(z.astype(jnp.float32))
+    return y.astype(x.dtype), end.reshape(batch, d, n)
