@@ -234,7 +234,7 @@ class _SyntheticRows:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tokens, weights = generate(
+        tokens, weights, answers = generate(
             self._task.task,
             (*self._key, index),
             self._length + 1,
@@ -243,7 +243,7 @@ class _SyntheticRows:
         )
         return {
             "tokens": tokens[:-1],
-            "targets": tokens[1:],
+            "targets": answers[1:],
             "positions": np.arange(self._length, dtype=np.int32),
             "segment_ids": np.ones(self._length, np.int32),
             "weights": weights[1:],

@@ -1,15 +1,19 @@
-"""Seeded generators of tasks that isolate one ability: copying, recall, induction.
+"""Seeded generators of tasks that isolate one ability: copying, recall, induction, tracking.
 
 A task is a function ``task(rng, length, vocab_size, **parameters) -> (tokens, weights)``:
 ``tokens`` int32 ``[length]`` and ``weights`` float32 ``[length]``, 1 exactly where the token is an
-answer that the tokens before it determine. ``TASKS`` is the registry: a plain dict.
+answer that the tokens before it determine. Where the answer is to be given but not to be seen by
+what follows, it returns ``(tokens, weights, answers)``, and the answers are in place of the tokens
+as what to predict. ``TASKS`` is the registry: a plain dict.
 
 Where a task has a ``distance``, it is (index of the query) - (index of the answer's first
 appearance). A causal window of W positions (the query sees itself and W - 1 before it) reaches
 the answer in one layer if and only if ``distance < W``; n layers reach n * (W - 1).
 """
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +38,64 @@ def copy(
     filler = np.zeros(length - 2 * count - 1, np.int64)
     tokens = np.concatenate([filler, body, [1], body])
     return tokens.astype(np.int32), _last(length, count)
+
+
+def selective_copy(
+    rng: np.random.Generator, length: int, vocab_size: int, *, symbols: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `copy`, with the symbols scattered in order among filler (Gu & Dao 2023, §3.1).
+
+    Where a symbol stands differs from example to example, so that no fixed delay finds it.
+    """
+    most = (length - 1) // 2
+    check(1 <= symbols <= most, "symbols", symbols, f"must be in [1, {most}] for length {length}")
+    start = length - symbols  # of the answer
+    body = rng.integers(2, vocab_size, symbols)
+    tokens = np.zeros(length, np.int32)
+    tokens[np.sort(rng.permutation(start - 1)[:symbols])] = body
+    tokens[start - 1] = 1
+    tokens[start:] = body
+    return tokens, _last(length, symbols)
+
+
+def word_problem(
+    rng: np.random.Generator,
+    length: int,
+    vocab_size: int,
+    *,
+    symbols: int = 3,
+    swaps: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Permutations of ``symbols`` things, and after each the product so far (Merrill 2024,
+    arXiv:2404.08819, §5): what a state must be carried for.
+
+    Token ``i`` is the ``i``-th permutation in lexicographic order. With ``swaps=1`` only swaps of
+    neighbours are drawn, which generate all others. The answers are not seen: the answer at ``i``
+    is the product of the tokens before ``i``, the latest applied last.
+    """
+    check(2 <= symbols <= 6, "symbols", symbols, "must be in [2, 6]")
+    check(swaps in (0, 1), "swaps", swaps, "must be 0 or 1")
+    elements, table = _symmetric_group(symbols)
+    count = len(elements)
+    check(count <= vocab_size, "symbols", symbols, f"{count} permutations need as many tokens")
+    drawn = np.arange(count)
+    if swaps:
+        # one pair of neighbours changes places: all differences from the identity are two of 1
+        drawn = np.flatnonzero(np.abs(elements - np.arange(symbols)).sum(axis=1) == 2)
+    tokens = rng.choice(drawn, length)
+    answers = np.zeros(length, np.int32)  # the identity comes first
+    for i in range(1, length):
+        answers[i] = table[tokens[i - 1], answers[i - 1]]
+    return tokens.astype(np.int32), (np.arange(length) >= 1).astype(np.float32), answers
+
+
+@functools.cache
+def _symmetric_group(symbols: int) -> tuple[np.ndarray, np.ndarray]:
+    """All permutations, and the index of ``a ∘ b`` for each pair of them."""
+    elements = np.array(list(itertools.permutations(range(symbols))))
+    index = {tuple(e): i for i, e in enumerate(elements)}
+    table = np.array([[index[tuple(a[b])] for b in elements] for a in elements])
+    return elements, table
 
 
 def associative_recall(
@@ -132,18 +194,20 @@ def _last(length: int, count: int) -> np.ndarray:
     return (np.arange(length) >= length - count).astype(np.float32)
 
 
-Task = Callable[..., tuple[np.ndarray, np.ndarray]]
+Task = Callable[..., tuple[np.ndarray, ...]]
 TASKS: dict[str, Task] = {
     "copy": copy,
+    "selective_copy": selective_copy,
     "associative_recall": associative_recall,
     "induction": induction,
+    "word_problem": word_problem,
 }
 
 
 def generate(
     task: str, seed: Sequence[int], length: int, vocab_size: int, parameters: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """One example: the same for the same arguments, on every machine and process.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One example ``(tokens, weights, answers)``: the same for the same arguments, everywhere.
 
     Raises:
       ConfigError: unknown task or parameter, or a value the task cannot use at this length.
@@ -169,6 +233,8 @@ def generate(
             "must be an integer or None",
         )
     try:
-        return function(np.random.default_rng(tuple(seed)), length, vocab_size, **parameters)
+        made = function(np.random.default_rng(tuple(seed)), length, vocab_size, **parameters)
     except ConfigError as error:
         raise ConfigError(f"parameters.{error}") from None
+    tokens, weights, *answers = made
+    return tokens, weights, answers[0] if answers else tokens

@@ -1,5 +1,7 @@
 """Tasks: the answer follows from the tokens before it, at the distance asked for."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,23 +15,58 @@ from research.data.synthetic import generate
 @pytest.mark.parametrize("task", TASKS)
 @given(length=st.integers(12, 60), vocab_size=st.integers(12, 80), seed=st.integers(0, 2**40))
 def test_shape_dtype_range_and_seed(task, length, vocab_size, seed):
-    tokens, weights = generate(task, (seed, 1), length, vocab_size, {})
+    tokens, weights, _ = generate(task, (seed, 1), length, vocab_size, {})
     assert tokens.shape == weights.shape == (length,)
     assert (tokens.dtype, weights.dtype) == (np.int32, np.float32)
     assert 0 <= tokens.min() and tokens.max() < vocab_size
     assert set(weights) == {0.0, 1.0} and weights[0] == 0 and weights[-1] == 1
-    again, _ = generate(task, (seed, 1), length, vocab_size, {})
+    again, _, _ = generate(task, (seed, 1), length, vocab_size, {})
     np.testing.assert_array_equal(tokens, again)
 
 
 @given(length=st.integers(3, 60), data=st.data())
 def test_copy(length, data):
     symbols = data.draw(st.integers(1, (length - 1) // 2))
-    tokens, weights = generate("copy", (0, length), length, 20, {"symbols": symbols})
+    tokens, weights, _ = generate("copy", (0, length), length, 20, {"symbols": symbols})
     assert weights.sum() == symbols
     for at in np.flatnonzero(weights):
         assert tokens[at] == tokens[at - symbols - 1] >= 2
     assert tokens[length - symbols - 1] == 1
+
+
+@given(length=st.integers(5, 60), data=st.data())
+def test_selective_copy(length, data):
+    symbols = data.draw(st.integers(1, (length - 1) // 2))
+    parameters = {"symbols": symbols}
+    tokens, weights, _ = generate("selective_copy", (0, length), length, 20, parameters)
+    start = length - symbols
+    np.testing.assert_array_equal(np.flatnonzero(weights), np.arange(start, length))
+    assert tokens[start - 1] == 1
+    shown = tokens[: start - 1]
+    np.testing.assert_array_equal(shown[shown > 0], tokens[start:])
+
+
+def test_selective_copies_stand_anywhere():
+    found = [generate("selective_copy", (s,), 30, 20, {"symbols": 2})[0] for s in range(200)]
+    places = {int(i) for tokens in found for i in np.flatnonzero(tokens[:27])}
+    assert places == set(range(27))
+
+
+@given(length=st.integers(2, 40), symbols=st.integers(2, 5), swaps=st.integers(0, 1))
+def test_word_problem(length, symbols, swaps):
+    """By applying each permutation to things in a row."""
+    parameters = {"symbols": symbols, "swaps": swaps}
+    tokens, weights, answers = generate("word_problem", (length,), length, 120, parameters)
+    elements = list(itertools.permutations(range(symbols)))
+    np.testing.assert_array_equal(weights, [0] + [1] * (length - 1))
+    state = list(range(symbols))
+    for i in range(length):
+        if i:
+            assert elements[answers[i]] == tuple(state)
+        permutation = elements[tokens[i]]
+        state = [permutation[s] for s in state]
+        moved = [s for s in range(symbols) if permutation[s] != s]
+        assert not swaps or (len(moved) == 2 and moved[1] - moved[0] == 1)
 
 
 @settings(max_examples=200)
@@ -46,7 +83,7 @@ def test_associative_recall(length, queries, pairs, seed, data):
     slots = (start - ((start - (distance or 0) - (distance is not None)) % 2)) // 2
     if pairs > slots:
         return
-    tokens, weights = generate(
+    tokens, weights, _ = generate(
         "associative_recall",
         (seed,),
         length,
@@ -69,7 +106,7 @@ def test_associative_recall(length, queries, pairs, seed, data):
 @given(length=st.integers(4, 60), seed=st.integers(0, 999), data=st.data())
 def test_induction(length, seed, data):
     distance = data.draw(st.none() | st.integers(1, length - 3))
-    tokens, weights = generate("induction", (seed,), length, 9, {"distance": distance})
+    tokens, weights, _ = generate("induction", (seed,), length, 9, {"distance": distance})
     first, query = np.flatnonzero(tokens == 0)
     assert query == length - 2 and weights.sum() == 1
     assert tokens[first + 1] == tokens[-1]
@@ -80,7 +117,7 @@ def test_induction(length, seed, data):
 def test_distances_and_values_vary():
     gaps = set()
     for seed in range(200):
-        tokens, _ = generate("induction", (seed,), 16, 9, {})
+        tokens, _, _ = generate("induction", (seed,), 16, 9, {})
         first, query = np.flatnonzero(tokens == 0)
         gaps.add(int(query - first - 1))
     assert gaps == set(range(1, 14))
@@ -91,6 +128,9 @@ def test_distances_and_values_vary():
     [
         ("cpoy", 16, {}, "task='cpoy': .*did you mean 'copy'"),
         ("copy", 16, {"symbols": 8}, r"parameters.symbols=8: must be in \[1, 7\] for length 16"),
+        ("selective_copy", 9, {"symbols": 5}, r"parameters.symbols=5: must be in \[1, 4\]"),
+        ("word_problem", 9, {"symbols": 5}, "parameters.symbols=5: 120 permutations need as many"),
+        ("word_problem", 9, {"swaps": 2}, "parameters.swaps=2: must be 0 or 1"),
         ("copy", 16, {"symbol": 8}, "parameters.symbol=8: task 'copy' takes symbols"),
         ("copy", 16, {"symbols": 1.5}, "parameters.symbols=1.5: must be an integer"),
         (
