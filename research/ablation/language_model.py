@@ -5,6 +5,7 @@ difference between two arms is a difference between two techniques.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +100,9 @@ def evaluate_unit(
 ) -> dict[str, float]:
     """Held-out ``loss`` (nats a token) and ``accuracy`` of ``model`` on the unit's data.
 
-    About ``tokens`` tokens (default: as in training) in sequences of ``length`` (default: the
-    trained one), the same ones for every model.
+    Of mixtures of experts also ``router_entropy``, ``router_drop_rate`` and what else the routers
+    report (`research.training.step.report`). About ``tokens`` tokens (default: as in training) in
+    sequences of ``length`` (default: the trained one), the same ones for every model.
     """
     data = _data(unit)
     length = data.sequence_length if length is None else length
@@ -112,7 +114,18 @@ def evaluate_unit(
     data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
     mesh = make_mesh(_mesh(unit))
     found = evaluate(model, data, batches=rows // batch_size, mesh=mesh)
-    return {name: found[name] for name in ("loss", "accuracy")}
+    return {
+        name: value
+        for name, value in found.items()
+        if name in ("loss", "accuracy") or name.startswith("router_")
+    }
+
+
+def eval_losses(unit: Unit) -> list[float]:
+    """Held-out losses of a trained unit on the way, every ``training.eval_every`` steps."""
+    lines = (unit.workdir / "metrics.jsonl").read_text().splitlines()
+    rows = (json.loads(line) for line in lines)
+    return [row["eval_loss"] for row in rows if "eval_loss" in row]
 
 
 def _mesh(unit: Unit) -> MeshConfig:
