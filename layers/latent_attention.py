@@ -34,7 +34,7 @@ class LatentConfig:
     None for queries made straight from the input. ``head_dim``: channels of a head's queries and
     keys beside the ``rotary_dim`` ones that carry the position; ``value_dim``: of its values.
     ``bias``: of the maps down and out. ``scale``: of scores, default
-    ``1 / sqrt(head_dim + rotary_dim)``.
+    ``1 / sqrt(head_dim + rotary_dim)``. ``norm_eps``: of the latents' norms, default the model's.
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
     """
 
@@ -46,12 +46,13 @@ class LatentConfig:
     query_rank: int | None = None
     bias: bool = False
     scale: float | None = None
+    norm_eps: float | None = None
     implementation: str | None = None
 
     def __post_init__(self):
         for name in ("num_heads", "rank", "head_dim", "value_dim"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
-        for name in ("query_rank", "scale"):
+        for name in ("query_rank", "scale", "norm_eps"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
         even = self.rotary_dim > 0 and self.rotary_dim % 2 == 0
@@ -94,11 +95,13 @@ class LatentAttention(nnx.Module):
             )  # fmt: skip
 
         def norm(size):
-            return Norm("rmsnorm", size, eps=norm_eps, param_dtype=param_dtype)
+            eps = config.norm_eps or norm_eps
+            return Norm("rmsnorm", size, eps=eps, param_dtype=param_dtype)
 
         self.query_down = None if q is None else down(q)
         self.query_norm = None if q is None else norm(q)
-        self.query = heads(width, "embed", c + p) if q is None else heads(q, None, c + p)
+        self.query = heads(width, "embed", c + p) if q is None else None
+        self.query_up = None if q is None else heads(q, None, c + p)
         self.latent_down, self.latent_norm = down(r), norm(r)
         self.rotary_key = down(p)
         self.key, self.value = heads(r, None, c), heads(r, None, v)
@@ -126,10 +129,7 @@ class LatentAttention(nnx.Module):
         tap = tap or Tap()
         config = self.config
         c, p = config.head_dim, config.rotary_dim
-        q_btr = x_btd
-        if self.query_down is not None and self.query_norm is not None:
-            q_btr = self.query_norm(self.query_down(x_btd))
-        q = self.query(q_btr)
+        q = self._queries(x_btd)
         q_own, q_turned = q[..., :c], self.rotary_config(q[..., c:], positions_bt)
         latent_btr = self.latent_norm(self.latent_down(x_btd))
         turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions_bt)
@@ -172,6 +172,13 @@ class LatentAttention(nnx.Module):
         )  # fmt: skip
         y = self._through("bthr,rhc->bthc", y, self.value)
         return self.out(tap("attention.output", y)), state
+
+    def _queries(self, x_btd: jax.Array) -> jax.Array:
+        if self.query is not None:
+            return self.query(x_btd)
+        down, norm, up = self.query_down, self.query_norm, self.query_up
+        assert down is not None and norm is not None and up is not None
+        return up(norm(down(x_btd)))
 
     def _through(self, subscripts: str, x: jax.Array, linear: Linear) -> jax.Array:
         """``linear``'s weight on a head's side of a product with latents."""

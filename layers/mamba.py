@@ -66,6 +66,10 @@ class MambaConfig:
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
+    def rank(self, width: int) -> int:
+        """Of Mamba-1's projection to step sizes in a model of ``width``."""
+        return self.delta_rank or math.ceil(width / 16)
+
     def heads(self, width: int) -> int:
         """Mamba-2's heads in a model of ``width``; raises `ConfigError` if they don't divide."""
         inner = self.expand * width
@@ -155,7 +159,7 @@ class Mamba(nnx.Module):
         self.config, self.dtype = config, dtype
         self.inner = inner = config.expand * width
         n = config.state
-        rank = config.delta_rank or math.ceil(width / 16)
+        rank = config.rank(width)
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
 
         def linear(subscripts, shape, axes, out_axes, **options):

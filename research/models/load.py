@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
         stack.enter_context(use_mesh(mesh))
         reader = stack.enter_context(Reader(directory))
         names = {_canonical(name, family): name for name in reader.names}
-        _check_names(names, wanted, family, config.tie_embeddings)
+        _check_names(names, wanted, family, config)
         arrays: dict[str, jax.Array] = {}
         for target in wanted.values():
             parts = _read(reader, names[target.name], target, config)
@@ -120,15 +120,23 @@ def _canonical(name: str, family: Family) -> str:
 
 
 def _check_names(
-    names: Mapping[str, str], wanted: Mapping[str, Target], family: Family, tied: bool
+    names: Mapping[str, str], wanted: Mapping[str, Target], family: Family, config: DecoderConfig
 ) -> None:
     for name in wanted:
         check(name in names, "tensor", name, "is missing from the checkpoint")
     for name in names:
         known = name in wanted or name.endswith(family.ignored)
         # some checkpoints keep a copy of the embedding as a tied head
-        known = known or (tied and name == family.head)
+        known = known or (config.tie_embeddings and name == family.head)
+        known = known or _beyond(name, family, config.num_layers)
         check(known, "tensor", name, f"is no part of a {family.architecture} with this config")
+
+
+def _beyond(name: str, family: Family, num_layers: int) -> bool:
+    if family.beyond is None or not name.startswith(family.beyond):
+        return False
+    number = name.removeprefix(family.beyond).split(".")[0]
+    return number.isdecimal() and int(number) >= num_layers
 
 
 def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> list[np.ndarray]:
@@ -151,12 +159,14 @@ def _put(
     sharding: NamedSharding,
 ) -> jax.Array:
     """``array`` (zeros at first) with ``part`` in its place, sharded as it will rest."""
-    if target.index is None:
+    if not target.index:
         return jax.device_put(part, sharding)
     if array is None:
         array = _zeros(shape.shape, shape.dtype, sharding)()
-    row = jax.device_put(part[None], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec)))
-    return jax.block_until_ready(_replace_row(array, row, target.index))
+    count = len(target.index)
+    replace, rests = _replace_row(sharding, count)
+    row = jax.device_put(part.reshape(*[1] * count, *part.shape), rests)
+    return jax.block_until_ready(replace(array, row, target.index))
 
 
 @functools.cache
@@ -165,6 +175,29 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
-@jax.jit(donate_argnums=0)
-def _replace_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, row, index, axis=0)
+@functools.cache
+def _replace_row(sharding: NamedSharding, count: int) -> tuple[Callable, NamedSharding]:
+    """``f(array, row, index)``: ``row`` put at ``index`` of the first ``count`` axes of ``array``.
+
+    Of ``sharding`` is ``array``, and the second result is what ``row`` must be of. Where the mesh
+    splits an indexed axis, as it does experts, only the devices that hold the place write.
+    """
+    mesh, spec = sharding.mesh, sharding.spec
+    indexed = (*spec[:count], *[None] * (count - len(spec)))
+    rests = PartitionSpec(*[None] * count, *spec[count:])
+
+    def local(array, row, index):
+        mine, at = True, []
+        for i, axis, held in zip(index, indexed, array.shape, strict=False):
+            first = 0 if axis is None else jax.lax.axis_index(axis) * held
+            mine &= (i >= first) & (i < first + held)
+            at.append(jnp.clip(i - first, 0, held - 1))
+        at += [0] * (array.ndim - count)
+        old = jax.lax.dynamic_slice(array, at, row.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(mine, row, old), at)
+
+    whole = PartitionSpec()
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, rests, whole), out_specs=spec, check_vma=False
+    )
+    return jax.jit(run, donate_argnums=0), NamedSharding(mesh, rests)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import ConfigError, check, check_choice
 from layers.decoder import Decoder, DecoderConfig, flat
 from layers.rwkv import RwkvConfig
@@ -78,8 +79,8 @@ def copy_companions(source: Path, to: Path) -> None:
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
     """config.json, after checking that it says all that ``config`` does."""
     described = {**source, **family.write(config)}
-    again = dict(_fields(dataclasses.asdict(_explicit(family.read(described)))))
-    for field, ours in _fields(dataclasses.asdict(_explicit(config))):
+    again = _said(family.read(described))
+    for field, ours in _said(config).items():
         if field not in _EXECUTION and ours != again.get(field):
             raise ConfigError(
                 f"{field}={ours!r}: a {family.architecture} would have {again.get(field)!r}"
@@ -87,6 +88,14 @@ def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) 
     dtype = config.param_dtype
     kind = {"architectures": [family.architecture], "model_type": family.model_type}
     return {**_NO_TOKENS, **described, **kind, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _said(config: DecoderConfig) -> dict[str, Any]:
+    """Dotted field → value, in one of the ways that the same may be said in."""
+    mixers, feed_forwards = zip(*config.layers, strict=True)
+    kinds = {"pattern": shortest(mixers), "feed_forward": shortest(feed_forwards)}
+    # kinds first: where they differ the rest does too
+    return {**kinds, **dict(_fields(dataclasses.asdict(_explicit(config)))), **kinds}
 
 
 def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -99,8 +108,12 @@ def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _explicit(config: DecoderConfig) -> DecoderConfig:
-    """``config`` with what is implied written out, and what only says how to compute left out."""
-    attention, rwkv, sliding_rotary = config.attention, config.rwkv, config.sliding_rotary
+    """``config`` with what is implied written out.
+
+    What only says how to compute is left out, and so are parts that no layer has.
+    """
+    attention, sliding_rotary = config.attention, config.sliding_rotary
+    latent, mamba, moe, rwkv = config.latent, config.mamba, config.moe, config.rwkv
     if attention is not None:
         channels = attention.channels(config.width)
         attention = dataclasses.replace(
@@ -110,20 +123,30 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
             scale=channels**-0.5 if attention.scale is None else attention.scale,
             implementation=None,
         )
+    if latent is not None:
+        scale = latent.scale or (latent.head_dim + latent.rotary_dim) ** -0.5
+        norm_eps = latent.norm_eps or config.norm_eps
+        latent = dataclasses.replace(latent, scale=scale, norm_eps=norm_eps, implementation=None)
+    if mamba is not None:
+        mamba = dataclasses.replace(
+            mamba, delta_rank=mamba.rank(config.width), head_dim=64, groups=1, implementation=None
+        )
+    if moe is not None:
+        # what only training looks at
+        moe = dataclasses.replace(moe, balance_weight=0, z_weight=0, bias_rate=0, jitter=0)
     if rwkv is not None:
         # RWKV-4 has no sizes but the width
         keep = rwkv if "rwkv7" in config.pattern else RwkvConfig()
         rwkv = dataclasses.replace(keep, implementation=None)
     if "sliding" in config.pattern:
         sliding_rotary = sliding_rotary or config.rotary
-    return dataclasses.replace(
-        config,
-        attention=attention,
-        rwkv=rwkv,
-        sliding_rotary=sliding_rotary,
-        pattern=shortest(config.pattern),
-        feed_forward=shortest(config.feed_forward),
+    parts: dict[str, Any] = dict(
+        attention=attention, latent=latent, mamba=mamba, mlp=config.mlp, moe=moe, rwkv=rwkv
     )
+    used = {MIXERS[mixer] for mixer, _ in config.layers}
+    used |= {FEED_FORWARDS[feed_forward] for _, feed_forward in config.layers}
+    parts = {name: part if name in used else None for name, part in parts.items()}
+    return dataclasses.replace(config, sliding_rotary=sliding_rotary, **parts)
 
 
 def _write_tensors(
@@ -160,8 +183,20 @@ def _write_tensors(
 
 
 def _tensor(target: Target, config: DecoderConfig, parameters: dict[str, jax.Array]) -> np.ndarray:
-    parts = [parameters[path] for path in target.paths]
-    if target.index is not None:
-        parts = [part[target.index] for part in parts]
-    host = [np.asarray(part) for part in parts]
+    host = [_on_host(parameters[path], target.index) for path in target.paths]
     return np.ascontiguousarray(back(target.row, host, config))
+
+
+def _on_host(array: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """``array[index]``, from the devices that hold shares of it, which may lie along any axis."""
+    if isinstance(array, np.ndarray):
+        return array[index]
+    found = np.empty(array.shape[len(index) :], array.dtype)
+    for shard in array.addressable_shards:
+        first, rest = shard.index[: len(index)], shard.index[len(index) :]
+        starts = [axis.start or 0 for axis in first]
+        at = tuple(i - start for i, start in zip(index, starts, strict=True))
+        held = all(0 <= i < n for i, n in zip(at, shard.data.shape, strict=False))
+        if held and shard.replica_id == 0:
+            found[rest] = np.asarray(shard.data[at])
+    return found

@@ -19,10 +19,11 @@ from layers.decoder import DecoderConfig
 class Row:
     """A tensor of the checkpoint and where it goes.
 
-    ``name``: in the checkpoint, ``{l}`` standing for the layer. ``pattern``: their layout → ours,
-    with axes ``d h k c f v t`` as everywhere. ``paths``: in our tree, of a block where ``name`` has
-    ``{l}``; the parts of a fused tensor follow one another along axis ``join`` of our layout, and
-    may differ in size there. A row whose path the model lacks (a bias, an untied head) is left out.
+    ``name``: in the checkpoint, ``{l}`` standing for the layer and ``{e}`` for the expert.
+    ``pattern``: their layout → ours, with axes ``d h k c f v t`` as everywhere. ``paths``: in our
+    tree, of a block where ``name`` has ``{l}``; the parts of a fused tensor follow one another
+    along axis ``join`` of our layout, and may differ in size there. A row whose path the model
+    lacks (a bias, an untied head) is left out.
     """
 
     name: str
@@ -33,15 +34,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A row's tensor in a given model: ``paths`` in its flat tree, ``index`` in the stack or None.
+    """A row's tensor in a given model: ``paths`` in its flat tree, ``index`` in their first axes.
 
-    ``sizes`` are those of its parts along the axis that joins them.
+    Those are the repeats of the stack and, for an expert's tensor, the experts; nothing is indexed
+    where the tensor is all of the parameter. ``sizes`` are those of its parts along the axis that
+    joins them.
     """
 
     name: str
     row: Row
     paths: tuple[str, ...]
-    index: int | None
+    index: tuple[int, ...]
     sizes: tuple[int, ...]
     shape: tuple[int, ...]  # in the checkpoint
 
@@ -62,14 +65,14 @@ def targets(rows: tuple[Row, ...], config: DecoderConfig, parameters: Mapping) -
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
     """Letter → size, of the letters that patterns may group."""
-    attention = config.attention
-    if attention is None:
-        return {}
-    return {
-        "h": attention.num_heads,
-        "k": attention.kv_heads,
-        "c": attention.channels(config.width),
-    }
+    if (attention := config.attention) is not None:
+        return {
+            "h": attention.num_heads,
+            "k": attention.kv_heads,
+            "c": attention.channels(config.width),
+        }
+    # a head's channels differ from map to map
+    return {} if config.latent is None else {"h": config.latent.num_heads}
 
 
 def forth(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
@@ -93,18 +96,20 @@ def _used(pattern: str, config: DecoderConfig) -> dict[str, int]:
 
 def _targets(rows, config, parameters) -> Iterator[Target]:
     period = len(config.pattern)
+    experts = 0 if config.moe is None else config.moe.num_experts
     for row in rows:
         for layer in range(config.num_layers) if "{l}" in row.name else (None,):
             prefix = "" if layer is None else f"blocks/{layer % period}/"
             paths = tuple(prefix + path for path in row.paths)
             if not all(path in parameters for path in paths):
                 continue
-            index = None if layer is None else layer // period
-            stacked = 0 if layer is None else 1
-            shape, *others = (parameters[path].shape[stacked:] for path in paths)
-            each = tuple(part[row.join] for part in (shape, *others))
-            # a view of nothing: only the shape is wanted
-            whole = (*shape[: row.join], sum(each), *shape[row.join + 1 :])
-            empty = np.broadcast_to(np.zeros(()), whole)
-            shape = back(row, [empty], config).shape
-            yield Target(row.name.format(l=layer), row, paths, index, each, shape)
+            repeat = () if layer is None else (layer // period,)
+            for expert in range(experts) if "{e}" in row.name else (None,):
+                index = repeat if expert is None else (*repeat, expert)
+                shape, *others = (parameters[path].shape[len(index) :] for path in paths)
+                each = tuple(part[row.join] for part in (shape, *others))
+                # a view of nothing: only the shape is wanted
+                whole = (*shape[: row.join], sum(each), *shape[row.join + 1 :])
+                empty = np.broadcast_to(np.zeros(()), whole)
+                shape = back(row, [empty], config).shape
+                yield Target(row.name.format(l=layer, e=expert), row, paths, index, each, shape)

@@ -89,7 +89,7 @@ def test_keeps_lengths_dtype_and_position_zero():
 
 def test_scaling_maps_the_frequencies():
     """Position interpolation by 2: position 2p turns as far as p did."""
-    got = rotary(X, 2 * NEAR, scaling=lambda theta: theta / 2)
+    got = rotary(X, 2 * NEAR, scaling=lambda theta, base: theta / 2)
     np.testing.assert_allclose(got, rotary(X, NEAR), atol=1e-4)
 
 
@@ -112,13 +112,43 @@ def test_scalings_are_those_of_transformers(fields):
     )
     want, _ = ROPE_INIT_FUNCTIONS[fields["rope_type"]](theirs, "cpu")
     ours = RotaryScaling(fields["rope_type"], fields["factor"], original_length=64)
-    np.testing.assert_allclose(ours(frequencies(32, 1e4)), want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(ours(frequencies(32, 1e4), 1e4), want.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "length, base, turns, magnitude",
+    [(4096, 1e4, (32, 1), None), (32768, 1e6, (20, 2), 1.1), (8, 1e4, (32, 1), 0.9)],
+)
+def test_yarn_is_that_of_transformers(length, base, turns, magnitude):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama import modeling_llama as llama
+
+    rope = dict(
+        rope_type="yarn", rope_theta=base, factor=6.0, original_max_position_embeddings=length,
+        beta_fast=turns[0], beta_slow=turns[1],
+    )  # fmt: skip
+    if magnitude is not None:
+        rope["attention_factor"] = magnitude
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters=rope)
+    scaling = RotaryScaling("yarn", 6.0, turns[1], turns[0], length, magnitude)
+    x = np.random.default_rng(0).normal(size=(1, 5, 1, 64)).astype(np.float32)
+    at = np.array([[0, 1, 7, 100, 999]], np.int32)
+    torch = pytest.importorskip("torch")
+    heads = torch.tensor(x).transpose(1, 2)
+    cos, sin = llama.LlamaRotaryEmbedding(config)(heads, torch.tensor(at))
+    want, _ = llama.apply_rotary_pos_emb(heads, heads, cos, sin)
+    got = RotaryConfig(base, scaling=scaling)(x, at)
+    np.testing.assert_allclose(got, want.transpose(1, 2), atol=3e-4)
+    kept = scaling(frequencies(64, base), base) / frequencies(64, base)
+    # what turns least is slowed by all of the factor
+    assert kept[-1] == pytest.approx(1 / 6) and np.all(np.diff(kept) <= 1e-6)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RotaryScaling("yarn"), "^kind='yarn': must be one of linear, llama3$"),
+        (lambda: RotaryScaling("dynamic"), "^kind='dynamic': must be one of linear, llama3, yarn"),
+        (lambda: RotaryScaling("yarn", magnitude=0.0), "^magnitude=0.0: must be > 0 or None$"),
         (lambda: RotaryScaling(factor=0.0), "^factor=0.0: must be > 0$"),
         (lambda: RotaryScaling(low_turns=4.0), "^high_turns=4.0: must be > low_turns=4.0$"),
         (lambda: RotaryConfig(base=1.0), "^base=1.0: must be > 1$"),

@@ -9,11 +9,15 @@ from research.models.families.family import Family
 from research.models.families.gemma import GEMMAS
 from research.models.families.gpt import GPTS
 from research.models.families.llama import LLAMAS
+from research.models.families.mamba import MAMBAS
+from research.models.families.mixture import MIXTURES
 from research.models.families.rwkv import RWKVS
 
 __all__ = ["FAMILIES", "Family", "decoder_config", "family_of"]
 
-FAMILIES = {family.model_type: family for family in (*LLAMAS, *GEMMAS, *GPTS, *RWKVS)}
+FAMILIES = {
+    family.model_type: family for family in (*LLAMAS, *GEMMAS, *GPTS, *MIXTURES, *MAMBAS, *RWKVS)
+}
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from layers.config import check, check_choice
 from layers.decoder import DecoderConfig
-from layers.rotary import SCALINGS, RotaryConfig, RotaryScaling
+from layers.rotary import SCALINGS, RotaryConfig, RotaryScaling, yarn_growth
 from research.models.table import Row
+
+Kind = TypeVar("Kind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Family:
     ``architecture`` and ``model_type`` as in config.json; ``read`` and ``write`` translate
     configurations; ``prefix`` is part of the rows' names and may be missing in a checkpoint;
     ``ignored`` are endings of tensors that hold no parameters; ``renamed`` gives the rows' name of
-    a tensor that some checkpoints call otherwise.
+    a tensor that some checkpoints call otherwise; ``beyond`` is the beginning of the names, up to
+    the number, of layers after the last, which are left out (DeepSeek's predict further tokens).
     """
 
     architecture: str
@@ -28,6 +31,7 @@ class Family:
     prefix: str = "model."
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beyond: str | None = None
 
     @property
     def head(self) -> str:
@@ -56,8 +60,7 @@ def read_rotary(hf: Mapping[str, Any], **defaults: float) -> RotaryConfig:
     """``rope_parameters`` (transformers ≥ 5), or the older ``rope_theta`` and ``rope_scaling``."""
     rope: dict[str, Any] = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **defaults}
     rope |= {name: hf[name] for name in rope if name in hf}
-    rope |= hf.get("rope_scaling") or {}
-    rope |= hf.get("rope_parameters") or {}
+    rope |= rope_fields(hf)
     kind = rope.get("rope_type", rope.get("type", "default"))
     check_choice("rope_parameters.rope_type", kind, ("default", *SCALINGS))
     scaling = None
@@ -71,9 +74,34 @@ def read_rotary(hf: Mapping[str, Any], **defaults: float) -> RotaryConfig:
             float(rope["high_freq_factor"]),
             rope["original_max_position_embeddings"],
         )
+    elif kind == "yarn":
+        supported(rope, "rope_parameters.", truncate=True)
+        factor = float(rope["factor"])
+        magnitude = rope.get("attention_factor")
+        weight, overall = float(rope.get("mscale") or 0), read_mscale(hf)
+        if magnitude is None and weight and overall:
+            magnitude = yarn_growth(factor, weight) / yarn_growth(factor, overall)
+        scaling = RotaryScaling(
+            "yarn",
+            factor,
+            float(rope.get("beta_slow") or 1),
+            float(rope.get("beta_fast") or 32),
+            rope["original_max_position_embeddings"],
+            magnitude,
+        )
     return RotaryConfig(
         float(rope["rope_theta"]), float(rope["partial_rotary_factor"]), scaling=scaling
     )
+
+
+def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of rotation in either spelling, the newer one last."""
+    return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+
+
+def read_mscale(hf: Mapping[str, Any]) -> float:
+    """The weight of YaRN's temperature in what scales all of a score; 0 where there is none."""
+    return float(rope_fields(hf).get("mscale_all_dim") or 0)
 
 
 def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
@@ -87,6 +115,11 @@ def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
             rope["low_freq_factor"] = scaling.low_turns
             rope["high_freq_factor"] = scaling.high_turns
             rope["original_max_position_embeddings"] = scaling.original_length
+        if scaling.kind == "yarn":
+            rope |= {"beta_slow": scaling.low_turns, "beta_fast": scaling.high_turns}
+            rope["original_max_position_embeddings"] = scaling.original_length
+            if scaling.magnitude is not None:
+                rope["attention_factor"] = scaling.magnitude
     return rope
 
 
@@ -110,7 +143,7 @@ def read_pattern(layer_types: Sequence[str]) -> tuple[str, ...]:
     return shortest(tuple(_LAYER_TYPES[kind] for kind in layer_types))
 
 
-def shortest(layers: tuple[str, ...]) -> tuple[str, ...]:
+def shortest(layers: tuple[Kind, ...]) -> tuple[Kind, ...]:
     """The shortest tuple that, repeated, gives ``layers``."""
     count = len(layers)
     return next(

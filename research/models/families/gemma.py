@@ -20,6 +20,7 @@ from research.models.families.family import (
 )
 from research.models.families.llama import (
     HEAD_NORM_ROWS,
+    MLP_ROWS,
     MODEL_ROWS,
     OUT_ROWS,
     PROJECTION_ROWS,
@@ -149,6 +150,7 @@ _GEMMA_ROWS = (
     ),
     *PROJECTION_ROWS,
     *OUT_ROWS,
+    *MLP_ROWS,
     *HEAD_NORM_ROWS,
 )
 

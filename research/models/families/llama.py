@@ -77,7 +77,7 @@ def _window(config: DecoderConfig) -> int | None:
     return config.part("attention").window if "sliding" in config.pattern else None
 
 
-def _read_windowed(hf: Mapping[str, Any], **attention: Any) -> DecoderConfig:
+def read_windowed(hf: Mapping[str, Any], **attention: Any) -> DecoderConfig:
     """All layers slide, or none does."""
     pattern = ("attention",) if hf["sliding_window"] is None else ("sliding",)
     return _read_llama({**hf, "attention_bias": False, "mlp_bias": False}, pattern, **attention)
@@ -85,10 +85,10 @@ def _read_windowed(hf: Mapping[str, Any], **attention: Any) -> DecoderConfig:
 
 def _read_mistral(hf: Mapping[str, Any]) -> DecoderConfig:
     # transformers reads an absent window as 4096, and null as none
-    return _read_windowed({"sliding_window": 4096, **hf})
+    return read_windowed({"sliding_window": 4096, **hf})
 
 
-def _write_windowed(config: DecoderConfig) -> dict[str, Any]:
+def write_windowed(config: DecoderConfig) -> dict[str, Any]:
     written = _write_without(config, "attention_bias", "mlp_bias")
     return {**written, "sliding_window": _window(config)}
 
@@ -144,83 +144,90 @@ def _write_olmo2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_phi3(hf: Mapping[str, Any]) -> DecoderConfig:
-    return _read_windowed({"rms_norm_eps": 1e-5, "sliding_window": None, **hf})
+    return read_windowed({"rms_norm_eps": 1e-5, "sliding_window": None, **hf})
 
 
-_LAYER = "model.layers.{l}."
+LAYER = "model.layers.{l}."
 MODEL_ROWS = (
     Row("model.embed_tokens.weight", "v d -> v d", ("embedding/table",)),
     Row("model.norm.weight", "d -> d", ("final_norm/scale",)),
     Row("lm_head.weight", "v d -> d v", ("head/weight",)),
 )
-OUT_ROWS = (
-    Row(_LAYER + "self_attn.o_proj.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
-    Row(_LAYER + "self_attn.o_proj.bias", "d -> d", ("mixer/out/bias",)),
-    Row(_LAYER + "mlp.down_proj.weight", "d f -> f d", ("mlp/down/weight",)),
-    Row(_LAYER + "mlp.down_proj.bias", "d -> d", ("mlp/down/bias",)),
-)
 # what the layer has none of is left out
 PROJECTION_ROWS = (
-    Row(_LAYER + "self_attn.q_proj.weight", "(h c) d -> d h c", ("mixer/query/weight",)),
-    Row(_LAYER + "self_attn.k_proj.weight", "(k c) d -> d k c", ("mixer/key/weight",)),
-    Row(_LAYER + "self_attn.v_proj.weight", "(k c) d -> d k c", ("mixer/value/weight",)),
-    Row(_LAYER + "self_attn.q_proj.bias", "(h c) -> h c", ("mixer/query/bias",)),
-    Row(_LAYER + "self_attn.k_proj.bias", "(k c) -> k c", ("mixer/key/bias",)),
-    Row(_LAYER + "self_attn.v_proj.bias", "(k c) -> k c", ("mixer/value/bias",)),
-    Row(_LAYER + "mlp.gate_proj.weight", "f d -> d f", ("mlp/gate/weight",)),
-    Row(_LAYER + "mlp.gate_proj.bias", "f -> f", ("mlp/gate/bias",)),
-    Row(_LAYER + "mlp.up_proj.weight", "f d -> d f", ("mlp/up/weight",)),
-    Row(_LAYER + "mlp.up_proj.bias", "f -> f", ("mlp/up/bias",)),
+    Row(LAYER + "self_attn.q_proj.weight", "(h c) d -> d h c", ("mixer/query/weight",)),
+    Row(LAYER + "self_attn.k_proj.weight", "(k c) d -> d k c", ("mixer/key/weight",)),
+    Row(LAYER + "self_attn.v_proj.weight", "(k c) d -> d k c", ("mixer/value/weight",)),
+    Row(LAYER + "self_attn.q_proj.bias", "(h c) -> h c", ("mixer/query/bias",)),
+    Row(LAYER + "self_attn.k_proj.bias", "(k c) -> k c", ("mixer/key/bias",)),
+    Row(LAYER + "self_attn.v_proj.bias", "(k c) -> k c", ("mixer/value/bias",)),
+)
+OUT_ROWS = (
+    Row(LAYER + "self_attn.o_proj.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
+    Row(LAYER + "self_attn.o_proj.bias", "d -> d", ("mixer/out/bias",)),
+)
+DOWN_ROWS = (
+    Row(LAYER + "mlp.down_proj.weight", "d f -> f d", ("mlp/down/weight",)),
+    Row(LAYER + "mlp.down_proj.bias", "d -> d", ("mlp/down/bias",)),
+)
+MLP_ROWS = (
+    Row(LAYER + "mlp.gate_proj.weight", "f d -> d f", ("mlp/gate/weight",)),
+    Row(LAYER + "mlp.gate_proj.bias", "f -> f", ("mlp/gate/bias",)),
+    Row(LAYER + "mlp.up_proj.weight", "f d -> d f", ("mlp/up/weight",)),
+    Row(LAYER + "mlp.up_proj.bias", "f -> f", ("mlp/up/bias",)),
+    *DOWN_ROWS,
 )
 HEAD_NORM_ROWS = (
-    Row(_LAYER + "self_attn.q_norm.weight", "c -> c", ("mixer/query_norm/scale",)),
-    Row(_LAYER + "self_attn.k_norm.weight", "c -> c", ("mixer/key_norm/scale",)),
+    Row(LAYER + "self_attn.q_norm.weight", "c -> c", ("mixer/query_norm/scale",)),
+    Row(LAYER + "self_attn.k_norm.weight", "c -> c", ("mixer/key_norm/scale",)),
 )
 
 
 def norm_rows(**names: str) -> tuple[Row, ...]:
     """Rows of a layer's norms: ours → theirs."""
     return tuple(
-        Row(f"{_LAYER}{theirs}.weight", "d -> d", (f"{ours}/scale",))
+        Row(f"{LAYER}{theirs}.weight", "d -> d", (f"{ours}/scale",))
         for ours, theirs in names.items()
     )
 
 
-_PRE_NORM_ROWS = norm_rows(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm")
-_LLAMA_ROWS = MODEL_ROWS + _PRE_NORM_ROWS + PROJECTION_ROWS + OUT_ROWS
+PRE_NORM_ROWS = norm_rows(mixer_norm="input_layernorm", mlp_norm="post_attention_layernorm")
+_LLAMA_ROWS = MODEL_ROWS + PRE_NORM_ROWS + PROJECTION_ROWS + OUT_ROWS + MLP_ROWS
 _OLMO2_ROWS = (
     *MODEL_ROWS,
     *norm_rows(
         mixer_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
     ),
-    Row(_LAYER + "self_attn.q_norm.weight", "(h c) -> h c", ("mixer/query_norm/scale",)),
-    Row(_LAYER + "self_attn.k_norm.weight", "(k c) -> k c", ("mixer/key_norm/scale",)),
+    Row(LAYER + "self_attn.q_norm.weight", "(h c) -> h c", ("mixer/query_norm/scale",)),
+    Row(LAYER + "self_attn.k_norm.weight", "(k c) -> k c", ("mixer/key_norm/scale",)),
     *PROJECTION_ROWS,
     *OUT_ROWS,
+    *MLP_ROWS,
 )
 _PHI3_ROWS = (
     *MODEL_ROWS,
-    *_PRE_NORM_ROWS,
+    *PRE_NORM_ROWS,
     Row(
-        _LAYER + "self_attn.qkv_proj.weight",
+        LAYER + "self_attn.qkv_proj.weight",
         "(s c) d -> d s c",
         parts("mixer", "weight", "query", "key", "value"),
         join=1,
     ),
     Row(
-        _LAYER + "mlp.gate_up_proj.weight",
+        LAYER + "mlp.gate_up_proj.weight",
         "s d -> d s",
         parts("mlp", "weight", "gate", "up"),
         join=1,
     ),
     *OUT_ROWS,
+    *DOWN_ROWS,
 )
 
 LLAMAS = (
     Family("LlamaForCausalLM", "llama", _read_llama, _write_llama, _LLAMA_ROWS),
-    Family("MistralForCausalLM", "mistral", _read_mistral, _write_windowed, _LLAMA_ROWS),
+    Family("MistralForCausalLM", "mistral", _read_mistral, write_windowed, _LLAMA_ROWS),
     Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2, _LLAMA_ROWS),
     Family("Qwen3ForCausalLM", "qwen3", _read_qwen3, _write_qwen3, _LLAMA_ROWS + HEAD_NORM_ROWS),
     Family("Olmo2ForCausalLM", "olmo2", _read_olmo2, _write_olmo2, _OLMO2_ROWS),
-    Family("Phi3ForCausalLM", "phi3", _read_phi3, _write_windowed, _PHI3_ROWS),
+    Family("Phi3ForCausalLM", "phi3", _read_phi3, write_windowed, _PHI3_ROWS),
 )

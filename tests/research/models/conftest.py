@@ -25,6 +25,13 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+DEEPSEEK = dict(
+    LLAMA, num_key_value_heads=4, first_k_dense_replace=1,
+    moe_intermediate_size=12, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
+    n_group=4, topk_group=2, kv_lora_rank=10, q_lora_rank=7, qk_nope_head_dim=4,
+    qk_rope_head_dim=8, v_head_dim=6,
+)  # fmt: skip
 # name → (prefix of transformers' classes, fields)
 CASES = {
     "llama": ("Llama", LLAMA),
@@ -67,6 +74,33 @@ CASES = {
             ),
         ),
     ),
+    "mixtral": ("Mixtral", dict(LLAMA, num_local_experts=4, sliding_window=None)),
+    "mixtral_window": (
+        "Mixtral",
+        dict(
+            LLAMA, num_local_experts=5, num_experts_per_tok=3, sliding_window=6, head_dim=8,
+            rope_parameters=YARN,
+        ),
+    ),
+    "deepseek": ("DeepseekV3", DEEPSEEK),
+    "deepseek_yarn": (
+        "DeepseekV3",
+        dict(
+            DEEPSEEK, q_lora_rank=None, rms_norm_eps=0.1, rope_interleave=False,
+            norm_topk_prob=False,
+            first_k_dense_replace=0, attention_bias=True, routed_scaling_factor=0.7, n_group=1,
+            topk_group=1, rope_parameters=dict(YARN, beta_fast=8, mscale=0.5, mscale_all_dim=0.7),
+        ),
+    ),
+    "mamba": ("Mamba", dict(vocab_size=62, hidden_size=16, num_hidden_layers=2, **ENDLESS)),
+    "mamba_biased": (
+        "Mamba",
+        dict(
+            vocab_size=62, hidden_size=20, num_hidden_layers=2, use_bias=True, use_conv_bias=False,
+            state_size=5, time_step_rank=3, conv_kernel=3, expand=3, tie_word_embeddings=False,
+            **ENDLESS,
+        ),
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": (
         "GPT2", dict(GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False),
@@ -99,7 +133,8 @@ def make(name, seed=0):
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+        for parameter in (*model.parameters(), *biases):
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 

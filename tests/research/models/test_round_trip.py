@@ -27,6 +27,9 @@ def tiny(draw, family):
     own_width = family in ("gpt2", "gpt_neox", "bloom", "mpt")
     width = heads * channels if own_width else 6
     listed = family in ("qwen2", "qwen3", "gemma2", "gemma3_text")
+    partial = channels == 4 and family != "deepseek_v3"
+    scaled = family in ("llama", "mixtral", "deepseek_v3")
+    heads_kept = heads if family == "deepseek_v3" else kv_heads
     return dict(
         architectures=[FAMILIES[family].architecture],
         vocab_size=11,
@@ -36,13 +39,36 @@ def tiny(draw, family):
         **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), heads),
         **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 8),
         context_length=8,
-        num_key_value_heads=kv_heads,
+        num_key_value_heads=heads_kept,
         head_dim=channels,
-        intermediate_size=draw(st.sampled_from([4, 6])),
+        intermediate_size=2 * width if family == "mamba" else draw(st.sampled_from([4, 6])),
+        num_local_experts=draw(st.integers(2, 3)),
+        num_experts_per_tok=draw(st.integers(1, 2)),
+        n_routed_experts=4,
+        n_group=groups,
+        topk_group=1,
+        n_shared_experts=draw(st.integers(0, 2)),
+        moe_intermediate_size=draw(st.integers(1, 3)),
+        first_k_dense_replace=draw(st.integers(0, 3)),
+        kv_lora_rank=draw(st.integers(1, 3)),
+        q_lora_rank=draw(st.sampled_from([None, 2])),
+        qk_nope_head_dim=channels,
+        qk_rope_head_dim=2,
+        v_head_dim=draw(st.integers(1, 3)),
+        rope_interleave=bias,
+        state_size=draw(st.integers(1, 3)),
+        conv_kernel=draw(st.integers(1, 3)),
+        use_bias=bias,
+        use_conv_bias=draw(st.booleans()),
         attention_bias=bias,
         mlp_bias=bias,
         use_parallel_residual=bias,
-        partial_rotary_factor=1.0 if channels == 2 else draw(st.sampled_from([0.5, 1.0])),
+        partial_rotary_factor=draw(st.sampled_from([0.5, 1.0])) if partial else 1.0,
+        **(dict(rope_scaling=dict(
+            rope_type="yarn", factor=draw(st.sampled_from([2.0, 40.0])),
+            original_max_position_embeddings=8, mscale=draw(st.sampled_from([0.5, 1.0])),
+            mscale_all_dim=draw(st.sampled_from([0.0, 0.707, 1.0])),
+        )) if scaled and draw(st.booleans()) else {}),
         rotary_pct=1.0,
         rope_theta=draw(st.sampled_from([1e4, 5e5])),
         use_sliding_window=True,
@@ -110,20 +136,28 @@ def test_gpt_neox_is_read_under_either_name_of_its_head(tmp_path):
 
 
 def test_sharded_over_8_devices_it_is_the_same_and_rests_where_the_table_says(run_script, tmp_path):
-    theirs = make("olmo2")  # its norms span heads that lie on different devices
-    theirs.save_pretrained(tmp_path / "in")
-    np.save(tmp_path / "want.npy", logits_of(theirs))
+    meshes = {
+        "olmo2": dict(data=2, fsdp=2, tensor=2),  # its norms span heads on different devices
+        "deepseek": dict(data=1, fsdp=2, expert=2, tensor=2),
+        "mamba": dict(data=2, fsdp=2, tensor=2),
+    }
+    for name in meshes:
+        theirs = make(name)
+        theirs.save_pretrained(tmp_path / name)
+        np.save(tmp_path / f"{name}.npy", logits_of(theirs))
     np.save(tmp_path / "tokens.npy", TOKENS)
     run_script(f"""
 import os
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import json, weakref
+from pathlib import Path
 import jax, numpy as np
-from research.models import load
+from safetensors.numpy import load_file
+from research.models import load, save
 from research.models.load import Reader
-from research.parallel import MeshConfig, make_mesh, shardings, use_mesh
+from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh
 
 # never more than one tensor on the host at a time
-import weakref
 held, read = [], Reader.read
 def counted(self, name):
     # what is not stacked over layers is itself the destination
@@ -133,16 +167,24 @@ def counted(self, name):
     held.append((name, weakref.ref(view)))
     return view
 Reader.read = counted
-mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-model = load({str(tmp_path / "in")!r}, mesh=mesh)
-for leaf, want in zip(jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh))):
-    assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (leaf.shape, leaf.sharding, want)
-assert len(held) > 10
-tokens = np.repeat(np.load({str(tmp_path / "tokens.npy")!r}), 4, axis=0)
-want = np.repeat(np.load({str(tmp_path / "want.npy")!r}), 4, axis=0)
-from research.parallel import shard_batch
-with use_mesh(mesh):
-    batch = shard_batch({{"tokens": tokens.astype(np.int32)}}, mesh)
-    got = jax.jit(lambda m, x: m(x).logits_btv)(model, batch["tokens"])
-np.testing.assert_allclose(np.asarray(got), want, atol=1e-5, rtol=1e-5)
+folder = Path({str(tmp_path)!r})
+tokens = np.repeat(np.load(folder / "tokens.npy"), 4, axis=0).astype(np.int32)
+for name, sizes in {meshes!r}.items():
+    mesh = make_mesh(MeshConfig(**sizes))
+    model = load(folder / name, mesh=mesh)
+    for leaf, want in zip(jax.tree.leaves(model), jax.tree.leaves(shardings(model, mesh))):
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (leaf.shape, leaf.sharding, want)
+    assert len(held) > 10
+    held.clear()
+    with use_mesh(mesh):
+        batch = shard_batch({{"tokens": tokens}}, mesh)
+        got = jax.jit(lambda m, x: m(x).logits_btv)(model, batch["tokens"])
+    want = np.repeat(np.load(folder / (name + ".npy")), 4, axis=0)
+    np.testing.assert_allclose(np.asarray(got), want, atol=1e-5, rtol=1e-5, err_msg=name)
+    kind = json.loads((folder / name / "config.json").read_text())["model_type"]
+    save(model, folder / "again" / name, kind)
+    a, b = (load_file(folder / where / name / "model.safetensors") for where in (".", "again"))
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 """)

@@ -1,0 +1,225 @@
+"""Mixtures of experts: Mixtral, and DeepSeek-V3 with its latent attention."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from layers.decoder import DecoderConfig
+from layers.latent_attention import LatentConfig
+from layers.mlp import MlpConfig
+from layers.rotary import yarn_growth
+from layers.routing import MoeConfig
+from research.models.families.family import (
+    Family,
+    parts,
+    read_mscale,
+    read_rotary,
+    shortest,
+    supported,
+    write_rotary,
+)
+from research.models.families.llama import (
+    LAYER,
+    MLP_ROWS,
+    MODEL_ROWS,
+    OUT_ROWS,
+    PRE_NORM_ROWS,
+    PROJECTION_ROWS,
+    read_windowed,
+    write_windowed,
+)
+from research.models.table import Row
+
+
+def _read_mixtral(hf: Mapping[str, Any]) -> DecoderConfig:
+    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
+    config = read_windowed({**defaults, **hf})
+    moe = MoeConfig(
+        hf.get("num_local_experts", 8),
+        config.part("mlp").width,
+        top_k=hf.get("num_experts_per_tok", 2),
+        router="choice_softmax",
+    )
+    return dataclasses.replace(config, mlp=None, moe=moe, feed_forward=("moe",))
+
+
+def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
+    moe = config.part("moe")
+    # the experts' width goes by the name that a Llama's hidden layer has
+    written = write_windowed(dataclasses.replace(config, mlp=MlpConfig(moe.width)))
+    return {**written, "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
+
+
+def _read_deepseek(hf: Mapping[str, Any]) -> DecoderConfig:
+    heads = hf["num_attention_heads"]
+    supported(
+        hf, hidden_act="silu", num_key_value_heads=heads, scoring_func="sigmoid",
+        topk_method="noaux_tc", moe_layer_freq=1, quantization_config=None,
+    )  # fmt: skip
+    rotary = read_rotary(hf)
+    supported({"partial_rotary_factor": rotary.fraction}, partial_rotary_factor=1.0)
+    interleaved = bool(hf.get("rope_interleave", True))
+    channels, turned = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
+    growth = 1.0
+    if rotary.scaling is not None:
+        growth = yarn_growth(rotary.scaling.factor, read_mscale(hf))
+    layers = hf["num_hidden_layers"]
+    dense = min(hf.get("first_k_dense_replace", 3), layers)
+    feed_forward = shortest(("mlp",) * dense + ("moe",) * (layers - dense))
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        num_layers=layers,
+        latent=LatentConfig(
+            heads,
+            rank=hf["kv_lora_rank"],
+            head_dim=channels,
+            rotary_dim=turned,
+            value_dim=hf["v_head_dim"],
+            query_rank=hf.get("q_lora_rank", 1536),
+            bias=bool(hf.get("attention_bias", False)),
+            scale=(channels + turned) ** -0.5 * growth * growth,
+            # whatever it is in the other norms
+            norm_eps=1e-6,
+        ),
+        mlp=MlpConfig(hf["intermediate_size"]),
+        moe=MoeConfig(
+            hf["n_routed_experts"],
+            hf["moe_intermediate_size"],
+            top_k=hf.get("num_experts_per_tok", 8),
+            router="sigmoid",
+            normalize=bool(hf.get("norm_topk_prob", True)),
+            scale=float(hf.get("routed_scaling_factor", 2.5)),
+            groups=hf.get("n_group", 8),
+            top_groups=hf.get("topk_group", 4),
+            shared_experts=hf.get("n_shared_experts", 1),
+        ),
+        pattern=("latent",) * len(feed_forward),
+        feed_forward=feed_forward,
+        rotary=dataclasses.replace(rotary, interleaved=interleaved),
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        max_length=hf.get("max_position_embeddings"),
+    )
+
+
+def _write_deepseek(config: DecoderConfig) -> dict[str, Any]:
+    latent, moe = config.part("latent"), config.part("moe")
+    kinds = config.feed_forward * (config.num_layers // len(config.feed_forward))
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": latent.num_heads,
+        "num_key_value_heads": latent.num_heads,
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": latent.query_rank,
+        "qk_nope_head_dim": latent.head_dim,
+        "qk_rope_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+        "attention_bias": latent.bias,
+        # theirs has one where no layer is dense, too
+        "intermediate_size": moe.width if config.mlp is None else config.mlp.width,
+        "moe_intermediate_size": moe.width,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.normalize,
+        "routed_scaling_factor": moe.scale,
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "first_k_dense_replace": (*kinds, "moe").index("moe"),
+        "num_nextn_predict_layers": 0,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        **_write_turns(config),
+        "rope_interleave": config.rotary.interleaved,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": config.max_length or 4096,
+    }
+
+
+def _write_turns(config: DecoderConfig) -> dict[str, Any]:
+    """`write_rotary`, with what scales all of a score, which is said by YaRN's temperature."""
+    latent, scaling = config.part("latent"), config.rotary.scaling
+    written = write_rotary(config.rotary)
+    if scaling is None or latent.scale is None:
+        return written
+    growth = math.sqrt(latent.scale * math.sqrt(latent.head_dim + latent.rotary_dim))
+    if math.isclose(growth, 1):
+        return written
+    weight = round((growth - 1) / (yarn_growth(scaling.factor) - 1), 9)
+    rope = {**written["rope_parameters"], "mscale_all_dim": weight}
+    if scaling.magnitude == 1:
+        # as DeepSeek's files have it: of the two the quotient counts
+        del rope["attention_factor"]
+        rope["mscale"] = weight
+    return {**written, "rope_parameters": rope, "rope_scaling": rope}
+
+
+def _expert_rows(layer: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A layer's router and experts."""
+    return (
+        Row(layer + "gate.weight", "e d -> d e", ("mlp/router/weight",)),
+        Row(f"{layer}experts.{{e}}.{gate}.weight", "f d -> d f", ("mlp/gate",)),
+        Row(f"{layer}experts.{{e}}.{up}.weight", "f d -> d f", ("mlp/up",)),
+        Row(f"{layer}experts.{{e}}.{down}.weight", "d f -> f d", ("mlp/down",)),
+    )
+
+
+_MIXTRAL_ROWS = (
+    *MODEL_ROWS,
+    *PRE_NORM_ROWS,
+    *PROJECTION_ROWS,
+    *OUT_ROWS,
+    *_expert_rows(LAYER + "block_sparse_moe.", "w1", "w3", "w2"),
+)
+_MLA = LAYER + "self_attn."
+_SHARED = LAYER + "mlp.shared_experts."
+_DEEPSEEK_ROWS = (
+    *MODEL_ROWS,
+    *PRE_NORM_ROWS,
+    Row(_MLA + "q_proj.weight", "(h c) d -> d h c", ("mixer/query/weight",)),
+    Row(_MLA + "q_a_proj.weight", "r d -> d r", ("mixer/query_down/weight",)),
+    Row(_MLA + "q_a_proj.bias", "r -> r", ("mixer/query_down/bias",)),
+    Row(_MLA + "q_a_layernorm.weight", "r -> r", ("mixer/query_norm/scale",)),
+    Row(_MLA + "q_b_proj.weight", "(h c) r -> r h c", ("mixer/query_up/weight",)),
+    Row(
+        _MLA + "kv_a_proj_with_mqa.weight",
+        "r d -> d r",
+        parts("mixer", "weight", "latent_down", "rotary_key"),
+        join=1,
+    ),
+    Row(
+        _MLA + "kv_a_proj_with_mqa.bias",
+        "r -> r",
+        parts("mixer", "bias", "latent_down", "rotary_key"),
+    ),
+    Row(_MLA + "kv_a_layernorm.weight", "r -> r", ("mixer/latent_norm/scale",)),
+    Row(
+        _MLA + "kv_b_proj.weight",
+        "(h c) r -> r h c",
+        parts("mixer", "weight", "key", "value"),
+        join=2,
+    ),
+    *OUT_ROWS,
+    *MLP_ROWS,
+    *_expert_rows(LAYER + "mlp.", "gate_proj", "up_proj", "down_proj"),
+    Row(LAYER + "mlp.gate.e_score_correction_bias", "e -> e", ("mlp/bias",)),
+    Row(_SHARED + "gate_proj.weight", "f d -> d f", ("mlp/shared/gate/weight",)),
+    Row(_SHARED + "up_proj.weight", "f d -> d f", ("mlp/shared/up/weight",)),
+    Row(_SHARED + "down_proj.weight", "d f -> f d", ("mlp/shared/down/weight",)),
+)
+
+MIXTURES = (
+    Family("MixtralForCausalLM", "mixtral", _read_mixtral, _write_mixtral, _MIXTRAL_ROWS),
+    Family(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        _read_deepseek,
+        _write_deepseek,
+        _DEEPSEEK_ROWS,
+        beyond="model.layers.",
+    ),
+)
