@@ -66,6 +66,19 @@ def _selective_flops(case):  # a·s + (δx)·B, then C·s: six a state and token
     return 6 * case["b"] * case["t"] * case["d"] * case["n"]
 
 
+def _ssd(case):
+    b, t, h, p, g, n = (case[k] for k in "bthpgn")
+    x, dt, b_in, c_out, skip = _normal(
+        case, (b, t, h, p), (b, t, h), (b, t, g, n), (b, t, g, n), (h,)
+    )
+    # Mamba-2's own beginning: A from −16 to −1, and steps around softplus(−4) = 0.02
+    return [x, dt - 4, -jnp.linspace(1, 16, h, dtype=case["dtype"]), b_in, c_out, skip]
+
+
+def _ssd_flops(case):  # Δ·x·B, decayed, added, then ·C: as a recurrence has it, chunks do more
+    return 6 * case["b"] * case["t"] * case["h"] * case["p"] * case["n"]
+
+
 def _wkv4(case):
     b, t, d = (case[k] for k in "btd")
     return _normal(case, (d,), (d,), (b, t, d), (b, t, d))
@@ -147,6 +160,18 @@ OPS: dict[str, Op] = {
         _scans({"b": 2, "t": 2048, "d": 512, "n": 16}, {"b": 8, "t": 4096, "d": 4096, "n": 16}),
         3.0,
         settings={"delta_softplus": True},
+    ),
+    "ssd": Op(
+        "ssd",
+        _ssd,
+        _ssd_flops,
+        _scans(
+            {"b": 2, "t": 2048, "h": 8, "p": 64, "g": 1, "n": 128},
+            {"b": 8, "t": 4096, "h": 64, "p": 64, "g": 1, "n": 128},
+        ),
+        3.0,
+        settings={"dt_softplus": True},
+        tuning={"cpu": Tuning("t2048", {"chunk": (32, 64, 128, 256)})},
     ),
     "wkv4": Op(
         "wkv",

@@ -153,6 +153,27 @@ def _associative_scan(x, delta, a, b, c, d, z):
     return (y * jax.nn.silu(z)).astype(x.dtype)
 
 
+def _quadratic_ssd(x, dt, a, b, c, d):
+    # the dual form over the whole sequence at once: masked attention (Dao & Gu 2024, §4.1)
+    x, dt, a, b, c, d = (array.astype(jnp.float32) for array in (x, dt, a, b, c, d))
+    dt = jax.nn.softplus(dt)
+    since = jnp.cumsum(dt * a, 1)
+    log = since[:, :, None] - since[:, None]
+    seen = jnp.tri(x.shape[1], dtype=bool)[..., None]
+    decay = jnp.exp(jnp.where(seen, log, -jnp.inf))
+    scores = jnp.repeat(jnp.einsum("btgn,bugn->btug", c, b), x.shape[2] // b.shape[2], -1)
+    return jnp.einsum("btuh,buhp->bthp", scores * decay, dt[..., None] * x) + d[:, None] * x
+
+
+def _jla_ssd(x, dt, a, b, c, d):
+    wide, dtype = (x.astype(jnp.float32), d.astype(jnp.float32)), x.dtype
+    dt = jax.nn.softplus(dt.astype(jnp.float32))
+    v = (dt[..., None] * wide[0]).astype(dtype)
+    settings = {"g": dt * a.astype(jnp.float32), "scale": 1.0, "impl": "mosaic_gpu"}
+    y = _call("jla.ops", "linear_attention", "simple_gla", c, b, v, **settings)[0]
+    return (y.astype(jnp.float32) + wide[1][:, None] * wide[0]).astype(dtype)
+
+
 def _jla_mamba(x, delta, a, b, c, d, z):
     settings = {"dt": delta, "a": a, "d": d, "z": z, "dt_softplus": True, "impl": "mosaic_gpu"}
     return _call("jla.ops", "linear_attention", "mamba1", c, b, x, **settings)[0]
@@ -254,6 +275,8 @@ PEERS: Mapping[str, Mapping[str, Mapping[str, Peer]]] = {
         "gpu": {**_of_jla(_jla_mamba), **_ASSOCIATIVE},
         "tpu": _ASSOCIATIVE,
     },
+    # the quadratic form of the chips' case would take 34 GB
+    "ssd": {"cpu": {"quadratic": of_jax(_quadratic_ssd)}, "gpu": _of_jla(_jla_ssd), "tpu": {}},
     "wkv4": {"cpu": {}, "gpu": {}, "tpu": {}},
     "wkv7": {"cpu": {}, "gpu": _of_jla(_jla_rwkv7), "tpu": {}},
 }

@@ -65,6 +65,11 @@ def test_associative_scan():
     assert jnp.allclose(got, y, rtol=1e-4, atol=1e-5)
 
 
+def test_quadratic_ssd():
+    arrays = ops._ssd({"b": 2, "t": 7, "h": 4, "p": 3, "g": 2, "n": 5, "dtype": "float32"})
+    assert wrong(peers.of_jax(peers._quadratic_ssd).prepare, ops.ours("ssd", "xla"), arrays) is None
+
+
 def test_one_that_is_not_installed_is_named():
     assert peers.missing(peers.of_jax(jnp.sin)) is None
     gone = peers.of_jax(jnp.sin, "jax-elsewhere", "jax_elsewhere")
@@ -81,4 +86,5 @@ def test_every_op_has_its_peers_by_platform():
     assert {"jax_splash", "jax_flash", "tokamax"} <= named["flash_attention"]["tpu"]
     assert {"megablox", "tokamax"} <= named["grouped_matmul"]["tpu"]
     assert {"ragged_dot", "tokamax"} <= named["grouped_matmul"]["gpu"]
-    assert "jax_linear_attention" in named["selective_scan"]["gpu"] & named["wkv7"]["gpu"]
+    for name in ("selective_scan", "ssd", "wkv7"):
+        assert "jax_linear_attention" in named[name]["gpu"]
