@@ -22,6 +22,7 @@ MIXERS = {
     "sliding": "attention",
     "latent": "latent",
     "mamba": "mamba",
+    "mamba2": "mamba",
     "rwkv4": "rwkv",
     "rwkv7": "rwkv",
 }
@@ -43,10 +44,10 @@ class DecoderConfig:
     ``pattern`` names the mixer of each layer in turn and is repeated to ``num_layers``:
     ``"attention"`` sees everything before, ``"sliding"`` the last ``attention.window`` tokens,
     ``"latent"`` everything before through keys and values of low rank (DeepSeek), ``"mamba"``,
-    ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the layer after each
-    mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix ``"rwkv4"`` and
-    ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), a mixture of experts ``"moe"``, or
-    ``"none"``.
+    ``"mamba2"``, ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the
+    layer after each mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix
+    ``"rwkv4"`` and ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), a mixture of experts
+    ``"moe"``, or ``"none"``.
     ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017), ``both`` (Gemma 2) or
     ``output``, of what a layer adds to the residual alone (OLMo 2).
     ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or,
@@ -169,6 +170,11 @@ class DecoderConfig:
         )
         if self.attention is not None:
             self._check_attention(self.attention)
+        if self.mamba is not None and "mamba2" in self.pattern:
+            try:
+                self.mamba.heads(self.width)
+            except ConfigError as error:
+                raise ConfigError(f"mamba.{error}") from None
 
     def _check_attention(self, attention: AttentionConfig) -> None:
         window, sliding = attention.window, "sliding" in self.pattern

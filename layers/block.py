@@ -12,6 +12,7 @@ from layers.attention import Attention
 from layers.hooks import Tap
 from layers.latent_attention import LatentAttention
 from layers.mamba import Mamba
+from layers.mamba2 import Mamba2
 from layers.mlp import Mlp
 from layers.moe import Moe, RouterStats
 from layers.norm import Norm
@@ -162,6 +163,8 @@ def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, 
         )
     if kind == "mamba":
         return Mamba(config.part("mamba"), config.width, **options)
+    if kind == "mamba2":
+        return Mamba2(config.part("mamba"), config.width, norm_eps=config.norm_eps, **options)
     return {"rwkv4": Rwkv4, "rwkv7": Rwkv7}[kind](
         config.part("rwkv"), config.width, at=at, **options
     )

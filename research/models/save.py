@@ -128,9 +128,11 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
         norm_eps = latent.norm_eps or config.norm_eps
         latent = dataclasses.replace(latent, scale=scale, norm_eps=norm_eps, implementation=None)
     if mamba is not None:
-        mamba = dataclasses.replace(
-            mamba, delta_rank=mamba.rank(config.width), head_dim=64, groups=1, implementation=None
-        )
+        own = dict(delta_rank=mamba.rank(config.width)) if "mamba" in config.pattern else {}
+        if "mamba2" in config.pattern:
+            own |= dict(head_dim=mamba.head_dim, groups=mamba.groups)
+        unused = dict(delta_rank=None, head_dim=64, groups=1, implementation=None)
+        mamba = dataclasses.replace(mamba, **(unused | own))
     if moe is not None:
         # what only training looks at
         moe = dataclasses.replace(moe, balance_weight=0, z_weight=0, bias_rate=0, jitter=0)

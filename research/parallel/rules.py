@@ -132,6 +132,11 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         parts += [("latent.num_heads", latent.num_heads)]
     if "mamba" in config.pattern:
         parts += [("mamba.expand × width", config.part("mamba").expand * config.width)]
+    if "mamba2" in config.pattern:
+        mamba = config.part("mamba")
+        parts += [("mamba.expand × width / head_dim", mamba.heads(config.width))]
+        # one group is everybody's; several lie where their heads do
+        parts += [("mamba.groups", mamba.groups)] if mamba.groups > 1 else []
     if "rwkv4" in config.pattern:
         parts += [("width", config.width)]
     if "rwkv7" in config.pattern:

@@ -41,6 +41,11 @@ STACKS = {
         feed_forward=("none",),
         mamba=dataclasses.replace(MAMBA, selective=("b",)),
     ),
+    "mamba2": dict(
+        pattern=("mamba2",),
+        feed_forward=("none",),
+        mamba=MambaConfig(state=3, convolution=3, head_dim=8, groups=2),
+    ),
     "rwkv4": dict(pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RWKV, **LAYER_NORM),
     "rwkv7": dict(pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, **LAYER_NORM),
     "hybrid": dict(

@@ -101,6 +101,14 @@ CASES = {
             **ENDLESS,
         ),
     ),
+    "mamba2": (
+        "Mamba2",
+        dict(
+            vocab_size=62, hidden_size=16, num_hidden_layers=2, num_heads=8, head_dim=4, n_groups=4,
+            state_size=5, tie_word_embeddings=True, use_bias=True, pad_token_id=None,
+            **ENDLESS,
+        ),
+    ),
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": (
         "GPT2", dict(GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False),

@@ -209,6 +209,11 @@ def test_what_is_there_is_not_overwritten_and_a_family_is_named(held, tmp_path):
         ("deepseek_v3", dict(n_group=16), "groups=16: must divide num_experts=8"),
         ("mamba", dict(hidden_act="gelu"), "hidden_act='gelu': must be silu"),
         ("mamba", dict(intermediate_size=20), "intermediate_size=20: must be 24"),
+        ("mamba2", dict(time_step_limit=[0.0, 0.1]),
+         r"time_step_limit=\[0.0, 0.1\]: must be \[0.0, inf\]"),
+        ("mamba2", dict(num_heads=3), "num_heads=3: must be 4"),
+        ("mamba2", dict(n_groups=3), "mamba.groups=3: must divide the 4 heads"),
+        ("mamba2", dict(rms_norm=False), "rms_norm=False: must be true"),
     ],
 )  # fmt: skip
 def test_a_feature_that_is_not_supported_is_named(family, fields, message):
@@ -217,7 +222,7 @@ def test_a_feature_that_is_not_supported_is_named(family, fields, message):
         n_heads=4, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=24 if family == "mamba" else 4, n_positions=8, n_routed_experts=8,
         moe_intermediate_size=4, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4,
-        v_head_dim=4, n_group=1, topk_group=1,
+        v_head_dim=4, n_group=1, topk_group=1, n_groups=2, num_heads=4, head_dim=6,
     )  # fmt: skip
     hf = {"architectures": [FAMILIES[family].architecture], **sizes}
     decoder_config(hf)

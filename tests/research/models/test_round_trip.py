@@ -58,6 +58,8 @@ def tiny(draw, family):
         rope_interleave=bias,
         state_size=draw(st.integers(1, 3)),
         conv_kernel=draw(st.integers(1, 3)),
+        n_groups=draw(st.sampled_from([1, 3])),
+        num_heads=12 // channels,
         use_bias=bias,
         use_conv_bias=draw(st.booleans()),
         attention_bias=bias,

@@ -1,12 +1,13 @@
 """Recurrent layers on meshes of eight devices: the loss and gradients of one device."""
 
 SCRIPT = """
-import os
+import dataclasses, os
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from flax import nnx
 from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
+from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.data import DataConfig, SyntheticConfig, make_dataset
@@ -15,16 +16,22 @@ from research.training.step import next_token_loss
 
 MODEL = DecoderConfig(
     vocab_size=64, width=32, num_layers=4, mlp=MlpConfig(64), position="none",
-    rwkv=RwkvConfig(8, 4, 4, 4, 4), pattern=("rwkv4", "rwkv7"), feed_forward=("rwkv4", "rwkv7"),
+    rwkv=RwkvConfig(8, 4, 4, 4, 4), mamba=MambaConfig(4, head_dim=8),
+    pattern=("rwkv4", "rwkv7", "mamba", "mamba2"), feed_forward=("rwkv4", "rwkv7", "none", "none"),
+)
+# heads of several groups, which lie where their heads do; of one above, which is everybody's
+GROUPS = dataclasses.replace(
+    MODEL, num_layers=1, mamba=MambaConfig(4, head_dim=8, groups=4), pattern=("mamba2",),
+    feed_forward=("none",), mlp=None,
 )
 DATA = DataConfig(source="synthetic", sequence_length=32, batch_size=8,
                   synthetic=SyntheticConfig(task="copy", vocab_size=64))
 batch = next(iter(make_dataset(DATA)))
 
 
-def found(mesh):
-    validate(MODEL, mesh, batch_size=8, sequence_length=32)
-    model = jax.jit(lambda: jax.tree.map(lambda a: a + 0.01, Decoder(MODEL, rngs=nnx.Rngs(0))))()
+def found(mesh, config):
+    validate(config, mesh, batch_size=8, sequence_length=32)
+    model = jax.jit(lambda: jax.tree.map(lambda a: a + 0.01, Decoder(config, rngs=nnx.Rngs(0))))()
     if mesh.size > 1:
         model = jax.device_put(model, shardings(model, mesh))
     with use_mesh(mesh):
@@ -36,16 +43,26 @@ def found(mesh):
     return [np.asarray(a) for a in jax.tree.leaves((loss, gradients))]
 
 
-want = found(make_mesh(MeshConfig(), jax.devices()[:1]))
-for sizes in (dict(data=8), dict(data=1, fsdp=2, tensor=4), dict(data=2, sequence=2, tensor=2)):
-    for a, b in zip(found(make_mesh(MeshConfig(**sizes))), want, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()), err_msg=str(sizes))
-try:
-    validate(MODEL, make_mesh(MeshConfig(data=1, tensor=8)), batch_size=8, sequence_length=32)
-except ConfigError as error:
-    assert str(error) == "width / rwkv.head_dim=4: must be a multiple of mesh tensor=8", error
-else:
-    raise AssertionError("4 heads over 8 devices")
+split = dict(data=1, fsdp=2, tensor=4)
+for config, meshes in (
+    (MODEL, (dict(data=8), split, dict(data=2, sequence=2, tensor=2))),
+    (GROUPS, (split,)),
+):
+    want = found(make_mesh(MeshConfig(), jax.devices()[:1]), config)
+    for sizes in meshes:
+        for a, b in zip(found(make_mesh(MeshConfig(**sizes)), config), want, strict=True):
+            atol = 2e-5 * max(1, np.abs(b).max())
+            np.testing.assert_allclose(a, b, atol=atol, err_msg=str(sizes))
+for config, message in (
+    (MODEL, "width / rwkv.head_dim=4: must be a multiple of mesh tensor=8"),
+    (GROUPS, "mamba.groups=4: must be a multiple of mesh tensor=8"),
+):
+    try:
+        validate(config, make_mesh(MeshConfig(data=1, tensor=8)), batch_size=8, sequence_length=32)
+    except ConfigError as error:
+        assert str(error) == message, error
+    else:
+        raise AssertionError(message)
 print("passed")
 """
 

@@ -1,0 +1,194 @@
+"""Mamba-2: a state space of heads whose state decays as a whole (Dao & Gu 2024, arXiv:2405.21060).
+
+Projections of the token give everything at once (§7.1, the parallel block): the gate, the input,
+what goes into the state and what is read of it, and each head's step size. All but gate and step go
+through the short convolution of `layers.mamba`, then `pallas_kernels.ssd`; a norm of the gated
+result, over the heads of each group, comes before the projection out (Figure 6, right).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.config import check
+from layers.hooks import Tap
+from layers.linear import Linear, fan_in_normal
+from layers.mamba import CHANNELS, SELECTIVE, STILL, Convolution, MambaConfig, step_bias
+from layers.recurrent import Tail, Tokens, after, carried
+from layers.sharding import gather, island, mesh_axis, place
+from pallas_kernels.ssd import ssd
+
+# what goes through the convolution
+CONVOLVED = ("into", "b", "c")
+
+
+def gated_norm(
+    y_bti: jax.Array,
+    z_bti: jax.Array,
+    scale_i: jax.Array,
+    groups: int,
+    *,
+    eps: float,
+    axis: str | tuple[str, ...] | None = None,
+) -> jax.Array:
+    """RMSNorm of ``y · silu(z)`` over each of ``groups``; float32.
+
+    ``axis``: of the mesh, whose devices hold shares of one group.
+    """
+    y = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
+    grouped = y.reshape(*y.shape[:2], groups, -1)
+    square = jnp.mean(jnp.square(grouped), axis=-1, keepdims=True)
+    if axis is not None:
+        square = jax.lax.pmean(square, axis)
+    return (grouped * jax.lax.rsqrt(square + eps)).reshape(y.shape) * scale_i.astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mamba2State:
+    """``tails`` of the convolutions' inputs, in the order of `CONVOLVED`; the heads' states."""
+
+    tails: tuple[Tail, Tail, Tail]
+    scan_bhpn: jax.Array  # float32
+
+
+class Mamba2(nnx.Module):
+    """Mamba-2's mixer: projection, convolution, state-space duality, gated norm (§7.1)."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        norm_eps: float = 1e-6,
+        out_scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        chosen = config.selective
+        every = set(chosen) == set(SELECTIVE)
+        check(every, "mamba.selective", chosen, "must be all of them: mamba2 has no other form")
+        self.config, self.norm_eps, self.dtype = config, norm_eps, dtype
+        self.inner, heads = config.expand * width, config.heads(width)
+        # one group is everybody's; several lie where their heads do
+        shared = None if config.groups == 1 else "channels"
+        self.shared = ("batch", None, shared)
+        dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+
+        def into(size, axis, **options):
+            return Linear(
+                "btd,di->bti", (width, size), ("embed", axis), ("batch", None, axis),
+                rngs=rngs, bias=config.bias, **options, **dtypes,
+            )  # fmt: skip
+
+        def parameter(value, axis="heads"):
+            return nnx.Param(value.astype(param_dtype), axes=(axis,))
+
+        state = config.groups * config.state
+        self.gate, self.into = (into(self.inner, "channels") for _ in range(2))
+        self.b, self.c = into(state, shared), into(state, shared)
+        self.delta = into(heads, "heads", out_dtype=jnp.float32)
+        sizes = {"into": (self.inner, "channels"), "b": (state, shared), "c": (state, shared)}
+        self.convolutions = nnx.Dict(
+            {
+                name: Convolution(
+                    config.convolution, *sizes[name], rngs=rngs, bias=config.convolution_bias,
+                    **dtypes,
+                )
+                for name in CONVOLVED
+            }
+        )  # fmt: skip
+        self.delta_bias = parameter(step_bias(rngs.params(), (heads,), config))
+        # the released code's: rates spread evenly from 1 to 16
+        rates = jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)
+        self.log_rate = parameter(jnp.log(rates))
+        self.skip = parameter(jnp.ones(heads))
+        self.norm_scale = parameter(jnp.ones(self.inner), "channels")
+        self.out = Linear(
+            "bti,id->btd", (self.inner, width), ("channels", "embed"), ("batch", "time", None),
+            rngs=rngs, init=fan_in_normal(out_scale), bias=config.bias, **dtypes,
+        )  # fmt: skip
+
+    def init_state(self, batch: int, max_length: int, dtype=None) -> Mamba2State:
+        """The empty state; ``max_length`` does not change its size."""
+        del max_length
+        n, p = self.config.state, self.config.head_dim
+        kept, group = self.config.convolution - 1, self.config.groups * n
+        into, b, c = (
+            Tail.empty(batch, kept, size, dtype or self.dtype)
+            for size in (self.inner, group, group)
+        )
+        scan = jnp.zeros((batch, self.inner // p, p, n), jnp.float32)
+        return Mamba2State((into, b, c), scan)
+
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        positions_bt: jax.Array,
+        segment_ids_bt: jax.Array | None = None,
+        state: Mamba2State | None = None,
+        tap: Tap | None = None,
+    ) -> tuple[jax.Array, Mamba2State | None]:
+        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
+        tap = tap or Tap()
+        tails = (None,) * len(CONVOLVED) if state is None else state.tails
+        x_btd = place(x_btd, "batch", None, None)
+        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tails[0])
+        inputs = self.into(x_btd), self.b(x_btd), self.c(x_btd)
+        x_bti, b_btm, c_btm = (
+            self.convolutions[name](each, tokens, tail)
+            for name, each, tail in zip(CONVOLVED, inputs, tails, strict=True)
+        )
+        z_bti, delta_bth = self.gate(x_btd), self.delta(x_btd)
+        initial = None
+        if state is not None:
+            initial = carried(state.scan_bhpn, tokens.continues(state.tails[0]))
+            assert tokens.valid_bt is not None
+            delta_bth = jnp.where(tokens.valid_bt[..., None], delta_bth, STILL)
+        config = self.config
+
+        def run(x, delta, log_rate, b, c, skip, bias, z, scale, segments, initial):
+            def split(array, channels):
+                return array.reshape(*array.shape[:2], -1, channels)
+
+            b, c = split(b, config.state), split(c, config.state)
+            y, end = ssd(
+                split(x, config.head_dim), delta, -jnp.exp(log_rate), b, c, skip,
+                dt_bias_h=bias,
+                dt_softplus=True,
+                segment_ids_bt=segments,
+                initial_state_bhpn=initial,
+                implementation=config.implementation,
+            )  # fmt: skip
+            # one group is of all devices' heads
+            axis = mesh_axis("channels") if config.groups == 1 else None
+            y = gated_norm(y.reshape(x.shape), z, scale, b.shape[2], eps=self.norm_eps, axis=axis)
+            return y.astype(x.dtype), end
+
+        def of_heads(parameter):
+            return gather(parameter[...].astype(jnp.float32), parameter.axes)
+
+        heads, state_axes = ("heads",), ("batch", "heads", None, None)
+        y_bti, scan_bhpn = island(
+            run,
+            (
+                x_bti, delta_bth, of_heads(self.log_rate), b_btm, c_btm, of_heads(self.skip),
+                of_heads(self.delta_bias), z_bti, of_heads(self.norm_scale), tokens.segments_bt,
+                initial,
+            ),
+            (
+                CHANNELS, ("batch", None, "heads"), heads, self.shared, self.shared, heads, heads,
+                CHANNELS, ("channels",), ("batch", None), state_axes,
+            ),
+            [CHANNELS, state_axes],
+        )  # fmt: skip
+        if state is not None:
+            into, b, c = (
+                after(each, tokens, tail) for each, tail in zip(inputs, state.tails, strict=True)
+            )
+            state = Mamba2State((into, b, c), scan_bhpn)
+        return self.out(tap("mixer.output", y_bti)), state
