@@ -167,14 +167,34 @@ def associative_recall(
 
 
 def induction(
-    rng: np.random.Generator, length: int, vocab_size: int, *, distance: int | None = None
+    rng: np.random.Generator,
+    length: int,
+    vocab_size: int,
+    *,
+    distance: int | None = None,
+    queries: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Noise holding one ``trigger x``; the last two tokens are ``trigger x`` (Fu et al., 2023).
 
-    Token 0 is the trigger, the rest is noise. The answer is the last token. ``distance`` is from
-    the second trigger to the first x; None draws it for each example.
+    Token 0 is the trigger, the rest is noise. The answers are what follows all triggers but the
+    first.
+
+    Args:
+      distance: from the last trigger to the first x; None draws it for each example.
+      queries: times that the trigger comes again, more of which teach faster; with more than one,
+        they are drawn anywhere, and ``distance`` must be None.
     """
     query = length - 2
+    if queries != 1:
+        most = query // 2
+        check(1 <= queries <= most, "queries", queries, f"must be in [1, {most}]")
+        check(distance is None, "distance", distance, "must be None with more queries than one")
+        tokens = rng.integers(1, vocab_size, length).astype(np.int32)
+        at = np.append(2 * np.sort(rng.permutation(most)[:queries]), query)
+        tokens[at], tokens[at + 1] = 0, tokens[at[0] + 1]
+        weights = np.zeros(length, np.float32)
+        weights[at[1:] + 1] = 1
+        return tokens, weights
     if distance is None:
         distance = int(rng.integers(1, query)) if query > 1 else 0
     check(

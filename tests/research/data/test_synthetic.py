@@ -114,6 +114,16 @@ def test_induction(length, seed, data):
         assert query - (first + 1) == distance
 
 
+@given(length=st.integers(6, 60), seed=st.integers(0, 999), data=st.data())
+def test_induction_of_many(length, seed, data):
+    queries = data.draw(st.integers(2, (length - 2) // 2))
+    tokens, weights, _ = generate("induction", (seed,), length, 9, {"queries": queries})
+    triggers = np.flatnonzero(tokens == 0)
+    assert len(triggers) == queries + 1 and triggers[-1] == length - 2
+    assert len(set(tokens[triggers + 1])) == 1
+    np.testing.assert_array_equal(np.flatnonzero(weights), triggers[1:] + 1)
+
+
 def test_distances_and_values_vary():
     gaps = set()
     for seed in range(200):
@@ -130,6 +140,8 @@ def test_distances_and_values_vary():
         ("copy", 16, {"symbols": 8}, r"parameters.symbols=8: must be in \[1, 7\] for length 16"),
         ("selective_copy", 9, {"symbols": 5}, r"parameters.symbols=5: must be in \[1, 4\]"),
         ("word_problem", 9, {"symbols": 5}, "parameters.symbols=5: 120 permutations need as many"),
+        ("induction", 9, {"queries": 4}, r"parameters.queries=4: must be in \[1, 3\]"),
+        ("induction", 9, {"queries": 2, "distance": 3}, "parameters.distance=3: must be None"),
         ("word_problem", 9, {"swaps": 2}, "parameters.swaps=2: must be 0 or 1"),
         ("copy", 16, {"symbol": 8}, "parameters.symbol=8: task 'copy' takes symbols"),
         ("copy", 16, {"symbols": 1.5}, "parameters.symbols=1.5: must be an integer"),
