@@ -1,12 +1,16 @@
-"""The figure of a run: one panel a metric, one row an arm, seeds as dots, 95% interval as a bar."""
+"""The figure of a run: one panel a metric, one row an arm, seeds as dots, 95% interval as a bar.
 
+Arms that measure other things have panels of their own.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from research.ablation.claims import interval95
 from research.ablation.experiment import Experiment
-from research.ablation.results import Results
+from research.ablation.results import Results, comparable, metric_names
 
 _COLUMNS = 3
 
@@ -25,40 +29,47 @@ def _draw_default(experiment: Experiment, results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    arms = [arm.name for arm in experiment.arms if arm.name in results.arms]
-    scalars = {arm: results.scalars(arm) for arm in arms}
-    names = list(dict.fromkeys(name for arm in arms for name in scalars[arm])) or ["no metric"]
-    columns = min(_COLUMNS, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(
-        figsize=(1.6 + 3.4 * columns, rows * (1.1 + 0.34 * len(arms))), layout="constrained"
-    )
+    scalars = {a.name: results.scalars(a.name) for a in experiment.arms if a.name in results.arms}
+    groups = comparable(scalars)
+    names = [metric_names(group) or ["no metric"] for group in groups]
+    columns = min(_COLUMNS, max(map(len, names)))
+    heights = [
+        -(-len(own) // columns) * (1.1 + 0.34 * len(group))
+        for own, group in zip(names, groups, strict=True)
+    ]
+    figure = Figure(figsize=(1.6 + 3.4 * columns, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for panel, name in zip(panels, names, strict=False):
-        for row, arm in enumerate(arms):
-            values = np.array(list(scalars[arm].get(name, {}).values()))
-            values = values[np.isfinite(values)]
-            if not len(values):
-                panel.text(0.5, row, "–", transform=panel.get_yaxis_transform(), va="center")
-                continue
-            color = f"C{row % 10}"
-            if len(values) > 1:
-                panel.plot(
-                    interval95(list(values)), (row, row), color=color, linewidth=5, alpha=0.35
-                )
-            panel.plot(values, np.full(len(values), row), ".", color=color, markersize=8)
-            panel.plot(values.mean(), row, "|", color="black", markersize=14)
-        panel.set_title(name, fontsize=10)
-        panel.set_yticks(range(len(arms)), arms)
-        panel.set_ylim(len(arms) - 0.5, -0.5)
-        panel.grid(axis="x", alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.locator_params(axis="x", nbins=4)
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
+    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False).ravel()
+    order = list(scalars)
+    for part, group, own in zip(parts, groups, names, strict=True):
+        rows = -(-len(own) // columns)
+        panels = part.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for panel, name in zip(panels, own, strict=False):
+            _draw_panel(panel, name, group, [f"C{order.index(arm) % 10}" for arm in group])
+        for panel in panels[len(own) :]:
+            panel.set_visible(False)
     figure.suptitle(experiment.title, fontsize=11)
     figure.supxlabel(
         f"dots: {len(results.seeds)} seed(s) · tick: mean · bar: 95% interval", fontsize=8
     )
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _draw_panel(panel, name: str, arms: Mapping[str, Mapping], colors: list[str]) -> None:
+    for row, (metrics, color) in enumerate(zip(arms.values(), colors, strict=True)):
+        values = np.array(list(metrics.get(name, {}).values()))
+        values = values[np.isfinite(values)]
+        if not len(values):
+            panel.text(0.5, row, "–", transform=panel.get_yaxis_transform(), va="center")
+            continue
+        if len(values) > 1:
+            interval = interval95(list(values))
+            panel.plot(interval, (row, row), color=color, linewidth=5, alpha=0.35)
+        panel.plot(values, np.full(len(values), row), ".", color=color, markersize=8)
+        panel.plot(values.mean(), row, "|", color="black", markersize=14)
+    panel.set_title(name, fontsize=10)
+    panel.set_yticks(range(len(arms)), list(arms))
+    panel.set_ylim(len(arms) - 0.5, -0.5)
+    panel.grid(axis="x", alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.locator_params(axis="x", nbins=4)

@@ -4,6 +4,7 @@ The same records give the same bytes, so a stale board is found by building it a
 """
 
 import base64
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import experiments
 from research.ablation.claims import STATUSES
 from research.ablation.files import read_json, write_text
-from research.ablation.summary import effect, metric_names, number
+from research.ablation.results import comparable, metric_names
+from research.ablation.summary import effect, number
 
 RESULTS = Path(experiments.__file__).parent / "results"
 
@@ -151,14 +153,8 @@ def _section(record: dict[str, Any]) -> str:
         f'<p class="soft">Paper: {escape(claim["paper"] or "no number")}</p></li>\n'
         for claim in record["claims"]
     )
-    names = metric_names(record)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row">{escape(arm)}</th>'
-        + "".join(f'<td class="number">{escape(number(spread.get(n)))}</td>' for n in names)
-        + "</tr>\n"
-        for arm, spread in record["metrics"].items()
-    )
+    tables = "".join(map(_table, comparable(record["metrics"])))
+    names = metric_names(record["metrics"])
     figure = record["path"].with_suffix(".png")
     image = ""
     if figure.exists():
@@ -176,11 +172,25 @@ def _section(record: dict[str, Any]) -> str:
         f"<br>{escape(facts)}</span></p>\n"
         f'<ul class="claims">\n{claims}</ul>\n{image}'
         f'<div class="scroll" tabindex="0" role="region" aria-label="Metrics of '
-        f'{escape(record["experiment"])}"><table>'
-        f'<caption>Mean ± half of the 95% interval</caption><thead><tr><th scope="col">Arm</th>'
-        f"{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n"
+        f'{escape(record["experiment"])}">{tables}</div>\n'
         f"<details><summary>Run it again</summary><pre>{escape(record['command'])}</pre></details>"
         "\n</section>\n"
+    )
+
+
+def _table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Arms and metrics as an HTML table."""
+    names = metric_names(arms)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join(
+        f'<tr><th scope="row">{escape(arm)}</th>'
+        + "".join(f'<td class="number">{escape(number(spread.get(n)))}</td>' for n in names)
+        + "</tr>\n"
+        for arm, spread in arms.items()
+    )
+    return (
+        '<table><caption>Mean ± half of the 95% interval</caption><thead><tr><th scope="col">Arm'
+        f"</th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
     )
 
 

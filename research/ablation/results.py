@@ -12,6 +12,25 @@ class NotRun(Exception):
     """A unit or a metric that a claim needs is not there; the message says which."""
 
 
+def comparable(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
+    """``arms`` (arm → metric → anything) in groups that share metrics, directly or through others.
+
+    An experiment may measure unlike things in unlike arms; those are no rows of one table.
+    """
+    groups: list[dict[str, Mapping[str, Any]]] = []
+    for arm, metrics in arms.items():
+        near = [g for g in groups if any(set(metrics) & set(other) for other in g.values())]
+        groups = [g for g in groups if g not in near]
+        groups.append({name: m for g in near for name, m in g.items()} | {arm: metrics})
+    order = list(arms)
+    return sorted(groups, key=lambda group: order.index(next(iter(group))))
+
+
+def metric_names(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The metrics of ``arms``, arm → metric → anything."""
+    return list(dict.fromkeys(name for metrics in arms.values() for name in metrics))
+
+
 class Results:
     """What ``measure`` functions read.
 

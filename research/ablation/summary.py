@@ -11,7 +11,7 @@ from layers.config import ConfigError
 from research.ablation.claims import interval95, judge, target
 from research.ablation.figure import draw
 from research.ablation.files import plain, read_json, write_atomically, write_json, write_text
-from research.ablation.results import Results
+from research.ablation.results import Results, comparable, metric_names
 from research.ablation.runner import RESULT, Plan, results, state
 
 
@@ -95,25 +95,33 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for claim in summary["claims"]:
         row = (claim["statement"], claim["paper"], claim["status"], effect(claim), claim["reason"])
         lines.append(_row(row))
-    names = metric_names(summary)
-    lines += ["", _row(("arm", *names)), "|---|" + "---:|" * len(names)]
-    for arm, spread in summary["metrics"].items():
-        lines.append(_row((arm, *(number(spread.get(name)) for name in names))))
+    for arms in comparable(summary["metrics"]):
+        names = metric_names(arms)
+        lines += ["", _row(("arm", *names)), "|---|" + "---:|" * len(names)]
+        for arm, spread in arms.items():
+            lines.append(_row((arm, *(number(spread.get(name)) for name in names))))
     return "\n".join(lines) + "\n"
 
 
-def arms_table(summary: Mapping[str, Any]) -> Table:
-    """Arms and metrics, mean ± half of the 95% interval; the fewer of the two are the columns."""
-    table = Table(title=f"{summary['experiment']} at {summary['scale']} scale: mean ± 95%")
-    arms, metrics = list(summary["metrics"]), metric_names(summary)
-    across, down = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
-    table.add_column("metric" if down is metrics else "arm", overflow="fold")
-    for name in across:
-        table.add_column(name, justify="right", overflow="fold")
-    for row in down:
-        pairs = ((row, name) if down is arms else (name, row) for name in across)
-        table.add_row(row, *(number(summary["metrics"][arm].get(name)) for arm, name in pairs))
-    return table
+def arms_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Arms and metrics, mean ± half of the 95% interval; the fewer of the two are the columns.
+
+    A table for the arms that are `comparable`.
+    """
+    title = f"{summary['experiment']} at {summary['scale']} scale: mean ± 95%"
+    tables = []
+    for spreads in comparable(summary["metrics"]):
+        table = Table(title=title if not tables else None)
+        arms, metrics = list(spreads), metric_names(spreads)
+        across, down = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
+        table.add_column("metric" if down is metrics else "arm", overflow="fold")
+        for name in across:
+            table.add_column(name, justify="right", overflow="fold")
+        for row in down:
+            pairs = ((row, name) if down is arms else (name, row) for name in across)
+            table.add_row(row, *(number(spreads[arm].get(name)) for arm, name in pairs))
+        tables.append(table)
+    return tables
 
 
 def claim_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -123,10 +131,6 @@ def claim_lines(summary: Mapping[str, Any]) -> list[str]:
         f"paper: {claim['paper'] or 'no number'})"
         for claim in summary["claims"]
     ]
-
-
-def metric_names(summary: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for arm in summary["metrics"].values() for name in arm))
 
 
 def number(spread: Mapping[str, Any] | None) -> str:

@@ -186,7 +186,8 @@ def _run(options) -> int:
 
     found = summary.summarize(planned, environment(), _again(options, experiment.name))
     paths = summary.save(planned, found, planned.workdir)
-    console.print(summary.arms_table(found))
+    for table in summary.arms_tables(found):
+        console.print(table)
     for line in summary.claim_lines(found):
         console.print(line, soft_wrap=True)
     for (arm, seed), message in failures.items():
