@@ -36,11 +36,21 @@ def decode_speedup(
     is the ratio of their median times over ``rounds`` tokens. Both run on one device, wherever
     they rest.
     """
-    # by way of the host: a model that rests on a mesh would decode there
-    here = (jax.tree.map(jnp.asarray, jax.device_get(m)) for m in (baseline, model))
-    runs = [_decoding(m, batch, length, rounds) for m in here]
+    runs = [_decoding(m, batch, length, rounds) for m in (baseline, model)]
     baseline_time, time_ = median_times(runs, rounds)
     return baseline_time / time_
+
+
+def decode_slowdown(
+    model: Decoder, *, batch: int, short: int, long: int, rounds: int = 30
+) -> float:
+    """How many times longer a token takes after ``long`` tokens than after ``short``.
+
+    Turn by turn, as `decode_speedup`.
+    """
+    runs = [_decoding(model, batch, length, rounds) for length in (short, long)]
+    short_time, long_time = median_times(runs, rounds)
+    return long_time / short_time
 
 
 def median_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
@@ -71,6 +81,8 @@ def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[
     """A function that decodes the next token of ``batch`` rows after ``length`` cached ones."""
     chunk = min(length, 128)
     check(length % chunk == 0, "length", length, f"must be a multiple of {chunk}")
+    # by way of the host: a model that rests on a mesh would decode there
+    model = jax.tree.map(jnp.asarray, jax.device_get(model))
     # one more than the rounds, for the call that compiles
     state = model.init_state(batch, length + rounds + 1)
     for at in range(0, length, chunk):

@@ -1,0 +1,159 @@
+"""Hybrids of attention and Mamba: Jamba (Lieber 2024, arXiv:2403.19887).
+
+A state of one size cannot hold everything, and a cache that holds everything grows with the length.
+Jamba puts one layer of attention among seven of Mamba, and a mixture of experts in every other
+layer. Hybrids of 1:3 and 1:7 are level, and both are ahead of attention alone and of Mamba alone
+(§6.1); where Mamba alone fails for want of induction heads, they are level with attention (§6.2,
+Table 6); experts improve them further (§6.3). At 256,000 tokens the cache is 8 times smaller than
+Mixtral's (Table 1). Recall separates attention from Mamba in small models as well (Zoology, Arora
+2023, arXiv:2312.04927).
+
+Here one layer of four, two, all or none are attention, the others Mamba, all with an MLP. They are
+trained on text, and on recalling the values of many keys.
+
+    ablate run architecture/hybrid --scale=smoke    # seconds
+    ablate run architecture/hybrid                  # cpu: 2 cores, under 20 minutes
+    ablate run architecture/hybrid --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/hybrid --scale=paper    # Jamba's 7B ablation; 64 chips of TPU v5p
+"""
+
+import dataclasses
+
+from layers.mamba import MambaConfig
+from layers.routing import MoeConfig
+from research.ablation import Arm, Claim, Unit, difference, ratio
+from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.measure import state_bytes
+
+PAPER = "Lieber 2024, Jamba: A Hybrid Transformer-Mamba Language Model, arXiv:2403.19887"
+MATCHED = "tokens, steps, depth, width and MLPs; a layer of Mamba has half as many parameters again"
+SEEDS = (0, 1, 2)
+PATTERNS = {
+    "mamba": ("mamba",) * 4,
+    "quarter": ("mamba", "mamba", "attention", "mamba"),
+    "half": ("mamba", "attention") * 2,
+    "attention": ("attention",) * 4,
+}
+
+
+def get_config(scale):
+    config = language_model(scale)
+    small = scale in ("smoke", "cpu")
+    if small:
+        config.model.update(width=32 if scale == "smoke" else 64, num_layers=4)
+        heads, width = 4, config.model.width
+        config.model.attention.update(num_heads=heads, num_kv_heads=heads, head_dim=width // heads)
+        config.model.mlp.width = 2 * width
+    if scale == "paper":  # the 7B models of §6.1
+        config.model.update(num_layers=32, vocab_size=65_536)
+    mamba = MambaConfig(state=8 if small else 16)
+    experts = MoeConfig(4 if small else 16, config.model.mlp.width, balance_weight=0.01)
+    config.model.mamba = dataclasses.asdict(mamba)
+    config.model.moe = dataclasses.asdict(experts)
+    # length, pairs, queries, batch, steps
+    length, pairs, queries, batch, steps = {
+        "smoke": (24, 4, 2, 4, 6),
+        "cpu": (96, 16, 8, 32, 600),
+    }.get(scale, (1024, 128, 64, 64, 10_000))
+    config.recall_task = dict(
+        task="associative_recall",
+        vocab_size=256,
+        parameters=dict(pairs=pairs, queries=queries),
+    )
+    config.recall_length, config.recall_batch, config.recall_steps = length, batch, steps
+    config.cache_length = 8 * config.data.sequence_length
+    return config
+
+
+def _text(pattern):
+    return {"model.pattern": PATTERNS[pattern]}
+
+
+def _recall(pattern):
+    return {
+        **_text(pattern),
+        "data.source": "synthetic",
+        "data.synthetic": lambda config: config.recall_task.to_dict(),
+        "data.sequence_length": lambda config: config.recall_length,
+        "data.batch_size": lambda config: config.recall_batch,
+        "training.steps": lambda config: config.recall_steps,
+        "training.eval_every": lambda config: config.recall_steps,
+        "training.checkpoint_every": lambda config: max(1, config.recall_steps // 4),
+    }
+
+
+ARMS = (
+    *(Arm(f"text_{name}", _text(name)) for name in ("mamba", "quarter", "attention")),
+    Arm("text_quarter_moe", {**_text("quarter"), "model.feed_forward": ("mlp", "moe") * 2}),
+    *(Arm(f"recall_{name}", _recall(name)) for name in PATTERNS),
+)
+
+CLAIMS = (
+    Claim(
+        "attention_recalls",
+        "One layer of attention in four recalls at least 10 points more values than Mamba alone",
+        paper="Jamba, §6.2, Table 6: no number for recall itself",
+        measure=difference("accuracy", "recall_quarter", "recall_mamba"),
+        comparison=">",
+        margin=0.1,
+    ),
+    Claim(
+        "a_quarter_is_enough",
+        "It recalls at most 5 points fewer than attention in every layer",
+        paper="Jamba, §6.2, Table 6: on par with attention",
+        measure=difference("accuracy", "recall_quarter", "recall_attention"),
+        comparison=">",
+        margin=-0.05,
+    ),
+    Claim(
+        "half_adds_little",
+        "Attention in every other layer recalls less than 5 points more than in one of four",
+        paper="Jamba, §6.1: 1:3 and 1:7 are level",
+        measure=difference("accuracy", "recall_half", "recall_quarter"),
+        comparison="<",
+        margin=0.05,
+    ),
+    Claim(
+        "beats_attention",
+        "On text, the hybrid's held-out loss is below attention's",
+        paper="Jamba, §6.1: the hybrid is ahead",
+        measure=difference("loss", "text_quarter", "text_attention"),
+        comparison="<",
+        margin=0.0,
+    ),
+    Claim(
+        "beats_mamba",
+        "On text, the hybrid's held-out loss is below Mamba's",
+        paper="Jamba, §6.1: the hybrid is ahead",
+        measure=difference("loss", "text_quarter", "text_mamba"),
+        comparison="<",
+        margin=0.0,
+    ),
+    Claim(
+        "experts_help",
+        "Experts in every other layer lower the hybrid's held-out loss",
+        paper="Jamba, §6.3: experts improve the hybrid",
+        measure=difference("loss", "text_quarter_moe", "text_quarter"),
+        comparison="<",
+        margin=0.0,
+    ),
+    Claim(
+        "cache",
+        "At 8 times the sequence length, the hybrid's cache and states are at most 0.3 of "
+        "attention's cache",
+        paper="Jamba, Table 1: 4 GB against Mixtral's 32 GB, with one layer in eight",
+        measure=ratio("state_bytes", "text_quarter", "text_attention"),
+        comparison="<",
+        margin=0.3,
+        deterministic=True,
+    ),
+)
+
+
+def run(unit: Unit):
+    model = train_unit(unit).model
+    found = evaluate_unit(unit, model)
+    metrics = {name: found[name] for name in ("loss", "accuracy")}
+    if unit.config.data.source != "synthetic":
+        metrics["state_bytes"] = state_bytes(model, 1, unit.config.cache_length)
+    return metrics
