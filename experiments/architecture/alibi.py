@@ -25,6 +25,7 @@ from research.ablation.language_model import (
 )
 
 PAPER = "Press 2022, Train Short, Test Long: Attention with Linear Biases, arXiv:2108.12409"
+CODE = ("layers/alibi.py", "layers/attention.py")
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
 FACTORS = (1, 2, 4, 8)  # of the trained length

@@ -23,6 +23,7 @@ from research.ablation.measure import growth
 from research.parallel.topology import has_compiler
 
 PAPER = "Dao 2022, FlashAttention: Fast and Memory-Efficient Exact Attention, arXiv:2205.14135"
+CODE = ("layers/attention.py",)
 MATCHED = "parameters, tokens, FLOPs of the model; inputs of the operation"
 SEEDS = (0, 1, 2)
 

@@ -28,6 +28,7 @@ from research.ablation.language_model import evaluate_unit, language_model, load
 from research.ablation.measure import decode_speedup, state_bytes
 
 PAPER = "Ainslie 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv:2305.13245"
+CODE = ("layers/attention.py", "layers/grouping.py")
 MATCHED = "tokens, width, depth and query heads; parameters differ by the key and value heads"
 SEEDS = (0, 1, 2)
 

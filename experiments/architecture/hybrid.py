@@ -26,6 +26,7 @@ from research.ablation.language_model import evaluate_unit, language_model, trai
 from research.ablation.measure import state_bytes
 
 PAPER = "Lieber 2024, Jamba: A Hybrid Transformer-Mamba Language Model, arXiv:2403.19887"
+CODE = ("layers/decoder.py", "layers/mamba.py", "layers/attention.py")
 MATCHED = "tokens, steps, depth, width and MLPs; a layer of Mamba has half as many parameters again"
 SEEDS = (0, 1, 2)
 PATTERNS = {

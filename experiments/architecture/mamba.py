@@ -35,6 +35,7 @@ from research.ablation.measure import growth, median_times
 PAPER = (
     "Gu & Dao 2023, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2312.00752"
 )
+CODE = ("layers/mamba.py", "layers/mamba2.py")
 MATCHED = "tokens, steps, width and depth; a layer of attention has an MLP beside it"
 SEEDS = (0, 1, 2)
 FACTORS = (1, 2, 4, 16, 64)  # of the trained length, in the induction task

@@ -32,6 +32,7 @@ from research.ablation.language_model import (
 )
 
 PAPER = "Fedus 2021, Switch Transformers: Scaling to Trillion Parameter Models, arXiv:2101.03961"
+CODE = ("layers/routing.py", "layers/moe.py")
 MATCHED = "tokens, steps and FLOPs a token; the mixtures have about 8 times the MLP's parameters"
 SEEDS = (0, 1, 2, 3, 4)  # effects are small beside the spread of seeds
 EVALUATIONS = 16  # on the way

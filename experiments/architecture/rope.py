@@ -27,6 +27,7 @@ from research.ablation.language_model import (
 )
 
 PAPER = "Su 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864"
+CODE = ("layers/rotary.py",)
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
 LONGER = 4  # times the trained length

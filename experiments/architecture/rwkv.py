@@ -31,6 +31,7 @@ from research.ablation.language_model import evaluate_unit, language_model, trai
 from research.ablation.measure import decode_slowdown, state_bytes
 
 PAPER = "Peng 2023, RWKV: Reinventing RNNs for the Transformer Era, arXiv:2305.13048; 2503.14456"
+CODE = ("layers/rwkv.py", "layers/rwkv4.py", "layers/rwkv7.py")
 MATCHED = "tokens, steps, depth, width and, to 1%, parameters (by the feed-forward width)"
 SEEDS = (0, 1, 2)
 VERSIONS = ("rwkv4", "rwkv7")

@@ -20,6 +20,7 @@ from research.ablation.language_model import evaluate_unit, language_model, trai
 from research.ablation.measure import state_bytes
 
 PAPER = "Jiang 2023, Mistral 7B, arXiv:2310.06825; Beltagy 2020, Longformer, arXiv:2004.05150"
+CODE = ("layers/attention.py", "layers/state.py")
 MATCHED = "tokens, parameters; the copying arms differ in depth on purpose"
 SEEDS = (0, 1, 2)
 SYMBOLS, WINDOW = 24, 16  # of the copying task

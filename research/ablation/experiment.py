@@ -16,7 +16,7 @@ from research.ablation.claims import Claim
 from research.ablation.overrides import assign, assign_text, near
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
-_REQUIRED = ("PAPER", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config", "run")
+_REQUIRED = ("PAPER", "CODE", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config", "run")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -75,6 +75,11 @@ class Experiment:
     @property
     def paper(self) -> str:
         return self.module.PAPER
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Files that hold the technique, from the repository's root."""
+        return tuple(self.module.CODE)
 
     @property
     def matched(self) -> str:
@@ -173,13 +178,13 @@ def _validate(path: str, module: ModuleType) -> None:
         require(getattr(module, entry).strip(), f"{entry} is empty")
     for entry in ("get_config", "run"):
         require(callable(getattr(module, entry)), f"{entry} must be a function")
-    for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim)):
+    for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim), ("CODE", str)):
         values = getattr(module, entry)
         require(isinstance(values, (tuple, list)), f"{entry} must be a tuple of {kind.__name__}")
         require(len(values) > 0, f"{entry} is empty")
         for value in values:
             require(isinstance(value, kind), f"{entry} holds {value!r}, not {kind.__name__}")
-        labels = [value if kind is int else value.name for value in values]
+        labels = [getattr(value, "name", value) for value in values]
         require(len(set(labels)) == len(labels), f"{entry} has a name twice: {labels}")
     require(min(module.SEEDS) >= 0, f"SEEDS={module.SEEDS}: must be ≥ 0")
     earlier: set[str] = set()

@@ -11,9 +11,11 @@ from typing import Any
 
 import experiments
 from research.ablation.claims import STATUSES
+from research.ablation.experiment import discover, load
 from research.ablation.files import read_json, write_text
 from research.ablation.results import comparable, metric_names
 from research.ablation.summary import effect, number
+from research.ablation.techniques import with_table
 
 RESULTS = Path(experiments.__file__).parent / "results"
 
@@ -55,13 +57,23 @@ def records(root: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def build(root: Path = RESULTS) -> dict[Path, str]:
-    """Path → text of the two boards, README.md and index.html."""
+    """Path → text of the two boards, README.md and index.html.
+
+    Of the package's own records in a checkout, also its README.md with the table of techniques.
+    """
     found = records(root)
-    return {root / "README.md": _markdown(found, root), root / "index.html": _page(found)}
+    built = {root / "README.md": _markdown(found, root), root / "index.html": _page(found)}
+    checkout = RESULTS.parent.parent
+    readme = checkout / "README.md"
+    if root == RESULTS and readme.exists():
+        every = [load(name) for name in discover()]
+        text = readme.read_text(encoding="utf-8")
+        built[readme] = with_table(text, checkout, every, found)
+    return built
 
 
 def write(root: Path = RESULTS) -> list[Path]:
-    """Write both boards; their paths."""
+    """Write the boards; their paths."""
     boards = build(root)
     for path, text in boards.items():
         write_text(path, text)

@@ -8,6 +8,7 @@ from research.ablation import discover, load
 COMPLETE = '''"""Doc."""
 from research.ablation import Arm, Claim, mean
 PAPER = MATCHED = "text"
+CODE = ("x.py",)
 SEEDS = (0,)
 ARMS = (Arm("a"),)
 CLAIMS = (Claim("c", "s", "p", mean("x", "a"), "<", 0),)

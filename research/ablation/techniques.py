@@ -1,0 +1,101 @@
+"""The README's table of techniques, made of experiments, records and tests; nothing is typed.
+
+An experiment names its code (`CODE`). Kernels are what that code imports, oracles what the tests of
+code and kernels import to compare with, and verdicts and scales are of the records.
+"""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.ablation.claims import STATUSES
+from research.ablation.experiment import Experiment
+
+BEGIN, END = "<!-- techniques: written by `ablate report` -->", "<!-- end of techniques -->"
+# as `importorskip` or an import spells it → as the table does
+ORACLES = {"torch": "torch", "transformers": "transformers", "rwkv": "rwkv"}
+
+
+def with_table(
+    readme: str, root: Path, experiments: Sequence[Experiment], records: Sequence[Mapping[str, Any]]
+) -> str:
+    """``readme`` with the table anew between its two marks; as it is without them.
+
+    ``root`` is the checkout, where the code and its tests are.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return readme
+    head = ("technique", "code", "kernels", "tested against", "claims", "scales run")
+    lines = [_row(head), "|" + "---|" * len(head)]
+    for experiment in experiments:
+        own = [r for r in records if r["experiment"] == experiment.name]
+        kernels = list(dict.fromkeys(k for path in experiment.code for k in _kernels(root / path)))
+        tests = [_test(path) for path in (*experiment.code, *kernels)]
+        lines.append(
+            _row(
+                (
+                    _link(experiment.name, f"experiments/{experiment.name}.py"),
+                    ", ".join(_link(Path(path).stem, path) for path in experiment.code),
+                    ", ".join(_link(Path(k).name, f"{k}/__init__.py") for k in kernels),
+                    ", ".join(_oracles(root / test for test in tests)),
+                    "; ".join(f"{record['scale']}: {_tally(record)}" for record in own)
+                    or f"{len(experiment.claims)} not run",
+                    ", ".join(record["scale"] for record in own) or "none",
+                )
+            )
+        )
+    return before + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + after
+
+
+def _kernels(path: Path) -> Iterator[str]:
+    """The ops that the file imports, as paths."""
+    for module in _imported(path):
+        package, _, name = module.partition(".")
+        op = name.partition(".")[0]
+        if package == "pallas_kernels" and op and (path.parents[1] / package / op).is_dir():
+            yield f"{package}/{op}"
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def _test(path: str) -> str:
+    """Where the tests of ``path`` are: the same tree again."""
+    own = Path(path)
+    return str(Path("tests") / own.parent / f"test_{own.stem}.py")
+
+
+def _oracles(tests: Iterator[Path]) -> list[str]:
+    found = set()
+    for path in tests:
+        # an op whose functions are tested apart has a file each, e.g. test_wkv4.py, test_wkv7.py
+        for file in sorted(path.parent.glob(f"{path.stem}*.py")):
+            text = file.read_text(encoding="utf-8")
+            skips = re.findall(r"importorskip\(\s*\"(\w+)", text)
+            names = {module.partition(".")[0] for module in (*_imported(file), *skips)}
+            found |= {spelt for name, spelt in ORACLES.items() if name in names}
+            found |= {"float64 NumPy"} if "np.float64" in text else set()
+    return sorted(found, key=str.lower)
+
+
+def _tally(record: Mapping[str, Any]) -> str:
+    counts = Counter(claim["status"] for claim in record["claims"])
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+
+
+def _link(text: str, path: str) -> str:
+    return f"[{text}]({path})"
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
