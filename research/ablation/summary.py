@@ -108,10 +108,9 @@ def arms_tables(summary: Mapping[str, Any]) -> list[Table]:
 
     A table for the arms that are `comparable`.
     """
-    title = f"{summary['experiment']} at {summary['scale']} scale: mean ± 95%"
     tables = []
     for spreads in comparable(summary["metrics"]):
-        table = Table(title=title if not tables else None)
+        table = Table()
         arms, metrics = list(spreads), metric_names(spreads)
         across, down = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
         table.add_column("metric" if down is metrics else "arm", overflow="fold")

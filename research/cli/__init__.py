@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cann
 
 import argparse
 import difflib
+import glob
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from layers.config import ConfigError
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
     ``package`` is where experiments are looked for.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _without_tpu()
     try:
         arguments, overrides = _split(argv)
         options = _parser().parse_args(arguments)
@@ -57,6 +60,15 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
     except KeyboardInterrupt:
         print("ablate: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _without_tpu() -> None:
+    """Keep JAX from a TPU that is not here: where only its compiler is installed (as the tests
+    want it), looking for the chip takes seconds and says at length that there is none."""
+    chips = [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
+    others = any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    if find_spec("libtpu") and not chips and not others:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _line(error: Exception) -> str:
@@ -186,6 +198,7 @@ def _run(options) -> int:
 
     found = summary.summarize(planned, environment(), _again(options, experiment.name))
     paths = summary.save(planned, found, planned.workdir)
+    console.print(f"\n{experiment.name} at {options.scale} scale: mean ± 95%", style="bold")
     for table in summary.arms_tables(found):
         console.print(table)
     for line in summary.claim_lines(found):
