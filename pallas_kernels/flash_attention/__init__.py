@@ -28,11 +28,15 @@ Implementations, and what each keeps in fast memory:
   dQ (keys stream) and one for dK and dV (queries of all the group's heads stream). Scores are held
   transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
   would fill one lane of 128. Float32 and bfloat16.
+- ``gpu``: one block of queries with its ``m, l, o`` in registers while keys stream through; a
+  kernel for dQ and one for dK and dV, alike. Float32, bfloat16 and float16. See `gpu`.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
-Limits: no GPU kernel; a program for a GPU takes ``xla``. Slopes of ALiBi are constants (their
-gradient is 0). No dropout. Differentiable once; ``implementation="reference"`` any number of times.
+Limits: at most 256 channels a head in a kernel; wider heads take ``xla``. Slopes of ALiBi are
+constants (their gradient is 0). No dropout. Differentiable once; ``implementation="reference"`` any
+number of times. The kernels have been compiled for TPUs and for an H100 and run interpreted; not
+run on a TPU or a GPU yet.
 """
 
 import functools
@@ -45,7 +49,7 @@ import numpy as np
 
 from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
-from pallas_kernels.flash_attention import reference, tpu, tpu_backward, xla
+from pallas_kernels.flash_attention import gpu, gpu_backward, reference, tpu, tpu_backward, xla
 from pallas_kernels.flash_attention.spec import Spec
 
 OP = "flash_attention"
@@ -53,6 +57,7 @@ OP = "flash_attention"
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
     "tpu": {"forward": tpu.forward, "backward": tpu_backward.backward},
+    "gpu": {"forward": gpu.forward, "backward": gpu_backward.backward},
 }
 
 
@@ -94,7 +99,7 @@ def flash_attention(
       scale: default ``1 / sqrt(c)``.
       return_lse: also return ``lse_bht``, float32: the log of the sum of the row's exponentiated
         scores, sinks included; −1e30 where nothing is seen. It has a gradient.
-      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`.
 
     Raises:
@@ -110,14 +115,14 @@ def flash_attention(
         v_bskc.dtype == q_bthc.dtype, "v.dtype", str(v_bskc.dtype), f"must be q's, {q_bthc.dtype}"
     )
     arrays = (q_bthc, k_bskc, v_bskc, *arrays)
-    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": "it has no GPU kernel"}
+    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
     chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:
         y, lse = reference.attention(spec, *arrays)
     else:
         sizes = tuple(
             (name, tuple(block_sizes(OP, platform, blocks).items()))
-            for name, platform in (("xla", "cpu"), ("tpu", "tpu"))
+            for name, platform in (("xla", "cpu"), ("tpu", "tpu"), ("gpu", "gpu"))
         )
         y, lse = _attention(spec, tuple(chosen), sizes, *arrays)  # type: ignore[misc]
     return (y, lse) if return_lse else y

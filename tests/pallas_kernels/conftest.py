@@ -1,9 +1,11 @@
 """What the kernels' tests share: the ways to run or compile a kernel whose chip is not here."""
 
 import contextlib
+import re
 
 import jax
 import numpy as np
+import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpreter
@@ -25,20 +27,21 @@ TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:
 def interpreted(implementation: str, *, races: bool = False):
     """Within it, ``implementation`` ("tpu" or "gpu") runs on the CPU by interpretation.
 
-    ``races``: the TPU interpreter simulates the memories and looks for races between the kernel
-    and its copies, as the GPU's always does; a race that is found fails the test.
+    ``races``: the interpreter simulates the memories and looks for races between the kernel and its
+    copies; a race that is found fails the test. Of GPU kernels, those of Mosaic are interpreted so
+    and no other way, and those of Triton, which has no copies of one's own, never so.
     """
-    if implementation == "gpu":
-        mode, module = gpu_interpreter.InterpretGPUParams(detect_races=True), gpu_callbacks
-    elif implementation == "tpu":
-        mode, module = pltpu.InterpretParams(detect_races=True) if races else True, tpu_callbacks
-    else:
+    if implementation not in ("tpu", "gpu"):
         yield
         return
-    with pltpu.force_tpu_interpret_mode(mode):  # its name says TPU; it holds for both
+    kind = pltpu.InterpretParams if implementation == "tpu" else gpu_interpreter.InterpretGPUParams
+    # its name says TPU; it holds for both
+    with pltpu.force_tpu_interpret_mode(kind(detect_races=True) if races else True):
         yield
-    found = getattr(module, "races", None) if implementation == "tpu" else module.get_races()
-    assert mode is True or (found is not None and not found.races_found), "a race was found"
+    if races:
+        gpu = implementation == "gpu"
+        found = gpu_callbacks.get_races() if gpu else getattr(tpu_callbacks, "races", None)
+        assert found is not None and not found.races_found, "a race was found"
 
 
 def topology_mesh(generation: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:
@@ -66,6 +69,22 @@ def lower_for_gpu(function, *arguments) -> str:
     with h100():
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
     return lowered.as_text()
+
+
+def triton_kernels(text: str) -> list[str]:
+    """Names of the kernels in a lowered program that Triton will compile, in order."""
+    return re.findall(r'@__gpu\$xla\.gpu\.triton.*? name = "(\w+)"', text)
+
+
+@pytest.fixture
+def gpu():
+    """An NVIDIA GPU; the test is skipped where there is none."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("no NVIDIA GPU")
+    with jax.default_device(device):
+        yield device
 
 
 def h100():

@@ -14,7 +14,14 @@ from pallas_kernels.flash_attention import attention_weights, flash_attention
 from pallas_kernels.flash_attention.reference import mix
 from tests.layers.test_attention import CASES as SMALL
 from tests.layers.test_attention import inputs, reference
-from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
+from tests.pallas_kernels.conftest import (
+    TPUS,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 SLOPES = np.array([0.5, 0.25, 0.1, 0.0], np.float32)
 
@@ -131,7 +138,10 @@ INTERPRETED = ("primes, 8:1 heads", "window both ways", "packed, everything", "n
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [*((case, "xla") for case in CASES), *((case, "tpu") for case in INTERPRETED)],
+    [
+        *((case, "xla") for case in CASES),
+        *((case, kernel) for kernel in ("tpu", "gpu") for case in INTERPRETED),
+    ],
 )
 def test_value_and_gradients(case, implementation):
     blocks = dict(query=128, key=128) if implementation == "tpu" else dict(query=64, key=32)
@@ -147,22 +157,28 @@ def test_the_tpu_kernels_race_with_no_copy():
     assert_close(got, exact("window"), 2e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-def test_bfloat16(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("xla", "bfloat16"), ("tpu", "bfloat16"), ("gpu", "bfloat16"), ("gpu", "float16")],
+)
+def test_short_floats(implementation, dtype):
     operands, options = arrays("causal")
     with interpreted(implementation):
         got = value_and_gradients(
-            [jnp.asarray(a, jnp.bfloat16) for a in operands], options, implementation
+            [jnp.asarray(a, dtype) for a in operands], options, implementation
         )
     (y, lse), (gradients, _) = got
-    assert y.dtype == gradients[0].dtype == jnp.bfloat16 and lse.dtype == np.float32
-    assert_close(got, exact("causal"), 6e-2)
+    assert y.dtype == gradients[0].dtype == dtype and lse.dtype == np.float32
+    assert_close(got, exact("causal"), 6e-2 if dtype == "bfloat16" else 1e-2)
 
 
-def test_extreme_logits():
+@pytest.mark.parametrize("implementation", ["xla", "gpu"])
+def test_extreme_logits(implementation):
     """Scores of ±1e4 and beyond: float32 has them to 1e-3, so that is what weights are good for."""
     size = 100.0
-    got = value_and_gradients(*arrays("causal", size=size), "xla", dict(query=128, key=128))
+    operands, options = arrays("causal", size=size)
+    with interpreted(implementation):
+        got = value_and_gradients(operands, options, implementation, dict(query=128, key=128))
     want = exact("causal", size)
     assert np.abs(want[0][1]).max() > 1e4
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
@@ -232,7 +248,6 @@ def test_refuses():
         (dict(q_positions_bt=np.zeros((2, 8))), "q_positions.dtype='float.*': must be an integer"),
         (dict(k_segments_bs=np.zeros((2, 9), int)), "segments='one of two'"),
         (dict(implementation="tpus"), r"implementation='tpus': must be .*did you mean 'tpu'"),
-        (dict(implementation="gpu"), "implementation='gpu': flash_attention cannot serve it"),
         (dict(implementation="xla", blocks=dict(rows=3)), "blocks.rows=3: no such size"),
         (dict(implementation="xla", blocks=dict(key=0)), "blocks.key=0: must be > 0"),
     ):
@@ -245,8 +260,13 @@ def test_refuses():
     with pytest.raises(ValueError, match="implementation='tpu': .* dtype float16: the matrix"):
         flash_attention(half, half, half, implementation="tpu")
     wide = jnp.zeros((1, 8, 1, 512))
-    with pytest.raises(ValueError, match="implementation='tpu': .* 512 channels a head"):
-        flash_attention(wide, wide, wide, implementation="tpu")
+    for kernel in ("tpu", "gpu"):
+        with pytest.raises(ValueError, match=f"implementation='{kernel}': .* 512 channels a head"):
+            flash_attention(wide, wide, wide, implementation=kernel)
+    with jax.enable_x64(True):
+        double = jnp.zeros((1, 8, 1, 16), jnp.float64)
+        with pytest.raises(ValueError, match="implementation='gpu': .* dtype float64"):
+            flash_attention(double, double, double, implementation="gpu")
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         jax.jit(functools.partial(flash_attention, implementation="tpu"))(q, q, q)
 
@@ -276,6 +296,50 @@ FEATURES = {
              sinks_h=np.ones(8, np.float32)),
     ),
 }  # fmt: skip
+
+
+KERNELS = ["flash_attention", "flash_attention_dq", "flash_attention_dkv"]
+
+
+@pytest.mark.parametrize("case", ["float32 64", "bfloat16 80"])
+def test_lowers_for_a_gpu(case):
+    """Chosen by the platform it is lowered for, forward and backward.
+
+    Keys come with heads of their own: they are not repeated for those that share them.
+    """
+    dtype, c, options = FEATURES[case]
+    text = lower_for_gpu(functools.partial(gradients, **options), *shapes(dtype, c))
+    assert triton_kernels(text) == KERNELS
+    keys = "x2x64xf32>" if c == 64 else "x2x128xbf16>"
+    assert all(keys in line for line in text.splitlines() if "gpu.triton" in line)
+
+
+def test_what_no_kernel_can_serve_takes_another_way_on_a_gpu():
+    text = lower_for_gpu(flash_attention, *shapes(jnp.float32, 512))
+    assert not triton_kernels(text) and "stablehlo.while" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, gpu):
+    got = value_and_gradients(*arrays(case), "gpu")
+    assert_close(got, exact(case), 2e-5)
+    assert not np.any(got[0][0]) or "nothing" not in case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FEATURES)
+def test_features_on_a_gpu(case, gpu):
+    dtype, c, options = FEATURES[case]
+    rng = np.random.default_rng(0)
+    b, t, h = 2, 2000, 8
+    operands = [rng.normal(size=(b, t, heads, c)) for heads in (h, 2, 2, h)]
+    operands = [np.asarray(jnp.asarray(a, dtype).astype(jnp.float32)) for a in operands]
+    want = value_and_gradients(operands, options, "reference")
+    got = value_and_gradients([jnp.asarray(a, dtype) for a in operands], options, "gpu")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        error = np.abs(a.astype(np.float64) - b).max() / np.abs(b).max()
+        assert error < (2e-5 if dtype == jnp.float32 else 2e-2), error
 
 
 @pytest.mark.tpu_compile

@@ -1,0 +1,273 @@
+"""Flash attention on an NVIDIA GPU: Pallas kernels for its tensor cores, compiled by Triton.
+
+A program of the forward grid ``(queries, h, b)`` holds one block of queries with its running
+maximum, sum and values in registers, and loops over the blocks of keys. Which it meets is known
+before the kernel runs (`ranges.Visit`, an array of four numbers a block): first those that it sees
+entirely, in a loop without a mask, then those around them. Neither loop has a branch in it, so that
+Triton can bring the next block while one is multiplied; a block in between that is not seen at all
+is masked like others.
+
+Lengths are padded to whole blocks and channels to a power of 2, of at least 16, as tensor cores and
+Triton want them. Float32 is multiplied as such: see `tf32`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.flash_attention.ranges import (
+    Extremes,
+    Visit,
+    all_see,
+    extremes,
+    may_see,
+)
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, visible
+from pallas_kernels.tf32 import LAST, PLAIN, dot
+
+# the least side of a tensor core's product
+LEAST = 16
+
+
+def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks):
+    """Why the kernels cannot serve this call, or None."""
+    del k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"dtype {q.dtype}: it takes bfloat16, float16 and float32"
+    if q.shape[-1] > 256:
+        return f"{q.shape[-1]} channels a head: at most 256 fit in registers"
+    return None
+
+
+def scores(spec: Spec, q, k, q_at, k_at, q_in, k_in, slope, masked: bool):
+    """``[queries, keys]`` scores, and which are seen (None: all)."""
+    q_at, k_at = q_at[:, None], k_at[None, :]
+    found = biased(spec, dot(q, k, LAST), q_at - k_at, slope)
+    if not masked:
+        return found, None
+    if spec.packed:
+        q_in, k_in = q_in[:, None], k_in[None, :]
+    return found, visible(spec, q_at, k_at, q_in, k_in)
+
+
+def visits(row, meet, carry):
+    """``meet(masked)(block, carry)`` for the blocks of a `Visit` that ``row[…]`` holds."""
+    visit = Visit(*(row[i] for i in range(4)))
+    return visit.loop(meet(True), meet(False), carry)
+
+
+def _forward_kernel(spec: Spec, key: int, has, *refs):
+    visit, slopes, sinks, q_ref, k_ref, v_ref, q_at, k_at, q_in, k_in, y_ref, lse_ref = refs
+    h = pl.program_id(1)
+    q, at, inside = q_ref[...], q_at[...], q_in[...]
+    slope = slopes[h] if has[0] else None
+
+    def meet(masked):
+        def block(j, carry):
+            top, total, y = carry
+            here = pl.ds(j * key, key)
+            s, seen = scores(
+                spec, q, k_ref[here, :], at, k_at[here], inside, k_in[here], slope, masked
+            )
+            if seen is not None:
+                s = jnp.where(seen, s, MASKED)
+            new_top = jnp.maximum(top, s.max(1))
+            weights = jnp.exp(s - new_top[:, None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(1)
+            more = dot(weights.astype(v_ref.dtype), v_ref[here, :], PLAIN)
+            return new_top, total, y * shrink[:, None] + more
+
+        return block
+
+    rows = q.shape[0]
+    start = (
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    top, total, y = visits(visit, meet, start)
+    # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
+    some = top > MASKED / 2
+    keep = jnp.where(some, 1.0, 0.0)
+    if has[1]:
+        new_top = jnp.maximum(top, sinks[h])
+        keep *= jnp.exp(top - new_top)
+        total = total * keep + jnp.exp(sinks[h] - new_top)
+        top = new_top
+    else:
+        total = jnp.where(some, total, 1.0)
+    y_ref[...] = (y * (keep / total)[:, None]).astype(y_ref.dtype)
+    lse_ref[...] = top + jnp.log(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call, padded to whole blocks: ``query`` and ``key`` are their lengths."""
+
+    spec: Spec
+    query: int
+    key: int
+    q_bthc: jax.Array
+    k_bskc: jax.Array
+    v_bskc: jax.Array
+    places: tuple[jax.Array, ...]
+    slopes: jax.Array | None
+    sinks: jax.Array | None
+
+    @classmethod
+    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, q_at, k_at, q_in, k_in, slopes, sinks):
+        query, key = (_block(sizes[side], a) for side, a in (("query", q_bthc), ("key", k_bskc)))
+        return cls(
+            spec,
+            query,
+            key,
+            whole(q_bthc, query),
+            whole(k_bskc, key),
+            whole(v_bskc, key),
+            (
+                pad(q_at, 1, query, -1),
+                pad(k_at, 1, key, -1),
+                pad(q_in, 1, query),
+                pad(k_in, 1, key),
+            ),
+            slopes,
+            sinks,
+        )
+
+    @property
+    def group(self) -> int:
+        return self.q_bthc.shape[2] // self.k_bskc.shape[2]
+
+    def visits(self, by: str) -> jax.Array:
+        """The other side's blocks that each block of ``by`` visits: ``[b, blocks, 4]``."""
+        q_at, k_at, q_in, k_in = self.places
+        q, k = extremes(q_at, q_in, self.query), extremes(k_at, k_in, self.key)
+
+        def of_row(q, k):
+            q, k = Extremes(*(a[:, None] for a in q)), Extremes(*(a[None] for a in k))
+            see, clear = may_see(self.spec, q, k), all_see(self.spec, q, k)
+            if by == "key":
+                see, clear = see.T, clear.T
+            return jnp.stack(jax.vmap(Visit.of)(see, clear), -1)
+
+        return jax.vmap(of_row)(q, k).astype(jnp.int32)
+
+    def run(self, kernel, name, by, grid, row_of, arrays, out_shape, out):
+        """One kernel over ``grid``, each program of which has a block of ``by``'s side.
+
+        ``row_of`` maps a program's ids to ``(row of the batch, head of ``by``, its block)``.
+        ``arrays``: pairs of a side, ``"q"`` or ``"k"``, and an array of vectors ``[b, length,
+        heads, c]`` or of numbers ``[b, heads, length]``; ``out``: sides of the results. The block's
+        own side comes in blocks, the other whole: the queries of all heads of a group, the keys of
+        their head.
+        """
+        size = {"q": self.query, "k": self.key}
+        mine = by[0]
+
+        def spec(side, array):
+            numbers = array.ndim == 3
+            heads, c = (array.shape[1], None) if numbers else array.shape[2:]
+            length = array.shape[2 if numbers else 1]
+
+            def index(*ids):
+                row, head, n = row_of(*ids)
+                if side != mine:
+                    head, n = (jax.lax.div(head, self.group) if mine == "q" else head), 0
+                return (row, head, n) if numbers else (row, n, head, 0)
+
+            lines = size[side] if side == mine else length
+            group = None if side == mine or side == "k" else heads // self.k_bskc.shape[2]
+            return pl.BlockSpec((None, group, lines) if numbers else (None, lines, group, c), index)
+
+        def place(side, array):
+            def index(*ids):
+                row, _, n = row_of(*ids)
+                return (row, n if side == mine else 0)
+
+            return pl.BlockSpec((None, size[side] if side == mine else array.shape[1]), index)
+
+        def visit(*ids):
+            row, _, n = row_of(*ids)
+            return (row, n, 0)
+
+        by_head = [
+            jnp.zeros((1,), jnp.float32) if a is None else a.astype(jnp.float32)
+            for a in (self.slopes, self.sinks)
+        ]
+        has = (self.slopes is not None, self.sinks is not None)
+        return pl.pallas_call(
+            named(kernel, name, self.spec, size["k" if mine == "q" else "q"], has),
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((None, None, 4), visit),
+                *(pl.BlockSpec(a.shape, lambda *ids: (0,)) for a in by_head),
+                *(spec(side, a) for side, a in arrays),
+                *(place(side, a) for side, a in zip("qkqk", self.places, strict=True)),
+            ],
+            out_specs=[spec(side, a) for side, a in zip(out, out_shape, strict=True)],
+            out_shape=out_shape,
+            compiler_params=triton.CompilerParams(
+                num_warps=4 if max(self.query, self.key) <= 64 else 8, num_stages=2
+            ),
+            name=name,
+        )(self.visits(by), *by_head, *(a for _, a in arrays), *self.places)
+
+
+def named(kernel, name, *arguments):
+    """``kernel`` of its static ``arguments``, under the name that a profile will show."""
+
+    def run(*refs):
+        return kernel(*arguments, *refs)
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+def _block(size: int, a_blhc: jax.Array) -> int:
+    """A power of 2: ``size`` lines of up to 256 bytes, fewer wider ones, or all if there are fewer.
+
+    Float32 is twice as wide: its products take two operands for each (`tf32`).
+    """
+    _, length, _, c = a_blhc.shape
+    width = pl.next_power_of_2(c) * a_blhc.dtype.itemsize
+    width *= 2 if a_blhc.dtype == jnp.float32 else 1
+    lines = pl.next_power_of_2(size) * 256 // max(width, 256)
+    return max(min(lines, pl.next_power_of_2(length)), LEAST)
+
+
+def pad(a: jax.Array, axis: int, block: int, value: float = 0) -> jax.Array:
+    """``axis`` lengthened to a multiple of ``block``."""
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, -a.shape[axis] % block)
+    return jnp.pad(a, widths, constant_values=value) if widths[axis][1] else a
+
+
+def whole(a_blhc, block: int):
+    """Vectors padded to whole blocks, their channels to a power of 2."""
+    return pad(pad(a_blhc, 1, block), 3, max(pl.next_power_of_2(a_blhc.shape[3]), LEAST))
+
+
+def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
+    """``y_bthc, lse_bht``; ``arrays`` as in `reference.attention`."""
+    call = Call.of(spec, sizes, *arrays)
+    b, t, h, _ = call.q_bthc.shape
+    y_bthc, lse_bht = call.run(
+        _forward_kernel,
+        "flash_attention",
+        "query",
+        (t // call.query, h, b),
+        lambda i, h, b: (b, h, i),
+        (("q", call.q_bthc), ("k", call.k_bskc), ("k", call.v_bskc)),
+        [
+            jax.ShapeDtypeStruct(call.q_bthc.shape, call.q_bthc.dtype),
+            jax.ShapeDtypeStruct((b, h, t), jnp.float32),
+        ],
+        "qq",
+    )
+    _, t, _, c = arrays[0].shape
+    return y_bthc[:, :t, :, :c], lse_bht[..., :t]

@@ -1,0 +1,128 @@
+"""The backward pass of `gpu`: a kernel for dQ, and one for dK and dV.
+
+A program of the first has a block of queries and loops over keys; one of the second has a block of
+keys and loops over the queries of all the heads that share it. Both make the block's weights anew
+from the log-sum-exp.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.flash_attention.gpu import Call, pad, scores, visits, whole
+from pallas_kernels.flash_attention.spec import Spec, biased_gradient
+from pallas_kernels.tf32 import FIRST, LAST, PLAIN, dot
+
+
+def _gradients(spec, q, k, v, dy, lse, delta, places, slope, masked):
+    """Weights and the gradient of scores, ``[queries, keys]`` both."""
+    q_at, k_at, q_in, k_in = places
+    s, seen = scores(spec, q, k, q_at, k_at, q_in, k_in, slope, masked)
+    # ≤ 0 but for the rounding of scores made twice, which must not overflow
+    weights = jnp.exp(jnp.minimum(s - lse[:, None], 0.0))
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    d_scores = weights * (dot(dy, v, LAST) - delta[:, None])
+    return weights, biased_gradient(spec, s, d_scores)
+
+
+def _dq_kernel(spec: Spec, key: int, has, *refs):
+    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places, dq_ref = refs
+    q_at, k_at, q_in, k_in = places
+    slope = slopes[pl.program_id(1)] if has[0] else None
+    q, dy, lse, delta = q_ref[...], dy_ref[...], lse_ref[...], delta_ref[...]
+    at, inside = q_at[...], q_in[...]
+
+    def meet(masked):
+        def block(j, dq):
+            here = pl.ds(j * key, key)
+            k = k_ref[here, :]
+            between = (at, k_at[here], inside, k_in[here])
+            _, d_scores = _gradients(
+                spec, q, k, v_ref[here, :], dy, lse, delta, between, slope, masked
+            )
+            return dq + dot(d_scores.astype(k.dtype), k, PLAIN)
+
+        return block
+
+    dq_ref[...] = visits(visit, meet, jnp.zeros(q.shape, jnp.float32)).astype(dq_ref.dtype)
+
+
+def _dkv_kernel(spec: Spec, query: int, has, *refs):
+    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places = refs
+    *places, dk_ref, dv_ref = places
+    q_at, k_at, q_in, k_in = places
+    k, v, at, inside = k_ref[...], v_ref[...], k_at[...], k_in[...]
+    group = q_ref.shape[1]
+    first = pl.program_id(1) * group
+
+    def of_head(g, carry):
+        slope = slopes[first + g] if has[0] else None
+
+        def meet(masked):
+            def block(i, carry):
+                dk, dv = carry
+                here = pl.ds(i * query, query)
+                q, dy = q_ref[here, g, :], dy_ref[here, g, :]
+                weights, d_scores = _gradients(
+                    spec, q, k, v, dy, lse_ref[g, here], delta_ref[g, here],
+                    (q_at[here], at, q_in[here], inside), slope, masked,
+                )  # fmt: skip
+                dv += dot(weights.astype(dy.dtype), dy, FIRST)
+                dk += dot(d_scores.astype(q.dtype), q, FIRST)
+                return dk, dv
+
+            return block
+
+        return visits(visit, meet, carry)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
+    dk_ref[...] = dk.astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
+    """``dq_bthc, dk_bskc, dv_bskc``; ``arrays`` as in `xla.backward`."""
+    *inputs, lse_bht, delta_bht, dy_bthc = arrays
+    call = Call.of(spec, sizes, *inputs)
+    b, t, h, _ = call.q_bthc.shape
+    s, k = call.k_bskc.shape[1:3]
+    blocks = (
+        ("q", call.q_bthc),
+        ("k", call.k_bskc),
+        ("k", call.v_bskc),
+        ("q", whole(dy_bthc, call.query)),
+        ("q", pad(lse_bht, 2, call.query)),
+        ("q", pad(delta_bht, 2, call.query)),
+    )
+
+    def same(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+    (dq,) = call.run(
+        _dq_kernel,
+        "flash_attention_dq",
+        "query",
+        (t // call.query, h, b),
+        lambda i, h, b: (b, h, i),
+        blocks,
+        [same(call.q_bthc)],
+        "q",
+    )
+    dk, dv = call.run(
+        _dkv_kernel,
+        "flash_attention_dkv",
+        "key",
+        (s // call.key, k, b),
+        lambda j, k, b: (b, k, j),
+        blocks,
+        [same(call.k_bskc), same(call.v_bskc)],
+        "kk",
+    )
+    return tuple(
+        a[:, : like.shape[1], :, : like.shape[3]]
+        for a, like in zip((dq, dk, dv), inputs, strict=False)
+    )
