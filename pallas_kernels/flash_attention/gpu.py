@@ -8,7 +8,7 @@ Triton can bring the next block while one is multiplied; a block in between that
 is masked like others.
 
 Lengths are padded to whole blocks and channels to a power of 2, of at least 16, as tensor cores and
-Triton want them. Float32 is multiplied as such: see `tf32`.
+Triton want them. Float32 is multiplied as such: see `triton_kernels`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pallas_kernels.flash_attention.ranges import (
     may_see,
 )
 from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, visible
-from pallas_kernels.tf32 import LAST, PLAIN, dot
+from pallas_kernels.triton_kernels import LAST, PLAIN, dot, named
 
 # the least side of a tensor core's product
 LEAST = 16
@@ -201,7 +201,7 @@ class Call:
         ]
         has = (self.slopes is not None, self.sinks is not None)
         return pl.pallas_call(
-            named(kernel, name, self.spec, size["k" if mine == "q" else "q"], has),
+            named(name, kernel, self.spec, size["k" if mine == "q" else "q"], has),
             grid=grid,
             in_specs=[
                 pl.BlockSpec((None, None, 4), visit),
@@ -218,20 +218,10 @@ class Call:
         )(self.visits(by), *by_head, *(a for _, a in arrays), *self.places)
 
 
-def named(kernel, name, *arguments):
-    """``kernel`` of its static ``arguments``, under the name that a profile will show."""
-
-    def run(*refs):
-        return kernel(*arguments, *refs)
-
-    run.__name__ = run.__qualname__ = name
-    return run
-
-
 def _block(size: int, a_blhc: jax.Array) -> int:
     """A power of 2: ``size`` lines of up to 256 bytes, fewer wider ones, or all if there are fewer.
 
-    Float32 is twice as wide: its products take two operands for each (`tf32`).
+    Float32 is twice as wide: its products take two operands for each (`triton_kernels`).
     """
     _, length, _, c = a_blhc.shape
     width = pl.next_power_of_2(c) * a_blhc.dtype.itemsize

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.flash_attention.gpu import Call, pad, scores, visits, whole
 from pallas_kernels.flash_attention.spec import Spec, biased_gradient
-from pallas_kernels.tf32 import FIRST, LAST, PLAIN, dot
+from pallas_kernels.triton_kernels import FIRST, LAST, PLAIN, dot
 
 
 def _gradients(spec, q, k, v, dy, lse, delta, places, slope, masked):

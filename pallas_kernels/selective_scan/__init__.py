@@ -21,14 +21,16 @@ Implementations, and what each keeps in fast memory:
 - ``xla``: a token at a time, channels along the vector; the states of one chunk in the backward
   pass. See `xla`.
 - ``tpu``: the state of up to 1,024 channels in VMEM while time passes; it never leaves. See `tpu`.
+- ``gpu``: the state of 32 or 64 channels in a warp's registers while time passes. See `gpu`.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
 Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
 first token of a call always goes on from ``initial_state``.
 
-Limits: ``A`` is real. There is no kernel for GPU. Differentiable once;
-``implementation="reference"`` any number of times.
+Limits: ``A`` is real. On a GPU at most 256 numbers a state; more take ``xla``. Differentiable once;
+``implementation="reference"`` any number of times. The kernels have been compiled for TPUs and for
+an H100 and run interpreted; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -39,13 +41,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
-from pallas_kernels.selective_scan import reference, tpu, xla
+from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 
 OP = "selective_scan"
 
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
     "tpu": {"forward": tpu.forward, "backward": tpu.backward},
+    "gpu": {"forward": gpu.forward, "backward": gpu.backward},
 }
 
 
@@ -78,7 +81,7 @@ def selective_scan(
       delta_bias_d, delta_softplus: ``Δ = softplus(Δ + bias)``.
       segment_ids_bt: integers; the state is emptied where they change.
       initial_state_bdn: default 0.
-      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes that override `pallas_kernels.blocks`: tokens of a ``chunk``, and ``rows`` of
         128 channels that a TPU's program takes.
 
@@ -122,9 +125,8 @@ def selective_scan(
         initial_state_bdn = jnp.zeros((b, d, n), exact)
     arrays = (x, delta, a, b_in, c_out, reset, initial_state_bdn.astype(exact))
 
-    chosen = choose(
-        OP, implementation, {"xla": None, "tpu": tpu.refusal(x), "gpu": "it has no GPU kernel"}
-    )
+    refusals = {"xla": None, "tpu": tpu.refusal(x), "gpu": gpu.refusal(x, n)}
+    chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:
         y, state = reference.scan(*arrays)
     else:

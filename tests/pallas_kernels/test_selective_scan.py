@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from pallas_kernels.exp2 import exp2
 from pallas_kernels.selective_scan import selective_scan
-from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
+from tests.pallas_kernels.conftest import (
+    TPUS,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 
 def inputs(b, t, d, n, step=1.0, seed=0):
@@ -91,12 +98,18 @@ def test_the_reference_is_the_recurrence(case):
     np.testing.assert_allclose(final, want_final, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-def test_equals_float64(implementation, case):
+@pytest.mark.parametrize(
+    ("implementation", "case", "chunk"),
+    [
+        *((name, case, 4) for name in ("xla", "tpu") for case in CASES),
+        *(("gpu", case, 4) for case in ("one token", "forgets", "many channels")),
+        ("gpu", "packed", 7),
+    ],
+)
+def test_equals_float64(implementation, case, chunk):
     arrays, ids, want = exact(case)
     with interpreted(implementation):
-        got = value_and_gradients(implementation, arrays, jnp.float32, ids, chunk=4, rows=2)
+        got = value_and_gradients(implementation, arrays, jnp.float32, ids, chunk=chunk, rows=2)
     assert all(np.isfinite(a).all() for a in got)
     assert_close(got, want, 2e-5)
 
@@ -158,7 +171,7 @@ def test_goes_on_where_it_stopped(implementation):
     np.testing.assert_allclose(state, end, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_bfloat16_is_computed_in_float32(implementation):
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in inputs(1, 9, 4, 2)[:7]]
     want, _ = selective_scan(*(a.astype(jnp.float32) for a in arrays))
@@ -210,7 +223,6 @@ def test_exp2_is_exact_to_the_last_bits():
         (dict(initial_state_bdn=jnp.zeros((1, 4, 3))), "initial_state.shape="),
         (dict(segment_ids_bt=jnp.zeros((1, 3))), "segment_ids.dtype='float32': must be an integer"),
         (dict(blocks={"chunk": 0}), "blocks.chunk=0: must be > 0"),
-        (dict(implementation="gpu"), "implementation='gpu': selective_scan cannot serve it"),
         (dict(x_btd=jnp.zeros((1, 0, 4))), "x.shape=.*no size may be 0"),
     ],
 )  # fmt: skip
@@ -224,11 +236,16 @@ def test_refuses(change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_tpu_kernels_refuse_float64():
+@pytest.mark.parametrize("kernel", ["tpu", "gpu"])
+def test_the_kernels_refuse_what_they_cannot_serve(kernel):
     with jax.enable_x64(True):
         arrays = [jnp.asarray(a) for a in inputs(1, 3, 4, 2)[:5]]
-        with pytest.raises(ValueError, match="implementation='tpu': .* dtype float64"):
-            selective_scan(*arrays, implementation="tpu")
+        with pytest.raises(ValueError, match=f"implementation='{kernel}': .* dtype float64"):
+            selective_scan(*arrays, implementation=kernel)
+    if kernel == "gpu":
+        arrays = [jnp.asarray(a, jnp.float32) for a in inputs(1, 3, 4, 257)[:5]]
+        with pytest.raises(ValueError, match="implementation='gpu': .* a state of 257 numbers"):
+            selective_scan(*arrays, implementation=kernel)
 
 
 def gradients(*arrays, **options):
@@ -242,6 +259,30 @@ def gradients(*arrays, **options):
 def shapes(b, t, d, n):
     sizes = ((b, t, d), (b, t, d), (d, n), (b, t, n), (b, t, n))
     return [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+
+
+def test_lowers_for_a_gpu():
+    """Chosen by the platform it is lowered for, forward and backward, where it can serve."""
+    text = lower_for_gpu(gradients, *shapes(2, 1000, 1536, 16))
+    assert triton_kernels(text) == ["selective_scan", "selective_scan_backward"]
+    assert not triton_kernels(lower_for_gpu(selective_scan, *shapes(1, 77, 100, 300)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, gpu):
+    arrays, ids, want = exact(case)
+    for chunk in (4, 7, 32):
+        got = value_and_gradients("gpu", arrays, jnp.float32, ids, chunk=chunk)
+        assert_close(got, want, 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_at_length_on_a_gpu(n, gpu):
+    arrays, ids = inputs(2, 1001, 300, n), segments(2, 1001, True)
+    want = value_and_gradients("reference", arrays, jnp.float32, ids)
+    assert_close(value_and_gradients("gpu", arrays, jnp.float32, ids), want, 1e-4)
 
 
 @pytest.mark.tpu_compile
