@@ -22,11 +22,14 @@ Implementations, and what each keeps in fast memory:
 - ``tpu``: a tile of y is summed in VMEM over blocks of d; a group's weights stay there over its
   tiles if d is one block. The gradient of the weights is summed in VMEM over the tiles of a group.
   float32 and bfloat16. See `tpu`.
+- ``gpu``: a tile of y, or of the gradient of the weights, is summed in registers. Tiles begin where
+  groups do, so none is shared. float32, bfloat16 and float16. See `gpu`.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
 Limits: the sizes must be non-negative and add up to at most m: they are values, so no check is made
-of them. Differentiable once; ``implementation="reference"`` any number of times.
+of them. Differentiable once; ``implementation="reference"`` any number of times. The kernels have
+been compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -36,16 +39,17 @@ import jax
 
 from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
-from pallas_kernels.grouped_matmul import reference, tpu, xla
+from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 
 OP = "grouped_matmul"
 
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
     "tpu": {"forward": tpu.forward, "backward": tpu.backward},
+    "gpu": {"forward": gpu.forward, "backward": gpu.backward},
 }
 # whose row of `pallas_kernels.blocks` holds
-PLATFORMS = {"xla": "cpu", "tpu": "tpu"}
+PLATFORMS = {"xla": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
 
 def grouped_matmul(
@@ -63,7 +67,7 @@ def grouped_matmul(
         they hold.
       weights_edf: a matrix a group, of x's dtype.
       group_sizes_e: integers, the rows of each group.
-      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes that override `pallas_kernels.blocks`: ``rows`` of a tile for every
         implementation; for a named kernel also ``inner`` (of d, or of f for dx) and ``columns``.
 
@@ -85,7 +89,7 @@ def grouped_matmul(
     refusals = {
         "xla": None,
         "tpu": tpu.refusal(x_md, weights_edf),
-        "gpu": "it has no GPU kernel",
+        "gpu": gpu.refusal(x_md, weights_edf),
     }
     chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
+from tests.pallas_kernels.conftest import (
+    TPUS,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 # m, d, f, group sizes: one row, primes, empty groups, rows of no group, no rows in any, tiles that
 # three groups share, axes of several blocks that they do not fill
@@ -22,7 +29,11 @@ SMALL = [
     (6, 5, 2, [0, 0]),
 ]
 LARGE = [(211, 300, 140, [0, 40, 1, 3, 0, 100, 0]), (96, 140, 300, [32, 64])]
-BLOCKS = {"xla": dict(rows=24), "tpu": dict(rows=32, inner=256, columns=256)}
+BLOCKS = {
+    "xla": dict(rows=24),
+    "tpu": dict(rows=32, inner=256, columns=256),
+    "gpu": dict(rows=32, inner=64, columns=64),
+}
 
 
 def _arrays(m, d, f, sizes, dtype=np.float64):
@@ -76,6 +87,19 @@ def test_tpu_is_the_equation(case):
 
 def test_tpu_in_bfloat16():
     _check("tpu", LARGE[0], "bfloat16", 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "tolerance"),
+    [
+        *((case, "float32", 2e-6) for case in (*SMALL[1:], *LARGE)),
+        (SMALL[0], "bfloat16", 5e-3),
+        (LARGE[0], "float16", 5e-4),
+    ],
+    ids=str,
+)
+def test_gpu_is_the_equation(case, dtype, tolerance):
+    _check("gpu", case, dtype, tolerance)
 
 
 def test_the_tpu_kernels_race_with_no_copy():
@@ -150,10 +174,13 @@ def test_refusals():
         with pytest.raises(ValueError, match=f"^{message}"):
             grouped_matmul(*bad)
     half = (x.astype(jnp.float16), w.astype(jnp.float16), sizes)
+    with jax.enable_x64(True):
+        double = (x.astype(jnp.float64), w.astype(jnp.float64), sizes)
     for arrays, options, message in [
+        (double, dict(implementation="gpu"), "implementation='gpu': .* dtype float64: it takes"),
         (half, dict(implementation="tpu"), "implementation='tpu': .* dtype float16: the matrix"),
         ((x[:0], w, sizes), dict(implementation="tpu"), r".* a size is 0: x_md \(0, 3\)"),
-        ((x, w, sizes), dict(implementation="gpu"), "implementation='gpu': .* it has no GPU"),
+        ((x[:0], w, sizes), dict(implementation="gpu"), r".* a size is 0: x_md \(0, 3\)"),
         ((x, w, sizes), dict(implementation="xla", blocks=dict(inner=64)), "blocks.inner=64: no"),
         ((x, w, sizes), dict(blocks=dict(rows=0)), "blocks.rows=0: must be > 0"),
         ((x, w, sizes), dict(implementation="xl"), "implementation='xl': .* 'xla'"),
@@ -177,6 +204,46 @@ COMPILED = {
     "float32, no axis a whole number of blocks": (jnp.float32, 1003, 1100, 700, 5),
     "less than a tile": (jnp.bfloat16, 7, 80, 72, 3),
 }
+
+
+KERNELS = ["grouped_matmul", "grouped_matmul_dx", "grouped_matmul_dweights"]
+
+
+def test_lowers_for_a_gpu():
+    """Chosen by the platform it is lowered for, forward and backward, where it can serve.
+
+    Rows and weights go in as they are: no copy to make blocks fit.
+    """
+    m, d, f, e = 1003, 1100, 700, 5
+    text = lower_for_gpu(_chosen, *_shapes(jnp.float32, m, d, f, e))
+    assert triton_kernels(text) == KERNELS
+    product, dx, dweights = (line for line in text.splitlines() if "gpu.triton" in line)
+    for line in (product, dx):
+        assert f"tensor<{e}x{d}x{f}xf32>" in line
+    assert f"(tensor<{e + 2}xi32>, tensor<{m}x{d}xf32>, tensor<{m}x{f}xf32>)" in dweights
+    assert not triton_kernels(lower_for_gpu(_chosen, *_shapes(jnp.float32, 0, 8, 8, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 5e-3), ("float16", 5e-4)]
+)
+def test_on_a_gpu(case, dtype, tolerance, gpu):
+    _check("gpu", case, dtype, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", COMPILED)
+def test_at_size_on_a_gpu(case, gpu):
+    """With the blocks of the table, and groups that end anywhere."""
+    dtype, m, d, f, e = COMPILED[case]
+    sizes = np.random.default_rng(0).multinomial(m - 1, np.full(e, 1 / e))
+    x, w, dy, sizes = _arrays(m, d, f, sizes, dtype)
+    want = _run("reference", *(a.astype(jnp.float32) for a in (x, w, dy)), sizes)
+    for got, b in zip(_run("gpu", x, w, dy, sizes), want, strict=True):
+        error = np.abs(np.float64(got) - b).max() / np.abs(b).max()
+        assert error < (1e-5 if dtype == jnp.float32 else 1e-2), error
 
 
 @pytest.mark.tpu_compile
