@@ -20,8 +20,9 @@ Implementations, and what each keeps in fast memory:
 - ``xla``: the same step; the states of one chunk in the backward pass. See `xla`.
 - ``tpu``: the state of up to 1,024 channels (`wkv4`) or of a head (`wkv7`) in VMEM while time
   passes; it never leaves. See `kernels` and `tpu`.
+- ``gpu``: the state of 32 channels (`wkv4`) or of a head (`wkv7`) in registers. See `gpu`.
 
-The last two keep the state at the beginning of each chunk of tokens, and the backward pass makes
+The last three keep the state at the beginning of each chunk of tokens, and the backward pass makes
 the states of one chunk anew: ``t / chunk + chunk`` states, and not ``t``. It goes back by the
 transpose of a step, which JAX derives, so no decay is divided by and no exponent grows. Every
 backward pass is deterministic.
@@ -29,9 +30,10 @@ backward pass is deterministic.
 Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
 first token of a call always goes on from ``initial_state``.
 
-Limits: the TPU kernels go token by token, so that `wkv7` is bound by the latency of the matrix
-unit. There is no kernel for GPU. Differentiable once; ``implementation="reference"`` any number of
-times.
+Limits: the kernels go token by token, so that `wkv7` is bound by latency: of the matrix unit on a
+TPU, of a head's sums on a GPU, whose heads have at most 128 channels (wider ones take ``xla``).
+Differentiable once; ``implementation="reference"`` any number of times. The kernels have been
+compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -43,12 +45,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
-from pallas_kernels.wkv import reference, tpu, xla
+from pallas_kernels.wkv import gpu, reference, tpu, xla
 from pallas_kernels.wkv.reference import EMPTY
 
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
     "tpu": {"forward": tpu.forward, "backward": tpu.backward},
+    "gpu": {"forward": gpu.forward, "backward": gpu.backward},
 }
 
 State4 = tuple[jax.Array, jax.Array, jax.Array]
@@ -74,7 +77,7 @@ def wkv4(
       segment_ids_bt: integers; the state is emptied where they change.
       initial_state: numerator, denominator and greatest exponent, each ``[b, d]``; an empty one is
         ``0, 0, −1e38``.
-      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes that override `pallas_kernels.blocks`: tokens of a ``chunk``, and ``rows`` of
         128 channels that a TPU's program takes.
 
@@ -136,7 +139,7 @@ def wkv7(
         and ``b = κ · rate`` for a key ``κ`` of length 1.
       segment_ids_bt: integers; the state is emptied where they change.
       initial_state_bhcc: values by keys; default 0.
-      implementation: None, ``"reference"``, ``"xla"`` or ``"tpu"`` (`pallas_kernels`).
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: a size of ``chunk`` that overrides `pallas_kernels.blocks`.
 
     Returns:
@@ -179,7 +182,7 @@ def _resets(segment_ids_bt, b, t):
 
 
 def _scan(op, constants, state, tokens, reset_bt, implementation, blocks) -> Any:
-    refusals = {"xla": None, "tpu": tpu.refusal(tokens[0]), "gpu": "it has no GPU kernel"}
+    refusals = {"xla": None, "tpu": tpu.refusal(tokens[0]), "gpu": gpu.refusal(tokens[0])}
     chosen = choose(op, implementation, refusals)
     # one table for all: the states that one pass keeps, any platform's other pass may read
     sizes = tuple(block_sizes("wkv", "cpu", blocks).items())

@@ -23,7 +23,7 @@ def refusal(array) -> str | None:
     return None
 
 
-def _step4(constants, state, token):
+def step4(constants, state, token):
     (decay, u), (k, v) = constants, token
     numerator, denominator, greatest = state
     top = jnp.maximum(greatest, k + u)
@@ -37,7 +37,7 @@ def _step4(constants, state, token):
 class _Channels:
     """`wkv4`'s channels, ``[…, d]``, as ``[…, parts, rows, lanes]``."""
 
-    step = staticmethod(_step4)
+    step = staticmethod(step4)
     empty = (0.0, 0.0, EMPTY)
 
     def __init__(self, rows: int, tokens):

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.wkv import wkv4
-from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
+from tests.pallas_kernels.conftest import (
+    TPUS,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 
 def inputs(b, t, d, scale=1.0, seed=0):
@@ -65,8 +72,13 @@ def assert_close(got, want, case):
         np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        *((name, case) for name in ("xla", "tpu") for case in CASES),
+        *(("gpu", case) for case in ("one token", "extreme", "many channels")),
+    ],
+)
 def test_equals_float64(implementation, case):
     arrays, segments, want = exact(case)
     with interpreted(implementation):
@@ -139,7 +151,6 @@ def test_bfloat16():
         ({"initial_state": (jnp.zeros((1, 4)),)}, "initial_state=1"),
         ({"initial_state": (jnp.zeros((1, 3)),) * 3}, "initial_state.shape="),
         ({"blocks": {"chunk": 0}}, "blocks.chunk=0"),
-        ({"implementation": "gpu"}, "it has no GPU kernel"),
         ({"implementation": "xal"}, "did you mean 'xla'"),
     ],
 )
@@ -149,11 +160,12 @@ def test_refuses(change, message):
         wkv4(**({"w_d": row[0, 0], "u_d": row[0, 0], "k_btd": row, "v_btd": row} | change))
 
 
-def test_the_tpu_kernels_refuse_float64():
+@pytest.mark.parametrize("kernel", ["tpu", "gpu"])
+def test_the_kernels_refuse_float64(kernel):
     with jax.enable_x64(True):
         arrays = [jnp.asarray(x) for x in inputs(1, 3, 4)[:4]]
-        with pytest.raises(ValueError, match="implementation='tpu': .* dtype float64"):
-            wkv4(*arrays, implementation="tpu")
+        with pytest.raises(ValueError, match=f"implementation='{kernel}': .* dtype float64"):
+            wkv4(*arrays, implementation=kernel)
 
 
 def gradients(*arrays, **options):
@@ -166,6 +178,28 @@ def gradients(*arrays, **options):
 
 def shapes(b, t, d):
     return [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((d,), (d,), (b, t, d), (b, t, d))]
+
+
+def test_lowers_for_a_gpu():
+    """Chosen by the platform it is lowered for, forward and backward."""
+    text = lower_for_gpu(gradients, *shapes(2, 1000, 100))
+    assert triton_kernels(text) == ["wkv4", "wkv4_backward"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, gpu):
+    arrays, segments, want = exact(case)
+    assert_close(value_and_gradients("gpu", arrays, jnp.float32, segments), want, case)
+
+
+@pytest.mark.gpu
+def test_at_length_on_a_gpu(gpu):
+    """With the chunks of the table."""
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs(2, 1001, 300)[:4]]
+    want = gradients(*arrays, implementation="reference")
+    for g, w in zip(gradients(*arrays, implementation="gpu"), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4 * np.abs(w).max())
 
 
 @pytest.mark.tpu_compile

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.wkv import wkv7
-from tests.pallas_kernels.conftest import TPUS, compile_for_tpu, interpreted, topology_mesh
+from tests.pallas_kernels.conftest import (
+    TPUS,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 
 def inputs(b, t, h, c, decay=0.0, seed=0):
@@ -53,8 +60,13 @@ def exact(case):
         return arrays, segments, value_and_gradients("reference", arrays, jnp.float64, segments)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        *((name, case) for name in ("xla", "tpu") for case in CASES),
+        *(("gpu", case) for case in ("one token", "forgets", "remembers")),
+    ],
+)
 def test_equals_float64(implementation, case):
     arrays, segments, want = exact(case)
     with interpreted(implementation):
@@ -138,13 +150,23 @@ def test_bfloat16():
         ({"segment_ids_bt": jnp.zeros((1, 2), int)}, "segment_ids.shape="),
         ({"initial_state_bhcc": jnp.zeros((1, 2, 4, 3))}, "initial_state.shape="),
         ({"blocks": {"size": 1}}, "blocks.size=1"),
-        ({"implementation": "gpu"}, "it has no GPU kernel"),
     ],
 )
 def test_refuses(change, message):
     row = jnp.zeros((1, 3, 2, 4))
     with pytest.raises(ValueError, match=message):
         wkv7(**({f"{name}_bthc": row for name in "rwkvab"} | change))
+
+
+@pytest.mark.parametrize("kernel", ["tpu", "gpu"])
+def test_the_kernels_refuse_what_they_cannot_serve(kernel):
+    with jax.enable_x64(True):
+        arrays = [jnp.zeros((1, 3, 2, 4), jnp.float64)] * 6
+        with pytest.raises(ValueError, match=f"implementation='{kernel}': .* dtype float64"):
+            wkv7(*arrays, implementation=kernel)
+    if kernel == "gpu":
+        with pytest.raises(ValueError, match="implementation='gpu': .* 129 channels a head"):
+            wkv7(*[jnp.zeros((1, 3, 2, 129))] * 6, implementation=kernel)
 
 
 def gradients(*arrays, **options):
@@ -157,6 +179,32 @@ def gradients(*arrays, **options):
 
 def shapes(*size):
     return [jax.ShapeDtypeStruct(size, jnp.float32)] * 6
+
+
+def test_lowers_for_a_gpu():
+    """Chosen by the platform it is lowered for, forward and backward, where it can serve."""
+    text = lower_for_gpu(gradients, *shapes(2, 1000, 3, 64))
+    assert triton_kernels(text) == ["wkv7", "wkv7_backward"]
+    assert not triton_kernels(lower_for_gpu(wkv7, *shapes(1, 77, 2, 200)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, gpu):
+    arrays, segments, want = exact(case)
+    got = value_and_gradients("gpu", arrays, jnp.float32, segments)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", [64, 128])
+def test_at_length_on_a_gpu(c, gpu):
+    """With the chunks of the table."""
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs(2, 301, 3, c)[:6]]
+    want = gradients(*arrays, implementation="reference")
+    for g, w in zip(gradients(*arrays, implementation="gpu"), want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-3 * np.abs(w).max())
 
 
 @pytest.mark.tpu_compile
