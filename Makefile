@@ -1,6 +1,8 @@
 # make demo   set up and run one ablation on this machine, to its verdicts
 # make test   set up and pass the tests
 # make check  lint and types
+# make test-gpu          the kernels on this machine's NVIDIA GPU
+# make test-gpu-compile  compile them for an H100; no GPU is needed
 # Another interpreter or place: make test PYTHON=python3.12 VENV=.venv312
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/ablate run architecture/gqa --scale=cpu --workdir=runs/demo
@@ -20,6 +22,12 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
+
+test-gpu: $(VENV)/.cuda
+	JAX_PLATFORMS=cuda,cpu $(VENV)/bin/python -m pytest -m gpu
+
+test-gpu-compile: $(VENV)/.gpu-compile
+	$(VENV)/bin/python -m pytest -m gpu_compile
 
 check: $(VENV)/.check
 	$(VENV)/bin/ruff check .
@@ -36,6 +44,14 @@ $(VENV)/.core: setup.cfg | $(VENV)/bin/python
 $(VENV)/.test: $(VENV)/.core
 	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.test
+	$(VENV)/bin/python -m pip install --quiet --editable ".[cuda]"
+	touch $@
+
+$(VENV)/.gpu-compile: $(VENV)/.test
+	$(VENV)/bin/python -m pip install --quiet --editable ".[gpu-compile]"
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test

@@ -151,7 +151,14 @@ OPS: dict[str, Op] = {
         },
     ),
     "grouped_matmul": Op(
-        "grouped_matmul", _grouped, _grouped_flops, _platforms(_GROUPED_CPU, _GROUPED_CHIP), 3.0
+        "grouped_matmul",
+        _grouped,
+        _grouped_flops,
+        _platforms(_GROUPED_CPU, _GROUPED_CHIP),
+        3.0,
+        tuning={
+            "gpu": Tuning("e8", {"rows": (64, 128), "inner": (32, 64), "columns": (128, 256)}),
+        },
     ),
     "selective_scan": Op(
         "selective_scan",

@@ -71,6 +71,42 @@ def lower_for_gpu(function, *arguments) -> str:
     return lowered.as_text()
 
 
+# An H100 (SXM) as XLA's GpuTargetConfigProto describes one.
+H100 = """
+platform_name: "CUDA"
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  device_memory_size: 85899345920 memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98
+}
+"""
+
+
+def compile_for_gpu(function, *arguments):
+    """Compile ``function`` by the real compiler for an H100; none is attached.
+
+    It goes as far as machine code: Triton, LLVM and the shared memory that a kernel may use. The
+    test is skipped where the CUDA plugin is not installed (``pip install -e ".[gpu-compile]"``).
+    """
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    found = topologies.get_topology_desc(
+        topology_name="", platform="cuda", target_config=H100, topology="1x1x1"
+    )
+    sharding = NamedSharding(Mesh(np.array(found.devices), ("data",)), PartitionSpec())
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
+    with h100():
+        lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
+    return lowered.compile()
+
+
 def triton_kernels(text: str) -> list[str]:
     """Names of the kernels in a lowered program that Triton will compile, in order."""
     return re.findall(r'@__gpu\$xla\.gpu\.triton.*? name = "(\w+)"', text)

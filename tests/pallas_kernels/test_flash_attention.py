@@ -16,6 +16,7 @@ from tests.layers.test_attention import CASES as SMALL
 from tests.layers.test_attention import inputs, reference
 from tests.pallas_kernels.conftest import (
     TPUS,
+    compile_for_gpu,
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
@@ -317,6 +318,21 @@ def test_lowers_for_a_gpu(case):
 def test_what_no_kernel_can_serve_takes_another_way_on_a_gpu():
     text = lower_for_gpu(flash_attention, *shapes(jnp.float32, 512))
     assert not triton_kernels(text) and "stablehlo.while" in text
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("case", FEATURES)
+def test_compiles_for_a_gpu(case):
+    dtype, c, options = FEATURES[case]
+    text = compile_for_gpu(functools.partial(gradients, **options), *shapes(dtype, c)).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+@pytest.mark.gpu_compile
+def test_a_block_that_does_not_fit_a_gpu_fails():
+    run = functools.partial(gradients, blocks=dict(query=512, key=512))
+    with pytest.raises(Exception, match="(?i)shared memory"):
+        compile_for_gpu(run, *shapes(jnp.bfloat16, 128))
 
 
 @pytest.mark.gpu

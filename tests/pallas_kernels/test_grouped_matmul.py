@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.grouped_matmul import grouped_matmul
 from tests.pallas_kernels.conftest import (
     TPUS,
+    compile_for_gpu,
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
@@ -222,6 +223,22 @@ def test_lowers_for_a_gpu():
         assert f"tensor<{e}x{d}x{f}xf32>" in line
     assert f"(tensor<{e + 2}xi32>, tensor<{m}x{d}xf32>, tensor<{m}x{f}xf32>)" in dweights
     assert not triton_kernels(lower_for_gpu(_chosen, *_shapes(jnp.float32, 0, 8, 8, 2)))
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_for_a_gpu(case):
+    text = compile_for_gpu(_chosen, *_shapes(*COMPILED[case])).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+@pytest.mark.gpu_compile
+def test_a_block_that_does_not_fit_a_gpu_fails():
+    blocks = dict(rows=256, inner=256, columns=256)
+    run = functools.partial(grouped_matmul, implementation="gpu", blocks=blocks)
+    x, w, _, sizes = _shapes(jnp.bfloat16, 512, 1024, 1024, 2)
+    with pytest.raises(Exception, match="(?i)shared memory"):
+        compile_for_gpu(run, x, w, sizes)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from pallas_kernels.exp2 import exp2
 from pallas_kernels.selective_scan import selective_scan
 from tests.pallas_kernels.conftest import (
     TPUS,
+    compile_for_gpu,
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
@@ -266,6 +267,13 @@ def test_lowers_for_a_gpu():
     text = lower_for_gpu(gradients, *shapes(2, 1000, 1536, 16))
     assert triton_kernels(text) == ["selective_scan", "selective_scan_backward"]
     assert not triton_kernels(lower_for_gpu(selective_scan, *shapes(1, 77, 100, 300)))
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("n", [16, 256])
+def test_compiles_for_a_gpu(n):
+    text = compile_for_gpu(gradients, *shapes(2, 1000, 100, n)).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels.wkv import wkv4
 from tests.pallas_kernels.conftest import (
     TPUS,
+    compile_for_gpu,
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
@@ -184,6 +185,12 @@ def test_lowers_for_a_gpu():
     """Chosen by the platform it is lowered for, forward and backward."""
     text = lower_for_gpu(gradients, *shapes(2, 1000, 100))
     assert triton_kernels(text) == ["wkv4", "wkv4_backward"]
+
+
+@pytest.mark.gpu_compile
+def test_compiles_for_a_gpu():
+    text = compile_for_gpu(gradients, *shapes(2, 1000, 100)).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
 
 @pytest.mark.gpu

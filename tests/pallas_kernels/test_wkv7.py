@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels.wkv import wkv7
 from tests.pallas_kernels.conftest import (
     TPUS,
+    compile_for_gpu,
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
@@ -186,6 +187,13 @@ def test_lowers_for_a_gpu():
     text = lower_for_gpu(gradients, *shapes(2, 1000, 3, 64))
     assert triton_kernels(text) == ["wkv7", "wkv7_backward"]
     assert not triton_kernels(lower_for_gpu(wkv7, *shapes(1, 77, 2, 200)))
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("c", [64, 128])
+def test_compiles_for_a_gpu(c):
+    text = compile_for_gpu(gradients, *shapes(2, 1000, 3, c)).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
 
 @pytest.mark.gpu
