@@ -7,20 +7,24 @@ _EXAMPLES = """examples:
   ablate import models/Qwen3-0.6B --to runs/qwen3      # `load_model` and `train(init=…)` read it
   ablate export runs/qwen3 --to exported/qwen3         # transformers reads it
   ablate export runs/mine --family=llama --to exported/mine
+  ablate import models/RWKV-x070-World-0.1B.pth --to runs/rwkv7
+  ablate export runs/rwkv7 --to exported/rwkv7.pth   # the rwkv package reads it
 """
 
 
 def add(commands) -> None:
     """The two commands, among argparse's ``commands``."""
     parser = _parser(commands, "import", "a Hugging Face directory as a checkpoint of ours")
-    parser.add_argument("source", metavar="DIR", type=Path, help="config.json and safetensors")
+    what = "config.json and safetensors, or an RWKV-7 .pth file"
+    parser.add_argument("source", metavar="DIR", type=Path, help=what)
     parser.add_argument("--to", metavar="CKPT", type=Path, required=True, help="a new folder")
     parser.add_argument("--param-dtype", help="e.g. float32; default: what config.json says")
     parser.set_defaults(command=_import)
 
     parser = _parser(commands, "export", "a checkpoint of ours as a Hugging Face directory")
     parser.add_argument("source", metavar="CKPT", type=Path, help="imported, or a run's workdir")
-    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+    what = "a new folder, or a new .pth file of an RWKV-7"
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help=what)
     parser.add_argument("--family", help="e.g. llama; default: the one it was imported from")
     parser.set_defaults(command=_export)
 

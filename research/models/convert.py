@@ -1,5 +1,6 @@
 """Hugging Face directories as checkpoints that training and generation read, and back."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from layers.architecture import DTYPES
 from layers.config import check, check_choice
 from research.models.directory import check_new, new_directory
 from research.models.families import FAMILIES, family_of
-from research.models.load import load, read_json
+from research.models.load import load, open_model, read_json
 from research.models.save import copy_companions, save
 from research.training import load_model, save_model
 
@@ -19,13 +20,14 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
     """Write the model in ``source`` to ``to``, which `research.training.load_model` reads.
 
     Args:
-      param_dtype: default: the one config.json names, or float32.
+      source: a Hugging Face directory, or an RWKV-7 ``.pth`` file.
+      param_dtype: default: the one config.json (or the file's embedding) has, or float32.
 
     Raises:
       ConfigError: what `research.models.load` raises; ``to`` is there and not empty.
     """
     check_new(to)
-    hf = read_json(source / "config.json")
+    hf, _ = open_model(source)
     said = hf.get("dtype") or hf.get("torch_dtype")
     if param_dtype is None:
         param_dtype = said if said in DTYPES else "float32"
@@ -34,12 +36,18 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
     with new_directory(to) as fresh:
         save_model(model, fresh)
         (fresh / ORIGIN).mkdir()
-        shutil.copyfile(source / "config.json", fresh / ORIGIN / "config.json")
-        copy_companions(source, fresh / ORIGIN)
+        if source.is_dir():
+            shutil.copyfile(source / "config.json", fresh / ORIGIN / "config.json")
+            copy_companions(source, fresh / ORIGIN)
+        else:
+            (fresh / ORIGIN / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:
     """Write the model in the workdir ``source`` to ``to``, which transformers loads.
+
+    RWKV-7 is in no transformers: of it ``to`` may be a ``.pth`` file, which the `rwkv` package
+    loads, or else is a directory that `research.models.load` reads.
 
     Args:
       family: default: that of the directory ``source`` was imported from.

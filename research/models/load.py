@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a `Decoder`, one tensor on the host at a time."""
+"""A Hugging Face directory (or an RWKV-7 file) as a `Decoder`, one tensor on the host at a time."""
 
 import dataclasses
 import functools
@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig, flat
 from research.models.families import Family, decoder_config, family_of
+from research.models.pth import SUFFIX, PthReader
 from research.models.table import Target, forth, targets
 from research.parallel import make_mesh, shardings, use_mesh
 
 
-def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
-    """The model in ``directory``: config.json, and one or many safetensors files.
+def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
+    """The model in ``source``: config.json, and one or many safetensors files; or one .pth file.
 
     Each tensor is read, laid out and put where it rests on ``mesh`` before the next one is read.
 
@@ -36,8 +37,7 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
       ConfigError: a missing file, an unsupported architecture or feature, a tensor that is missing,
         unknown or of a wrong shape; named, in one line.
     """
-    directory = Path(directory)
-    hf = read_json(directory / "config.json")
+    hf, reader = open_model(Path(source))
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
@@ -47,18 +47,26 @@ def load(directory: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -
     wanted = {target.name: target for target in targets(family.rows, config, shapes)}
     with ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
-        reader = stack.enter_context(Reader(directory))
+        stack.enter_context(reader)
         names = {_canonical(name, family): name for name in reader.names}
         _check_names(names, wanted, family, config)
         arrays: dict[str, jax.Array] = {}
         for target in wanted.values():
-            parts = _read(reader, names[target.name], target, config)
+            parts = _read(reader, names.get(target.name), target, config)
             for path in target.paths:
                 part = parts.pop(0).astype(shapes[path].dtype)
                 arrays[path] = _put(arrays.get(path), part, target, shapes[path], placed[path])
                 del part  # the next tensor is read only when this one is gone
             del parts
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in shapes])
+
+
+def open_model(source: Path) -> "tuple[dict[str, Any], Reader | PthReader]":
+    """The config.json of ``source`` and its tensors."""
+    if source.suffix == SUFFIX:
+        reader = PthReader(source)
+        return reader.describe(), reader
+    return read_json(source / "config.json"), Reader(source)
 
 
 class Reader:
@@ -123,7 +131,8 @@ def _check_names(
     names: Mapping[str, str], wanted: Mapping[str, Target], family: Family, config: DecoderConfig
 ) -> None:
     for name in wanted:
-        check(name in names, "tensor", name, "is missing from the checkpoint")
+        there = name in names or name in family.absent
+        check(there, "tensor", name, "is missing from the checkpoint")
     for name in names:
         known = name in wanted or name.endswith(family.ignored)
         # some checkpoints keep a copy of the embedding as a tied head
@@ -139,9 +148,11 @@ def _beyond(name: str, family: Family, num_layers: int) -> bool:
     return number.isdecimal() and int(number) >= num_layers
 
 
-def _read(reader: Reader, name: str, target: Target, config: DecoderConfig) -> list[np.ndarray]:
+def _read(
+    reader: "Reader | PthReader", name: str | None, target: Target, config: DecoderConfig
+) -> list[np.ndarray]:
     """The tensor called ``name`` in our layout: the parts that go to ``target.paths``."""
-    tensor = reader.read(name)
+    tensor = np.zeros(target.shape, np.float32) if name is None else reader.read(name)
     check(
         tensor.shape == target.shape,
         f"tensor {target.name}",

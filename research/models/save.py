@@ -1,4 +1,4 @@
-"""A `Decoder` as a Hugging Face directory that transformers loads."""
+"""A `Decoder` as a Hugging Face directory that transformers loads, or as an RWKV-7 file."""
 
 import dataclasses
 import json
@@ -19,6 +19,7 @@ from research.models.directory import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
 from research.models.load import read_json
+from research.models.pth import SUFFIX, write_pth
 from research.models.table import Target, back, targets
 
 # what a model is used with, beside its weights
@@ -44,7 +45,8 @@ def save(
     """Write ``model`` to ``directory`` as a checkpoint of ``family``, in its parameters' dtype.
 
     Files hold up to ``shard_bytes`` (or one tensor), with an index if there are several. The
-    directory appears whole or not at all.
+    directory appears whole or not at all. A ``directory`` that ends in ``.pth`` is one file of
+    RWKV-7's own kind instead, for which all of the model is held in memory.
 
     Args:
       source: the directory that ``model`` was read from: `COMPANIONS` (its tokenizer, …) are
@@ -62,6 +64,10 @@ def save(
     config, parameters = model.config, flat(model)
     described = _describe(config, chosen, read_json(source / "config.json") if source else {})
     wanted = targets(chosen.rows, config, parameters)
+    if directory.suffix == SUFFIX:
+        check(family == "rwkv7", "family", family, f"only rwkv7 is kept in a {SUFFIX} file")
+        write_pth({t.name: _tensor(t, config, parameters) for t in wanted}, directory)
+        return
     with new_directory(directory) as fresh:
         if source:
             copy_companions(source, fresh)

@@ -71,8 +71,10 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
             "k": attention.kv_heads,
             "c": attention.channels(config.width),
         }
-    # a head's channels differ from map to map
-    return {} if config.latent is None else {"h": config.latent.num_heads}
+    if config.latent is not None:
+        # a head's channels differ from map to map
+        return {"h": config.latent.num_heads}
+    return {"c": config.part("rwkv").head_dim} if "rwkv7" in config.pattern else {}
 
 
 def forth(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:

@@ -20,7 +20,8 @@ class Family:
     configurations; ``prefix`` is part of the rows' names and may be missing in a checkpoint;
     ``ignored`` are endings of tensors that hold no parameters; ``renamed`` gives the rows' name of
     a tensor that some checkpoints call otherwise; ``beyond`` is the beginning of the names, up to
-    the number, of layers after the last, which are left out (DeepSeek's predict further tokens).
+    the number, of layers after the last, which are left out (DeepSeek's predict further tokens);
+    ``absent`` are tensors that nothing looks at and a checkpoint need not have: 0 where it has not.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beyond: str | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def head(self) -> str:

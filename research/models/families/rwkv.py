@@ -1,4 +1,4 @@
-"""RWKV-4, as transformers keeps it."""
+"""RWKV-4, as transformers keeps it, and RWKV-7, under the names of its authors' files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from research.models.families.family import Family, affine, supported
 from research.models.table import Row
 
 
-def _read_rwkv(hf: Mapping[str, Any]) -> DecoderConfig:
+def _read_rwkv4(hf: Mapping[str, Any]) -> DecoderConfig:
     width = hf["hidden_size"]
     # transformers' last norm has this ε whatever the others have
     supported(hf, layer_norm_epsilon=1e-5)
@@ -34,7 +34,7 @@ def _read_rwkv(hf: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _write_rwkv(config: DecoderConfig) -> dict[str, Any]:
+def _write_rwkv4(config: DecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -49,8 +49,38 @@ def _write_rwkv(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _read_rwkv7(hf: Mapping[str, Any]) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=hf["vocab_size"],
+        width=hf["hidden_size"],
+        num_layers=hf["num_hidden_layers"],
+        mlp=MlpConfig(hf["intermediate_size"]),
+        rwkv=RwkvConfig(**{size: hf[size] for size in _SIZES}),
+        pattern=("rwkv7",),
+        feed_forward=("rwkv7",),
+        position="none",
+        norm="layernorm",
+        norm_eps=1e-5,
+        norm_bias=True,
+        embedding_norm=True,
+        tie_embeddings=False,
+    )
+
+
+def _write_rwkv7(config: DecoderConfig) -> dict[str, Any]:
+    rwkv = config.part("rwkv")
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "intermediate_size": config.part("mlp").width,
+        **{size: getattr(rwkv, size) for size in _SIZES},
+    }
+
+
+_SIZES = ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank")
 _BLOCK = "rwkv.blocks.{l}."
-_RWKV_ROWS = (
+_RWKV4_ROWS = (
     Row("rwkv.embeddings.weight", "v d -> v d", ("embedding/table",)),
     Row("head.weight", "v d -> d v", ("head/weight",)),
     *affine("rwkv.blocks.0.pre_ln", "embedding_norm"),
@@ -77,6 +107,53 @@ _RWKV_ROWS = (
     Row(_BLOCK + "feed_forward.value.weight", "d f -> f d", ("mlp/value/weight",)),
 )
 
+_MIX, _FEED = "blocks.{l}.att.", "blocks.{l}.ffn."
+# theirs → ours
+_LOW_RANKS = {"w": "decay", "a": "rate", "v": "residual", "g": "gate"}
+_MIXES = {"r": "receptance", "w": "decay", "k": "key", "v": "value", "a": "rate", "g": "gate"}
+_RWKV7_ROWS = (
+    Row("emb.weight", "v d -> v d", ("embedding/table",)),
+    Row("head.weight", "v d -> d v", ("head/weight",)),
+    *affine("blocks.0.ln0", "embedding_norm"),
+    *affine("ln_out", "final_norm"),
+    *affine("blocks.{l}.ln1", "mixer_norm"),
+    *affine("blocks.{l}.ln2", "mlp_norm"),
+    *(Row(f"{_MIX}x_{name}", "1 1 d -> d", (f"mixer/mixes/{_MIXES[name]}",)) for name in _MIXES),
+    *(
+        row
+        for name, ours in _LOW_RANKS.items()
+        for row in (
+            Row(f"{_MIX}{name}1", "d r -> d r", (f"mixer/{ours}/down/weight",)),
+            Row(f"{_MIX}{name}2", "r (h c) -> r h c", (f"mixer/{ours}/up/weight",)),
+            Row(f"{_MIX}{name}0", "1 1 (h c) -> h c", (f"mixer/{ours}/up/bias",)),
+        )
+    ),
+    Row(_MIX + "k_k", "1 1 (h c) -> h c", ("mixer/key_removal",)),
+    Row(_MIX + "k_a", "1 1 (h c) -> h c", ("mixer/key_rate",)),
+    Row(_MIX + "r_k", "h c -> h c", ("mixer/bonus",)),
+    Row(_MIX + "ln_x.weight", "(h c) -> h c", ("mixer/norm_scale",)),
+    Row(_MIX + "ln_x.bias", "(h c) -> h c", ("mixer/norm_bias",)),
+    *(
+        Row(f"{_MIX}{name}.weight", "(h c) d -> d h c", (f"mixer/{name}/weight",))
+        for name in ("receptance", "key", "value")
+    ),
+    Row(_MIX + "output.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
+    Row(_FEED + "x_k", "1 1 d -> d", ("mlp/mix_key",)),
+    Row(_FEED + "key.weight", "f d -> d f", ("mlp/key/weight",)),
+    Row(_FEED + "value.weight", "d f -> f d", ("mlp/value/weight",)),
+)
+
 RWKVS = (
-    Family("RwkvForCausalLM", "rwkv", _read_rwkv, _write_rwkv, _RWKV_ROWS, "rwkv.", ignored=()),
+    Family("RwkvForCausalLM", "rwkv", _read_rwkv4, _write_rwkv4, _RWKV4_ROWS, "rwkv.", ignored=()),
+    Family(
+        "RWKV_x070",
+        "rwkv7",
+        _read_rwkv7,
+        _write_rwkv7,
+        _RWKV7_ROWS,
+        prefix="",
+        ignored=(),
+        # the first layer has no values to mix with its own
+        absent=tuple(f"blocks.0.att.v{part}" for part in range(3)),
+    ),
 )

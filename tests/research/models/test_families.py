@@ -33,7 +33,8 @@ def logits(model, tokens):
 
 def test_every_family_is_here():
     kinds = {getattr(transformers, f"{kind}Config").model_type for kind, _ in CASES.values()}
-    assert kinds == set(FAMILIES)
+    # of RWKV-7 transformers has nothing: see test_rwkv7.py
+    assert kinds | {"rwkv7"} == set(FAMILIES)
 
 
 def test_logits_are_those_of_transformers(pair):

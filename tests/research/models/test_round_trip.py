@@ -24,7 +24,7 @@ def tiny(draw, family):
     layers = draw(st.integers(1, 3))
     kinds = st.sampled_from(["full_attention", "sliding_attention"])
     bias = draw(st.booleans())
-    own_width = family in ("gpt2", "gpt_neox", "bloom", "mpt")
+    own_width = family in ("gpt2", "gpt_neox", "bloom", "mpt", "rwkv7")
     width = heads * channels if own_width else 6
     listed = family in ("qwen2", "qwen3", "gemma2", "gemma3_text")
     partial = channels == 4 and family != "deepseek_v3"
@@ -60,6 +60,7 @@ def tiny(draw, family):
         conv_kernel=draw(st.integers(1, 3)),
         n_groups=draw(st.sampled_from([1, 3])),
         num_heads=12 // channels,
+        **{f"{low}_rank": draw(st.integers(1, 3)) for low in ("decay", "rate", "value", "gate")},
         use_bias=bias,
         use_conv_bias=draw(st.booleans()),
         attention_bias=bias,
