@@ -29,14 +29,17 @@ Implementations, and what each keeps in fast memory:
   transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
   would fill one lane of 128. Float32 and bfloat16.
 - ``gpu``: one block of queries with its ``m, l, o`` in registers while keys stream through; a
-  kernel for dQ and one for dK and dV, alike. Float32, bfloat16 and float16. See `gpu`.
+  kernel for dQ and one for dK and dV, alike. Float32, bfloat16 and float16. See `gpu`. On an H100
+  or H200 another kernel can do the blocks without a mask before (``blocks={"kernels": 2}``,
+  `gpu_hopper`); it waits there for a chip to show that it is right and faster: `ablate bench
+  flash_attention --tune` compares them.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
 Limits: at most 256 channels a head in a kernel; wider heads take ``xla``. Slopes of ALiBi are
 constants (their gradient is 0). No dropout. Differentiable once; ``implementation="reference"`` any
-number of times. The kernels have been compiled for TPUs and for an H100 and run interpreted; not
-run on a TPU or a GPU yet.
+number of times. The kernels have been run interpreted, and compiled for TPUs and (but for
+`gpu_hopper`, which has only been lowered) for an H100; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -53,6 +56,9 @@ from pallas_kernels.flash_attention import gpu, gpu_backward, reference, tpu, tp
 from pallas_kernels.flash_attention.spec import Spec
 
 OP = "flash_attention"
+
+# whose row of `pallas_kernels.blocks` holds
+PLATFORMS = {"xla": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
 PASSES = {
     "xla": {"forward": xla.forward, "backward": xla.backward},
@@ -100,7 +106,8 @@ def flash_attention(
       return_lse: also return ``lse_bht``, float32: the log of the sum of the row's exponentiated
         scores, sinks included; −1e30 where nothing is seen. It has a gradient.
       implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
-      blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`.
+      blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`; for
+        ``"gpu"`` also ``kernels`` of the forward pass, 1 or 2 (`gpu_hopper`).
 
     Raises:
       ValueError: names the argument that has another shape, dtype or range than said here, or the
@@ -121,8 +128,7 @@ def flash_attention(
         y, lse = reference.attention(spec, *arrays)
     else:
         sizes = tuple(
-            (name, tuple(block_sizes(OP, platform, blocks).items()))
-            for name, platform in (("xla", "cpu"), ("tpu", "tpu"), ("gpu", "gpu"))
+            (name, tuple(block_sizes(OP, PLATFORMS[name], blocks).items())) for name in chosen
         )
         y, lse = _attention(spec, tuple(chosen), sizes, *arrays)  # type: ignore[misc]
     return (y, lse) if return_lse else y

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.flash_attention import gpu_hopper
 from pallas_kernels.flash_attention.ranges import (
     Extremes,
     Visit,
@@ -54,14 +55,17 @@ def scores(spec: Spec, q, k, q_at, k_at, q_in, k_in, slope, masked: bool):
     return found, visible(spec, q_at, k_at, q_in, k_in)
 
 
-def visits(row, meet, carry):
-    """``meet(masked)(block, carry)`` for the blocks of a `Visit` that ``row[…]`` holds."""
+def visits(row, meet, carry, cleared: bool = False):
+    """``meet(masked)(block, carry)`` for the blocks of a `Visit` that ``row[…]`` holds.
+
+    ``cleared``: those without a mask are in ``carry`` already.
+    """
     visit = Visit(*(row[i] for i in range(4)))
-    return visit.loop(meet(True), meet(False), carry)
+    return visit.loop(meet(True), (lambda _, carry: carry) if cleared else meet(False), carry)
 
 
 def _forward_kernel(spec: Spec, key: int, has, *refs):
-    visit, slopes, sinks, q_ref, k_ref, v_ref, q_at, k_at, q_in, k_in, y_ref, lse_ref = refs
+    visit, slopes, sinks, q_ref, k_ref, v_ref, *begun, q_at, k_at, q_in, k_in, y_ref, lse_ref = refs
     h = pl.program_id(1)
     q, at, inside = q_ref[...], q_at[...], q_in[...]
     slope = slopes[h] if has[0] else None
@@ -85,12 +89,12 @@ def _forward_kernel(spec: Spec, key: int, has, *refs):
         return block
 
     rows = q.shape[0]
-    start = (
+    start = tuple(ref[...] for ref in begun) or (
         jnp.full((rows,), MASKED, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    top, total, y = visits(visit, meet, start)
+    top, total, y = visits(visit, meet, start, cleared=bool(begun))
     # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
     some = top > MASKED / 2
     keep = jnp.where(some, 1.0, 0.0)
@@ -244,15 +248,28 @@ def whole(a_blhc, block: int):
 
 def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
     """``y_bthc, lse_bht``; ``arrays`` as in `reference.attention`."""
+    q_bthc, k_bskc, *_, slopes, _ = arrays
+    in_two = sizes["kernels"] > 1 and gpu_hopper.serves(q_bthc, k_bskc, slopes)
+    if in_two:
+        sizes = dict(query=gpu_hopper.QUERY, key=gpu_hopper.KEY)
     call = Call.of(spec, sizes, *arrays)
     b, t, h, _ = call.q_bthc.shape
+    begun = ()
+    if in_two:
+        visits_bi4 = call.visits("query")
+        begun = gpu_hopper.clear_blocks(spec, visits_bi4, call.q_bthc, call.k_bskc, call.v_bskc)
     y_bthc, lse_bht = call.run(
         _forward_kernel,
         "flash_attention",
         "query",
         (t // call.query, h, b),
         lambda i, h, b: (b, h, i),
-        (("q", call.q_bthc), ("k", call.k_bskc), ("k", call.v_bskc)),
+        (
+            ("q", call.q_bthc),
+            ("k", call.k_bskc),
+            ("k", call.v_bskc),
+            *(("q", a) for a in begun),
+        ),
         [
             jax.ShapeDtypeStruct(call.q_bthc.shape, call.q_bthc.dtype),
             jax.ShapeDtypeStruct((b, h, t), jnp.float32),

@@ -27,21 +27,31 @@ TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:
 def interpreted(implementation: str, *, races: bool = False):
     """Within it, ``implementation`` ("tpu" or "gpu") runs on the CPU by interpretation.
 
-    ``races``: the interpreter simulates the memories and looks for races between the kernel and its
-    copies; a race that is found fails the test. Of GPU kernels, those of Mosaic are interpreted so
-    and no other way, and those of Triton, which has no copies of one's own, never so.
+    ``races``: the TPU interpreter simulates the memories and looks for races between the kernel and
+    its copies; a race that is found fails the test. A Triton kernel has no copies of its own.
     """
     if implementation not in ("tpu", "gpu"):
         yield
         return
-    kind = pltpu.InterpretParams if implementation == "tpu" else gpu_interpreter.InterpretGPUParams
     # its name says TPU; it holds for both
-    with pltpu.force_tpu_interpret_mode(kind(detect_races=True) if races else True):
+    with pltpu.force_tpu_interpret_mode(
+        pltpu.InterpretParams(detect_races=True) if races else True
+    ):
         yield
     if races:
-        gpu = implementation == "gpu"
-        found = gpu_callbacks.get_races() if gpu else getattr(tpu_callbacks, "races", None)
+        found = getattr(tpu_callbacks, "races", None)
         assert found is not None and not found.races_found, "a race was found"
+
+
+def mosaic_gpu_interpreted():
+    """Within it, Mosaic GPU kernels are traced for the interpreter, which looks for races."""
+    return pltpu.force_tpu_interpret_mode(gpu_interpreter.InterpretGPUParams(detect_races=True))
+
+
+def mosaic_gpu_races() -> bool | None:
+    """Whether the last kernel that ran so had a race."""
+    found = gpu_callbacks.get_races()
+    return None if found is None else found.races_found
 
 
 def topology_mesh(generation: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh:

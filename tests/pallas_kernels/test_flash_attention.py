@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.flash_attention import attention_weights, flash_attention
+from pallas_kernels.flash_attention import attention_weights, flash_attention, gpu_hopper
 from pallas_kernels.flash_attention.reference import mix
 from tests.layers.test_attention import CASES as SMALL
 from tests.layers.test_attention import inputs, reference
@@ -20,6 +20,8 @@ from tests.pallas_kernels.conftest import (
     compile_for_tpu,
     interpreted,
     lower_for_gpu,
+    mosaic_gpu_interpreted,
+    mosaic_gpu_races,
     topology_mesh,
     triton_kernels,
 )
@@ -299,6 +301,60 @@ FEATURES = {
 }  # fmt: skip
 
 
+# 128 queries, keys of which the first 128 are padding, four blocks are seen by all and 60 are left
+IN_TWO = (1, 128, 700, 2, 1, 64, dict(
+    causal=False, soft_cap=3.0, sinks_h=np.array([1.0, -2.0], np.float32),
+    k_positions_bs=np.maximum(np.arange(700) - 128, -1)[None],
+))  # fmt: skip
+
+
+def run_in_two(dtype=jnp.bfloat16):
+    """``(y, lse)`` of the two kernels, and of the equation in float32 from the same numbers."""
+    b, t, s, h, k, c, options = IN_TWO
+    rng = np.random.default_rng(0)
+    shapes = ((b, t, h, c), (b, s, k, c), (b, s, k, c))
+    qkv = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    run = functools.partial(flash_attention, **options, return_lse=True)
+    got = run(*qkv, implementation="gpu", blocks=dict(kernels=2))
+    return got, run(*(a.astype(jnp.float32) for a in qkv), implementation="reference")
+
+
+def check_the_hopper_kernel():
+    real, ran = gpu_hopper.clear_blocks, []
+
+    def clear_blocks(*arguments):
+        ran.append(True)
+        with mosaic_gpu_interpreted():
+            return real(*arguments)
+
+    gpu_hopper.clear_blocks = clear_blocks
+    with interpreted("gpu"):
+        got, want = jax.block_until_ready(run_in_two())
+    assert ran and mosaic_gpu_races() is False
+    np.testing.assert_allclose(np.float32(got[0]), want[0], atol=1e-2)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+
+
+def test_the_hopper_kernel_goes_before_and_does_not_race(run_script):
+    """In a process of its own: a wait in vain, there as on a chip, has no end."""
+    run_script(
+        "from tests.pallas_kernels.test_flash_attention import check_the_hopper_kernel\n"
+        "check_the_hopper_kernel()",
+        devices=1,
+        timeout=120,
+    )
+
+
+def test_the_hopper_kernel_lowers_for_a_gpu():
+    """Asked for by its number, where it can serve: Triton does without it what it cannot."""
+    run = functools.partial(flash_attention, implementation="gpu", blocks=dict(kernels=2))
+    text = lower_for_gpu(run, *shapes(jnp.bfloat16, 128, t=512))
+    assert "@mosaic_gpu" in text and triton_kernels(text) == KERNELS[:1]
+    for dtype, c, t in ((jnp.float32, 128, 512), (jnp.bfloat16, 80, 512), (jnp.bfloat16, 128, 64)):
+        text = lower_for_gpu(run, *shapes(dtype, c, t=t))
+        assert "@mosaic_gpu" not in text and triton_kernels(text) == KERNELS[:1]
+
+
 KERNELS = ["flash_attention", "flash_attention_dq", "flash_attention_dkv"]
 
 
@@ -341,6 +397,22 @@ def test_on_a_gpu(case, gpu):
     got = value_and_gradients(*arrays(case), "gpu")
     assert_close(got, exact(case), 2e-5)
     assert not np.any(got[0][0]) or "nothing" not in case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_hopper_kernel_on_a_gpu(dtype, gpu):
+    if gpu.compute_capability != "9.0":
+        pytest.skip("not an H100 or H200")
+    got, want = run_in_two(dtype)
+    np.testing.assert_allclose(np.float32(got[0]), want[0], atol=1e-2)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
+    for name, (_, c, options) in FEATURES.items():
+        rng = np.random.default_rng(0)
+        qkv = [jnp.asarray(rng.normal(size=(2, 2000, n, c)), dtype) for n in (8, 2, 2)]
+        run = functools.partial(flash_attention, **options, implementation="gpu")
+        one, two = (np.float32(run(*qkv, blocks=dict(kernels=n))) for n in (1, 2))
+        np.testing.assert_allclose(two, one, atol=2e-2, err_msg=name)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,175 @@
+"""Flash attention's blocks without a mask on an NVIDIA H100 or H200: a Pallas kernel by Mosaic GPU.
+
+Nearly all the blocks of a long sequence are seen entirely (`ranges.Visit`: those in a row). This
+kernel does these and nothing else: no position, no segment and no branch is in it. What it leaves
+of a row, its maximum, its sum and its weighted values, `gpu`'s kernel goes on from, with the blocks
+around them, which need a mask.
+
+Three warpgroups share a program, as in FlashAttention-3 (2407.08608, §3.1): one asks the memory
+engine (TMA) for blocks of keys and values, a few ahead; two multiply 64 queries each (wgmma), so
+that while one takes exponentials the other has the tensor cores. Barriers say which block has
+come (``full``) and which has been read by both (``free``).
+
+Two things are as they are so that the interpreter, which finds races and barriers nobody waits for,
+can run the kernel as it is: keys come with their channels first, and weights go to the second
+product through memory and not in registers, which costs it some speed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mosaic
+
+from pallas_kernels.exp2 import LOG2E
+from pallas_kernels.flash_attention.spec import MASKED, Spec
+
+# queries of a program: 64, the side of a wgmma, for each of two warpgroups
+ROWS, GROUPS = 64, 2
+QUERY = ROWS * GROUPS
+# keys of a block, and blocks of them on their way
+KEY, STAGES = 128, 2
+
+
+def serves(q_bthc, k_bskc, slopes) -> bool:
+    """Whether the kernel can do a call's blocks without a mask, and there may be some."""
+    long_enough = q_bthc.shape[1] >= QUERY and k_bskc.shape[1] >= KEY
+    short = q_bthc.dtype in (jnp.bfloat16, jnp.float16)
+    return slopes is None and long_enough and short and q_bthc.shape[3] in (64, 128)
+
+
+def _kernel(spec: Spec, group: int, refs, scratch):
+    visits, q_ref, k_ref, v_ref, top_ref, total_ref, y_ref = refs
+    (
+        q_smem, k_smem, v_smem, weights_smem,
+        q_full, k_full, v_full, k_free, v_free,
+    ) = scratch  # fmt: skip
+    b, h, i, wg = (jax.lax.axis_index(name) for name in ("b", "h", "i", "wg"))
+    row = b * (y_ref.shape[1] // QUERY) + i
+    first = visits[row * 4 + 1]
+    steps = visits[row * 4 + 2] - first
+    c = q_ref.shape[3]
+
+    @pl.when(wg < GROUPS)
+    def _():
+        mosaic.set_max_registers(232, action="increase")
+        rows = pl.ds(i * QUERY + wg * ROWS, ROWS)
+        q, full = q_smem.at[wg], q_full.at[wg]
+        mosaic.copy_gmem_to_smem(q_ref.at[b, rows, h], q, full)
+        mosaic.barrier_wait(full)
+
+        def product(left, right, shape):
+            def run(total):
+                mosaic.wgmma(total, left, right)
+                return total[...]
+
+            return pl.run_scoped(run, mosaic.ACC(shape, jnp.float32))
+
+        def step(n, carry):
+            top, total, y = carry
+            slot = jax.lax.rem(n, STAGES)
+            mosaic.barrier_wait(k_full.at[slot])
+            s = product(q, k_smem.at[slot], (ROWS, KEY))
+            mosaic.barrier_arrive(k_free.at[slot])
+            # in powers of 2, which is what the chip has
+            s *= spec.scale * LOG2E
+            if spec.soft_cap is not None:
+                cap = spec.soft_cap * LOG2E
+                s = cap * jnp.tanh(s / cap)
+            new_top = jnp.maximum(top, s.max(1))
+            weights = jnp.exp2(s - jax.lax.broadcast_in_dim(new_top, s.shape, [0]))
+            shrink = jnp.exp2(top - new_top)
+            total = total * shrink + weights.sum(1)
+            weights_smem[wg] = weights.astype(q.dtype)
+            mosaic.commit_smem()
+            mosaic.barrier_wait(v_full.at[slot])
+            more = product(weights_smem.at[wg], v_smem.at[slot], (ROWS, c))
+            mosaic.barrier_arrive(v_free.at[slot])
+            return new_top, total, y * jax.lax.broadcast_in_dim(shrink, y.shape, [0]) + more
+
+        # an accumulator begins as 0, and lies in registers as the products will
+        zeros = pl.run_scoped(lambda total: total[...], mosaic.ACC((ROWS, c), jnp.float32))
+        none = zeros.max(1)
+        start = (none + MASKED, none, zeros)
+        top, total, y = jax.lax.fori_loop(0, steps, step, start)
+        top_ref[b, h, rows], total_ref[b, h, rows], y_ref[b, rows, h] = top, total, y
+
+    @pl.when(wg == GROUPS)
+    def _():
+        mosaic.set_max_registers(40, action="decrease")
+        k = jax.lax.div(h, group)
+
+        def read(n, free):
+            # the first have no reader to wait for
+            pl.when(n >= STAGES)(
+                functools.partial(mosaic.barrier_wait, free.at[jax.lax.rem(n, STAGES)])
+            )
+
+        def bring(n, _):
+            slot = jax.lax.rem(n, STAGES)
+            keys = pl.ds((first + n) * KEY, KEY)
+            for block, smem, full, free in (
+                (k_ref.at[b, k, :, keys], k_smem, k_full, k_free),
+                (v_ref.at[b, keys, k], v_smem, v_full, v_free),
+            ):
+                read(n, free)
+                mosaic.copy_gmem_to_smem(block, smem.at[slot], full.at[slot])
+            return None
+
+        def leave(n, _):
+            read(n, k_free)
+            read(n, v_free)
+            return None
+
+        jax.lax.fori_loop(0, steps, bring, None)
+        # until the last blocks have been read too
+        jax.lax.fori_loop(steps, steps + STAGES, leave, None)
+
+
+def clear_blocks(spec: Spec, visits_bi4, q_bthc, k_bskc, v_bskc):
+    """What the blocks of keys ``[visit.first_clear, visit.end_clear)`` leave of each query.
+
+    Args:
+      visits_bi4: a `ranges.Visit` for each block of `QUERY` queries, ``[b, blocks, 4]``.
+      q_bthc, k_bskc, v_bskc: lengths are whole blocks of `QUERY` and `KEY`.
+
+    Returns:
+      ``top_bht`` and ``total_bht``, the greatest score and the sum of exponentials beside it, and
+      ``y_bthc``, the values weighted by these; all float32. Where no block is clear the greatest
+      score is below ``MASKED / 2``, the others are 0.
+    """
+    b, t, h, c = q_bthc.shape
+    tile = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
+
+    def blocks(*shape):
+        return mosaic.SMEM(shape, q_bthc.dtype, transforms=tile)
+
+    def body(*refs):
+        pl.run_scoped(
+            lambda *scratch: _kernel(spec, h // k_bskc.shape[2], refs, scratch),
+            blocks(GROUPS, ROWS, c),
+            blocks(STAGES, c, KEY),
+            blocks(STAGES, KEY, c),
+            blocks(GROUPS, ROWS, KEY),
+            mosaic.Barrier(num_barriers=GROUPS),
+            mosaic.Barrier(num_barriers=STAGES),
+            mosaic.Barrier(num_barriers=STAGES),
+            mosaic.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+            mosaic.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+            collective_axes="wg",
+        )
+
+    body.__name__ = "flash_attention_clear"
+    numbers = jax.ShapeDtypeStruct((b, h, t), jnp.float32)
+    top_bht, total_bht, y_bthc = mosaic.kernel(
+        body,
+        out_type=(numbers, numbers, jax.ShapeDtypeStruct(q_bthc.shape, jnp.float32)),
+        grid=(t // QUERY, h, b),
+        grid_names=("i", "h", "b"),
+        num_threads=GROUPS + 1,
+        thread_name="wg",
+        compiler_params=mosaic.CompilerParams(approx_math=True),
+        # channels first: a block of keys is then the right side of a product as it is
+    )(visits_bi4.reshape(-1), q_bthc, jnp.transpose(k_bskc, (0, 2, 3, 1)), v_bskc)
+    return top_bht / LOG2E, total_bht, y_bthc
