@@ -1,4 +1,4 @@
-"""What tests share: nothing but a way to run a script as a user's process would."""
+"""What tests share: a way to run a script as a user's process would, and to forget programs."""
 
 import os
 import subprocess
@@ -12,21 +12,36 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one for each of pytest's workers
 
+import jax  # noqa: E402  after what it reads
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Unload what a file of tests compiled, and the cache that its commands may have named.
+
+    A program on the CPU takes several memory maps, and Linux kills a process at its 65,530th.
+    """
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
 def run_script(tmp_path):
-    """``run_script(source, devices=8)``: run Python ``source`` on virtual CPU devices.
+    """``run_script(source, *arguments, devices=8)``: run Python ``source`` on virtual CPU devices.
 
     Returns its standard output; the test fails with its standard error if it exits non-zero.
     """
 
-    def run(source: str, *, devices: int = 8, timeout: float = 600) -> str:
+    def run(source: str, *arguments, devices: int = 8, timeout: float = 600) -> str:
         script = tmp_path / "script.py"
         script.write_text(source)
         done = subprocess.run(
-            [sys.executable, script],
+            [sys.executable, script, *map(str, arguments)],
             env=environment(devices),
             capture_output=True,
             text=True,

@@ -61,7 +61,7 @@ def get_config(scale):
         mamba=dataclasses.asdict(mamba),
         attention=dataclasses.asdict(AttentionConfig(num_heads=4)),
         dtype="float32",
-        scan=False,
+        scan=scale != "cpu",
         remat="none",
     )
     config.model.mlp.width = 172
