@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from research.benchmark.targets import PASSES, REFERENCE
+from research.benchmark.targets import REFERENCE, passes
 
 
 def base(rows: dict[str, Any]) -> str | None:
@@ -44,11 +44,12 @@ def draw(found: dict[str, Any], to: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    count = sum(len(measured[PASSES[0]]) for measured in found["cases"].values())
+    timed = passes(found)
+    count = sum(len(measured[timed[0]]) for measured in found["cases"].values())
     figure = Figure(figsize=(11, 1.9 + 0.3 * count), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, which in zip(panels, PASSES, strict=True):
+    panels = figure.subplots(1, len(timed), sharey=True, squeeze=False)[0]
+    for axes, which in zip(panels, timed, strict=True):
         shown = points(found, which)
         axes.axvline(1, color="0.4", linewidth=1)
         low, high = 0.8, 1.25

@@ -11,7 +11,7 @@ from rich.table import Table
 import pallas_kernels
 from research.ablation.files import read_json, write_atomically, write_json, write_text
 from research.benchmark.plot import draw
-from research.benchmark.targets import PASSES, REFERENCE
+from research.benchmark.targets import REFERENCE, passes
 
 RESULTS = Path(pallas_kernels.__file__).parent / "results"
 
@@ -73,6 +73,8 @@ def _times(row: dict[str, Any], name: str | None) -> str:
 
 
 def _rate(row: dict[str, Any], ceiling: dict[str, float], which: str) -> str:
+    if which not in row:
+        return ""
     return f"{_si(row[which])} {row[which] / ceiling[which]:.0%}"
 
 
@@ -85,7 +87,7 @@ def headings(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Case, pass and a title that says shape and dtype."""
     for case, measured in found["cases"].items():
         shape = " ".join(f"{field}={value}" for field, value in measured["case"].items())
-        for which in PASSES:
+        for which in passes(found):
             yield case, which, f"{found['op']} {case}, {which} ({shape})"
 
 
@@ -146,7 +148,7 @@ def machine_lines(found: dict[str, Any]) -> list[str]:
 def markdown(ops: dict[str, Any], stem: str) -> str:
     """The page of a chip's file."""
     lines = [
-        f"# Kernels on {stem}",
+        f"# Kernels and models on {stem}",
         "",
         "Written by `ablate bench --record` from the JSON beside it.",
     ]

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def bench(
       seconds: after how long (compiling and the first call left out) one sits out the rest.
       budget: for everything.
     """
-    machine = machine_record(asked.peers.values())
+    machine = machine_record(peer.package for peer in asked.peers.values())
     ceilings: dict[str, Any] = {}
     measured = {}
     for case_name, case in asked.cases.items():
@@ -146,12 +146,12 @@ def bench(
     return found | {"targets": judge(found)}
 
 
-def machine_record(peers) -> dict[str, Any]:
-    """The environment, with the versions of what is compared."""
+def machine_record(compared: Iterable[str]) -> dict[str, Any]:
+    """The environment, with the versions of the packages that are ``compared``."""
     machine = environment()
     device = jax.devices()[0]
     packages = dict(machine["packages"])
-    for name in (*PACKAGES, *(peer.package for peer in peers)):
+    for name in (*PACKAGES, *compared):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -1,12 +1,13 @@
-"""What was asked of the ops' speed before any run, and whether a record meets it."""
+"""What was asked of the ops' and models' speed before any run, and whether a record meets it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research.benchmark.ops import IMPLEMENTATIONS
 
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
+STEP = "training step"  # of a whole model
 
 REFERENCE = "ours/reference"
 
@@ -51,7 +52,19 @@ TARGETS = (
     Target("selective_scan", "cpu", "t2048", BOTH, "ratio", 3.0, REFERENCE),
     Target("selective_scan", "gpu", "t4096", BOTH, "ratio", 1.0),
     Target("selective_scan", "gpu", "t4096", BOTH, "bandwidth", 0.6),
-)
+    *(
+        Target("models", "cpu", model, STEP, "ratio", least, "transformers")
+        for model, least in (
+            ("llama", 1.0), ("qwen3", 1.0), ("gpt2", 1.0), ("mixtral", 1.0), ("mamba", 3.0),
+            ("mamba2", 3.0), ("rwkv4", 3.0),
+        )
+    ),
+)  # fmt: skip
+
+
+def passes(found: Mapping[str, Any]) -> Sequence[str]:
+    """What was timed of each of the record's cases."""
+    return found.get("passes", PASSES)
 
 
 def judge(found: Mapping[str, Any]) -> list[dict[str, Any]]:

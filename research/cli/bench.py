@@ -1,4 +1,4 @@
-"""``ablate bench``: kernels timed beside their peers."""
+"""``ablate bench``: kernels timed beside their peers, and whole models beside transformers."""
 
 import argparse
 from pathlib import Path
@@ -10,18 +10,21 @@ _BENCH = """examples:
   ablate bench flash_attention --shape=t=2048,h=4 --dtype=bfloat16 --peers=none
   ablate bench wkv7 --tune                    # this chip's row of pallas_kernels/wkv/blocks.json
   ablate bench --all --record --budget=1800   # pallas_kernels/results: JSON, page and plots
+  ablate bench models --cases=llama,mamba2    # a training step beside transformers', on a CPU
 """
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time a kernel beside its peers on this machine",
+        help="time a kernel, or models, beside peers on this machine",
         epilog=_BENCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("op", metavar="OP", nargs="?", help="an op, e.g. flash_attention")
+    parser.add_argument(
+        "op", metavar="OP", nargs="?", help="an op, e.g. flash_attention; or models"
+    )
     parser.add_argument("--all", action="store_true", help="every op, one after the other")
     parser.add_argument("--cases", help="names with commas between; default: all")
     parser.add_argument("--shape", help="other sizes for the first case, e.g. t=2048,h=4")
@@ -41,10 +44,10 @@ def add(commands) -> None:
 def _bench(options) -> int:
     from rich.console import Console
 
-    from research.benchmark import measure, ops, record, run, tune
+    from research.benchmark import measure, models, ops, run, tune
 
     if options.all == (options.op is not None):
-        known = ", ".join(ops.known())
+        known = ", ".join((*ops.known(), models.NAME))
         raise ConfigError(f"op={options.op!r}: name one of {known}, or give --all alone")
     narrowed = [
         f"--{field}"
@@ -54,6 +57,8 @@ def _bench(options) -> int:
     if narrowed and (options.all or options.record):
         given = "--all" if options.all else "--record"
         raise ConfigError(f"{given}: runs everything; leave out {', '.join(narrowed)}")
+    if options.op == models.NAME:
+        return _bench_models(options, narrowed)
     if options.tune and options.all:
         raise ConfigError("--all: name one op to --tune")
     run.check_effort(options.rounds, options.seconds, options.budget)
@@ -79,20 +84,46 @@ def _bench(options) -> int:
     budget = measure.Budget(options.budget, sum(one.parts for one in requests))
     # what the small ones leave is for the large
     for one in sorted(requests, key=lambda one: one.flops):
-        found = run.bench(one, **effort, budget=budget)
-        for line in [*record.machine_lines(found), record.LEGEND]:
-            console.print(line, soft_wrap=True)
-        for table in record.tables(found):
-            console.print(table)
-        for line in record.absences(found) + record.verdicts(found):
-            console.print(line, soft_wrap=True)
-        if options.record or options.out:
-            # op by op: what was measured stays if the rest is interrupted
-            written = record.save(
-                found, options.out or record.path(found["machine"]["device_kind"])
-            )
-            console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+        # op by op: what was measured stays if the rest is interrupted
+        _show(run.bench(one, **effort, budget=budget), options, console)
     return 0
+
+
+def _bench_models(options, narrowed: list[str]) -> int:
+    from rich.console import Console
+
+    from research.benchmark import measure, models, run
+
+    refused = [flag for flag in narrowed if flag != "--cases"] + ["--tune"] * options.tune
+    if refused:
+        raise ConfigError(f"op='models': knows nothing of {', '.join(refused)}")
+    run.check_effort(options.rounds, options.seconds, options.budget)
+    names = models.chosen(_names(options.cases))
+    if options.record:
+        models.check_quiet()
+    found = models.bench(
+        names,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        budget=measure.Budget(options.budget, len(names)),
+    )
+    _show(found, options, Console(highlight=False, markup=False))
+    return 0
+
+
+def _show(found, options, console) -> None:
+    """Print what was ``found``, and write it where ``options`` say."""
+    from research.benchmark import record
+
+    for line in [*record.machine_lines(found), record.LEGEND]:
+        console.print(line, soft_wrap=True)
+    for table in record.tables(found):
+        console.print(table)
+    for line in record.absences(found) + record.verdicts(found):
+        console.print(line, soft_wrap=True)
+    if options.record or options.out:
+        written = record.save(found, options.out or record.path(found["machine"]["device_kind"]))
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
 
 def _tuning_case(name: str, options) -> list[str] | None:

@@ -1,0 +1,269 @@
+"""One training step of whole models beside transformers': same weights, same data, same machine.
+
+A step is forward, backward and AdamW, width 256, 4 layers, 8 rows of 256 tokens, float32. Ours is
+`research.training`'s own step on an unrolled stack, theirs eager PyTorch with its attention and its
+fused AdamW on all cores. Both begin from transformers' weights and do two steps before any is
+timed; the losses must agree, and so must how far the first update brings them down.
+
+What profiles of a CPU showed, op by op (`jax.profiler`, of the two cores the records name):
+
+- Half to two thirds of a step is products of matrices, which XLA and PyTorch do equally fast.
+- The gradient of a weight was what XLA lost: it turns one of the two factors in memory, and fuses
+  into the turning whatever made it. JAX's rule always turned what came back, so that backward
+  passes of norms, gates and convolutions ran across memory and twice. Turning the smaller factor
+  (`layers.linear.product`) saved 17% of a step of Llama, GPT-2 and Mamba-2, 13% of RWKV-4.
+- A scanned stack costs 5% more for attention and 25 to 30% more for Mamba, whose larger activations
+  are copied in and out of the loop's stacks: hence unrolled, here and in the experiments.
+- Barriers that should keep an array in memory do nothing: XLA:CPU drops them before it fuses.
+  Recomputing Mamba's convolution and norm in the backward pass (`jax.checkpoint`) saved nothing.
+- Theirs loop over tokens in Python for Mamba and RWKV-4, and each step of Mamba's loop fills a
+  gradient as large as all its states. Mamba-2's are chunked products of matrices, as ours are: with
+  the products alone at a third of their step, 3 times as fast is out of reach.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from layers.config import ConfigError, check, check_choice
+from layers.decoder import Decoder
+from research.benchmark import measure
+from research.benchmark.run import compare, machine_record
+from research.benchmark.targets import STEP, judge
+from research.models import FAMILIES, decoder_config, load
+from research.training import OptimizerConfig, TrainingConfig
+from research.training.flops import train_flops_per_token
+from research.training.optimizers import make_optimizer
+from research.training.state import TrainState
+from research.training.step import make_step
+
+NAME = "models"
+OURS, THEIRS = "ours/xla", "transformers"
+PACKAGES = ("torch", "transformers")
+BATCH, TIME, VOCAB, WIDTH, LAYERS = 8, 256, 1024, 256, 4
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip_norm=None)
+
+
+class Model(NamedTuple):
+    """``kind`` is the prefix of transformers' classes; ``fields`` of its configuration."""
+
+    kind: str
+    family: str
+    fields: Mapping[str, Any]
+
+
+_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, tie_word_embeddings=True,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+_ATTENTION = dict(
+    _SIZES, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=TIME
+)
+MODELS = {
+    "llama": Model("Llama", "llama", dict(_ATTENTION, intermediate_size=3 * WIDTH)),
+    "qwen3": Model("Qwen3", "qwen3", dict(_ATTENTION, intermediate_size=3 * WIDTH, head_dim=64)),
+    "gpt2": Model(
+        "GPT2",
+        "gpt2",
+        dict(
+            _SIZES, n_positions=TIME, n_embd=WIDTH, n_layer=LAYERS, n_head=4, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+    ),
+    "mixtral": Model(
+        "Mixtral",
+        "mixtral",
+        dict(
+            _ATTENTION, intermediate_size=WIDTH, num_local_experts=8, num_experts_per_tok=2,
+            sliding_window=None,
+        ),
+    ),
+    "mamba": Model("Mamba", "mamba", dict(_SIZES, state_size=16)),
+    "mamba2": Model(
+        "Mamba2",
+        "mamba2",
+        dict(_SIZES, state_size=128, num_heads=8, head_dim=64, n_groups=1),
+    ),
+    "rwkv4": Model("Rwkv", "rwkv", dict(_SIZES, context_length=TIME, rescale_every=0)),
+}  # fmt: skip
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """``names``, each of which must be one of `MODELS`; all of them by default.
+
+    Raises:
+      ConfigError: one that is not, none at all, or another platform than a CPU.
+    """
+    for name in names or ():
+        check_choice("cases", name, MODELS)
+    check(names is None or len(names) > 0, "cases", names, "name at least one")
+    platform = jax.default_backend()
+    check(platform == "cpu", "platform", platform, "models are measured on a CPU")
+    return list(MODELS) if names is None else list(names)
+
+
+def check_quiet() -> None:
+    """Raise `ConfigError` if others use this machine: then what is measured is not to be kept.
+
+    PyTorch's threads wait for one another at every op, so that a core taken away costs theirs
+    several times what it costs ours, and no ratio of rounds evens that out.
+    """
+    load, most = os.getloadavg()[0], 0.5 * (os.cpu_count() or 1)
+    check(load <= most, "load", round(load, 2), f"must be at most {most:g} before --record")
+
+
+def bench(
+    names: Sequence[str], *, rounds: int, seconds: float, budget: measure.Budget
+) -> dict[str, Any]:
+    """A step of each of ``names``, ours and theirs in turn, as one JSON-ready record."""
+    lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    ceilings = {"float32": measure.ceilings("float32", rounds, seconds)}
+    measured = {}
+    for name in names:
+        deadline = budget.share()
+        with _weights(MODELS[name], not lacking) as (theirs, directory):
+            measured[name] = _measure(name, theirs, directory, rounds, seconds, deadline, budget)
+        if lacking:
+            absent = f"skipped: {' and '.join(lacking)} not installed"
+            measured[name][STEP][THEIRS] = {"absent": absent}
+    found = {"op": NAME, "passes": [STEP], "machine": machine_record(PACKAGES)}
+    found |= {"ceilings": ceilings, "cases": measured}
+    return found | {"targets": judge(found)}
+
+
+@contextlib.contextmanager
+def _weights(model: Model, there: bool) -> Iterator[tuple[Any, Path | None]]:
+    """Transformers' model and a directory with its weights; None of both if it is not ``there``."""
+    if not there:
+        yield None, None
+        return
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{model.kind}Config")(**model.fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).train()
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        yield theirs, Path(directory)
+
+
+def _measure(
+    name: str, theirs: Any, directory: Path | None, rounds, seconds, deadline, budget
+) -> dict[str, Any]:
+    model = _ours(MODELS[name], directory)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    sizes = {"width": WIDTH, "layers": LAYERS, "batch": BATCH, "tokens": TIME, "vocab": VOCAB}
+    case = {**sizes, "parameters": parameters, "dtype": "float32"}
+    flops = train_flops_per_token(model, TIME) * BATCH * TIME
+    prepared = {OURS: _prepare_ours(model)}
+    if theirs is not None:
+        count = sum(parameter.numel() for parameter in theirs.parameters())
+        if count != parameters:
+            raise ConfigError(f"{name}: {parameters} parameters of ours, {count} of theirs")
+        prepared[THEIRS] = _prepare_theirs(theirs)
+    absent = measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
+    runs = {who: one.run for who, one in prepared.items() if who not in absent}
+    times, failed = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
+    absent |= failed
+    rows: dict[str, dict[str, Any]] = {}
+    for who, one in prepared.items():
+        if who in absent:
+            rows[who] = {"absent": absent[who]}
+            continue
+        rows[who] = measure.describe(times[who]) | {
+            "compile_seconds": one.compile_seconds,
+            "temp_bytes": one.temp_bytes,
+        }
+        rows[who]["flops_per_second"] = flops / rows[who]["median"]
+    compare(rows)
+    return {"case": case, STEP: rows}
+
+
+def _ours(model: Model, directory: Path | None) -> Decoder:
+    """Our model with the weights in ``directory``, or with its own."""
+    if directory is not None:
+        return load(directory, scan=False)
+    hf = {"architectures": [FAMILIES[model.family].architecture], **model.fields}
+    config = dataclasses.replace(decoder_config(hf), scan=False)
+    return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Random tokens, as `research.training` takes them."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, (BATCH, TIME + 1)).astype(np.int32)
+    shape = (BATCH, TIME)
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": np.broadcast_to(np.arange(TIME, dtype=np.int32), shape),
+        "segment_ids": np.ones(shape, np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+
+
+def _prepared(step: Callable[[], float], **about: Any) -> measure.Prepared:
+    """``step`` returns its loss: the first, and how far one update brings it down, must agree."""
+
+    def values(first: float) -> list[np.ndarray]:
+        return [np.array(first), np.array(first - step())]
+
+    return measure.Prepared(step, values, **about)
+
+
+def _prepare_ours(model: Decoder) -> measure.Prepared:
+    training = TrainingConfig(steps=1, optimizer=OPTIMIZER)
+    state = TrainState.begin(model, make_optimizer(OPTIMIZER, 1), 0)
+    arrays = jax.tree.map(jnp.asarray, batch())
+    begin = time.perf_counter()
+    compiled = make_step(training).lower(state, arrays).compile()
+    seconds = time.perf_counter() - begin
+    analysis = compiled.memory_analysis()
+    held = [state]
+
+    def step() -> float:
+        held[0], metrics = compiled(held[0], arrays)
+        return float(metrics["loss"])
+
+    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return _prepared(step, compile_seconds=seconds, temp_bytes=temp)
+
+
+def _prepare_theirs(model: Any) -> measure.Prepared:
+    torch = importlib.import_module("torch")
+    # as ours: no decay of biases and norms
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim > 1) == decays],
+            "weight_decay": OPTIMIZER.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    betas = OPTIMIZER.b1, OPTIMIZER.b2
+    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=betas, fused=True)
+    tokens, targets = (
+        torch.tensor(batch()[name], dtype=torch.long) for name in ("tokens", "targets")
+    )
+
+    def step() -> float:
+        logits = model(tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return _prepared(step)
