@@ -1,8 +1,8 @@
 """Stand-ins: a tiny experiment package (NumPy only, instantaneous) and a machine description."""
 
+import importlib
 import itertools
 import sys
-import types
 
 import pytest
 
@@ -84,9 +84,6 @@ def make_package(tmp_path, monkeypatch):
 @pytest.fixture
 def machine(monkeypatch):
     """A fixed description of the machine in place of the real one."""
-    module = types.ModuleType("research.training.environment")
-    module.environment = lambda: {"device": "pocket calculator", "commit": "0" * 40}
-    package = types.ModuleType("research.training")
-    package.environment = module
-    monkeypatch.setitem(sys.modules, "research.training", package)
-    monkeypatch.setitem(sys.modules, "research.training.environment", module)
+    module = importlib.import_module("research.training.environment")
+    fixed = {"device": "pocket calculator", "commit": "0" * 40}
+    monkeypatch.setattr(module, "environment", lambda: fixed)

@@ -1,10 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
 
+from research import cli
 from research.cli import main
 
 
@@ -121,6 +123,53 @@ def test_help_answers_without_jax():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ablate run architecture/gqa --scale=smoke" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "offered, asked, started_with",
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.cpu.x=1", "glibc.cpu.x=1:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+        ("[always] madvise never", None, None),
+        ("always madvise [never]", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_process_starts_again_only_where_huge_pages_are_on_request(
+    tmp_path, monkeypatch, offered, asked, started_with
+):
+    setting = tmp_path / "enabled"
+    if offered is not None:
+        setting.write_text(offered + "\n")
+    monkeypatch.setattr(cli, "_HUGE_PAGES", setting)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", asked)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
+    cli._with_huge_pages()
+    assert [environment["GLIBC_TUNABLES"] for _, _, environment in started] == [
+        text for text in [started_with] if text
+    ]
+
+
+@pytest.mark.skipif(
+    not cli._HUGE_PAGES.exists() or "[madvise]" not in cli._HUGE_PAGES.read_text(),
+    reason="huge pages are not on request here",
+)
+def test_started_again_it_is_the_same_command(tmp_path):
+    code = (
+        "import os, sys\nfrom research.cli import main\n"
+        "code = main()\nprint(code, os.getpid(), os.environ['GLIBC_TUNABLES'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    words = [sys.executable, "-c", code, "report", f"--results={tmp_path}"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    printed, _ = process.communicate(timeout=120)
+    # the same process, so that signals to it arrive
+    assert printed.splitlines()[-1] == f"0 {process.pid} glibc.malloc.hugetlb=1"
+    assert (tmp_path / "README.md").exists()
 
 
 def test_an_empty_board_is_still_a_board(ablate):
