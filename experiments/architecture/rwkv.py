@@ -1,11 +1,11 @@
-"""RWKV: a recurrent network trained like a transformer (RWKV-4, Peng 2023, arXiv:2305.13048;
-RWKV-7, Peng 2025, arXiv:2503.14456).
+"""RWKV-4 (Peng 2023, arXiv:2305.13048) and RWKV-7 (Peng 2025, arXiv:2503.14456).
 
-The state has one size whatever the length, so a token costs the same after any context (RWKV-4,
-Table 1), and models of up to 14 billion parameters are on par with transformers of their size
-(abstract). RWKV-7 has a matrix a head that unlearns as it learns: it is ahead of its predecessors,
-and tracks states and recognises all regular languages, which transformers cannot under standard
-conjectures (abstract; the word problem of a group is the usual test).
+A recurrent network that is trained like a transformer. The state has one size whatever the length,
+so a token costs the same after any context (RWKV-4, Table 1), and models of up to 14 billion
+parameters are on par with transformers of their size (abstract). RWKV-7 has a matrix a head that
+unlearns as it learns: it is ahead of its predecessors, and tracks states and recognises all regular
+languages, which transformers cannot under standard conjectures (abstract; the word problem of a
+group is the usual test).
 
 Here all three are trained on text with equal parameters, and on the word problem of the five-fold
 symmetric group: swaps of neighbours come in, the permutation that they make together is asked for
