@@ -75,6 +75,9 @@ def _recall(pattern):
         "training.steps": lambda config: config.recall_steps,
         "training.eval_every": lambda config: config.recall_steps,
         "training.checkpoint_every": lambda config: max(1, config.recall_steps // 4),
+        "training.optimizer.warmup_steps": lambda config: min(
+            config.training.optimizer.warmup_steps, config.recall_steps // 2
+        ),
     }
 
 

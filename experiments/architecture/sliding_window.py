@@ -35,6 +35,7 @@ def get_config(scale):
         config.data.update(sequence_length=8192, batch_size=256)
     config.cache_length = 8 * config.data.sequence_length
     config.copy_steps = {"smoke": 6, "cpu": 200}.get(scale, 1000)
+    config.copy_batch = 64 if scale == "paper" else 32  # a row for each chip
     return config
 
 
@@ -56,12 +57,15 @@ def _copy(name, layers, window):
             "data.source": "synthetic",
             "data.synthetic": dict(task="copy", vocab_size=32, parameters=dict(symbols=SYMBOLS)),
             "data.sequence_length": 2 * SYMBOLS,
-            "data.batch_size": 32,
+            "data.batch_size": lambda config: config.copy_batch,
             "model.vocab_size": 32,
             "model.num_layers": layers,
             "model.pattern": ("sliding",) if window else ("attention",),
             "model.attention.window": window,
             "training.steps": lambda config: config.copy_steps,
+            "training.optimizer.warmup_steps": lambda config: min(
+                config.training.optimizer.warmup_steps, config.copy_steps // 2
+            ),
         },
     )
 
