@@ -276,7 +276,9 @@ class Attention(nnx.Module):
         if k_segments is not None:
             k_segments = place(k_segments, "batch", None)
         slopes_h = alibi.slopes(self.config.num_heads) if self.use_alibi else None
-        sinks_h = None if self.sinks is None else gather(self.sinks[...], self.sinks.axes)
+        sinks_h = self.sinks
+        if sinks_h is not None:
+            sinks_h = gather(sinks_h[...], sinks_h.axes, rows=("batch", "time"))
         y = attention(
             q,
             k,

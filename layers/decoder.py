@@ -19,7 +19,7 @@ from layers.hooks import Hooks, Tap
 from layers.linear import Linear
 from layers.moe import Moe, RouterStats
 from layers.rwkv import Place
-from layers.sharding import place
+from layers.sharding import all_but_gathered, gathers, place
 
 State = tuple[BlockState, ...]
 
@@ -191,9 +191,12 @@ class Decoder(nnx.Module):
                 captured.append(tap.captured)
             return x, values, tuple(new_states), (captured, reported)
 
-        if config.remat != "none":
-            repeat = jax.checkpoint(repeat, policy=REMAT[config.remat])
         blocks = tuple(self.blocks)
+        policy = REMAT[config.remat]
+        if policy is None and gathers(blocks):
+            policy = all_but_gathered
+        if policy is not None:
+            repeat = jax.checkpoint(repeat, policy=policy)
         states = (None,) * size if state is None else state
         indices = jnp.arange(config.repeats)
         values = self._no_values(x)

@@ -28,7 +28,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array) -> jax.Array:
         """Rows ``[b, t, d]`` in the compute dtype; an id out of range gives NaN."""
-        table = gather(self.table[...], self.table.axes).astype(self.dtype)
+        table = gather(self.table[...], self.table.axes, rows=("batch", "time")).astype(self.dtype)
         out = spec("batch", "time", None)
         return table.at[ids_bt].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=out

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from layers.sharding import gather, spec
+from layers.sharding import gather, place, spec, spread
 
 Initializer = Callable[..., jax.Array]
 
@@ -36,11 +36,16 @@ def einsum(
       weight_axes, out_axes: logical names of the dimensions of ``weight`` and of the result.
       preferred_element_type: accumulate and return in this dtype (logits ask for float32).
     """
-    weight = gather(jnp.asarray(weight, dtype), weight_axes)
+    inputs, output = subscripts.split("->")
+    x_letters, weight_letters = inputs.split(",")
+    named = dict(zip(weight_letters, weight_axes, strict=True)) | dict(
+        zip(output, out_axes, strict=True)
+    )
+    rows = tuple(named[letter] for letter in output if letter not in weight_letters)
     return product(
         subscripts,
-        x.astype(dtype),
-        weight,
+        place(x.astype(dtype), *(named[letter] for letter in x_letters)),
+        gather(jnp.asarray(weight, dtype), weight_axes, rows=rows),
         preferred_element_type=preferred_element_type,
         out_sharding=spec(*out_axes),
     )
@@ -157,5 +162,6 @@ class Linear(nnx.Module):
             preferred_element_type=self.out_dtype,
         )
         if self.bias is not None:
-            y = y + gather(jnp.asarray(self.bias[...], self.out_dtype), self.bias.axes)
+            bias = jnp.asarray(self.bias[...], self.out_dtype)
+            y = y + spread(gather(bias, self.bias.axes, rows=("batch", "time")), y)
         return y

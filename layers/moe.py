@@ -135,13 +135,14 @@ class Moe(nnx.Module):
             y = self._placed(x_btd, dispatch, combine, weights)
             return y, chosen_bte, lost_bt.astype(jnp.int32)
 
+        def whole(weight, *rest):
+            axes = weight.axes[:1] + rest
+            return gather(jnp.asarray(weight[...], self.dtype), axes, rows=("batch", "time"))
+
         weights = [
-            None if w is None else gather(jnp.asarray(w[...], self.dtype), w.axes[:1] + rest)
-            for w, rest in (
-                (self.gate, (None, "mlp")),
-                (self.up, (None, "mlp")),
-                (self.down, ("mlp", None)),
-            )
+            None if self.gate is None else whole(self.gate, None, "mlp"),
+            whole(self.up, None, "mlp"),
+            whole(self.down, "mlp", None),
         ]
         bias = None if self.bias is None else self.bias[...]
         hidden = ("experts", None, "mlp")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.sharding import gather
+from layers.sharding import gather, spread
 
 # "rmsnorm_1p" is "rmsnorm" whose parameter is the scale's difference from 1 (Gemma)
 NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm")
@@ -15,7 +15,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     axes = tuple(range(-scale.ndim, 0))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return (y * spread(scale.astype(jnp.float32), y)).astype(x.dtype)
 
 
 def layer_norm(
@@ -25,9 +25,9 @@ def layer_norm(
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = y * scale.astype(jnp.float32)
+    y = y * spread(scale.astype(jnp.float32), y)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + spread(bias.astype(jnp.float32), y)
     return y.astype(x.dtype)
 
 
@@ -50,11 +50,14 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(features, param_dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = gather(self.scale[...], self.scale.axes)
+        rows = ("batch", "time")
+        scale = gather(self.scale[...], self.scale.axes, rows=rows)
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, eps=self.eps)
         if self.kind == "rmsnorm_1p":
             return rms_norm(x, 1 + scale.astype(jnp.float32), eps=self.eps)
         assert self.kind == "layernorm", self.kind
-        bias = None if self.bias is None else gather(self.bias[...], self.bias.axes)
+        if self.bias is None:
+            return layer_norm(x, scale, eps=self.eps)
+        bias = gather(self.bias[...], self.bias.axes, rows=rows)
         return layer_norm(x, scale, bias, eps=self.eps)

@@ -7,11 +7,22 @@ nothing.
 
 Weights rest sharded over ``fsdp`` and are *computed with* gathered: `gather` is that all-gather,
 and its transpose is the reduce-scatter of the gradient (ZeRO-3, Rajbhandari 2020, §5.3).
+
+A weight may also be *reduced* over the axes that split rows (`PartitionSpec`'s ``reduced``): each
+device then keeps its own rows' share of the gradient, *unreduced*, and whoever differentiates sums
+the shares when it likes. Products, lookups and islands can; for everything else `gather` takes the
+mark away, and the gradient is summed on the spot.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
@@ -30,9 +41,121 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
     return x if target is None else jax.sharding.reshard(x, target)
 
 
-def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight in the layout it is multiplied in: ``tensor`` sharding kept, ``fsdp`` gathered."""
-    return place(weight, *axes)
+def gather(
+    weight: jax.Array, axes: tuple[str | None, ...], *, rows: tuple[str | None, ...] | None = None
+) -> jax.Array:
+    """A weight in the layout it is multiplied in: ``tensor`` sharding kept, ``fsdp`` gathered.
+
+    ``rows``: the logical axes that its gradient is summed over, if what it is used in can leave
+    that sum to whoever differentiates.
+    """
+    target = spec(*axes)
+    if target is None:
+        return weight
+    rest = _spec(weight)
+    gathered = named_axes(rest) - named_axes(target)
+    if rows is None or not (rest.reduced or gathered):
+        return jax.sharding.reshard(weight, target)
+    # In two moves, so that the transpose is a reduce-scatter over what is gathered and a sum over
+    # other rows of what is left, rather than a sum of everything.
+    summed = named_axes(spec(*rows)) - named_axes(target)
+    first = rest.reduced or summed - named_axes(rest)
+    weight = jax.sharding.reshard(weight, PartitionSpec(*rest.partitions, reduced=first))
+    return _reshard(weight, PartitionSpec(*target, reduced=summed))
+
+
+def scatter(gradient: jax.Array, target: PartitionSpec) -> jax.Array:
+    """``gradient`` resharded to ``target``: scattered, and what is left summed over other rows."""
+    waiting = _spec(gradient).unreduced
+    if waiting > target.unreduced:
+        first = waiting - named_axes(target)
+        gradient = _reshard(gradient, PartitionSpec(*target.partitions, unreduced=first))
+    return jax.sharding.reshard(gradient, target)
+
+
+def gathers(tree: Any) -> bool:
+    """Whether a parameter of ``tree`` rests split over an axis that `gather` gathers."""
+
+    def does(variable) -> bool:
+        axes = variable.get_metadata().get("axes") if isinstance(variable, nnx.Variable) else None
+        target = None if axes is None else spec(*axes)
+        if target is None:
+            return False
+        leaves = jax.tree.leaves(variable, is_leaf=lambda x: isinstance(x, Scattered))
+        arrays = [a.whole if isinstance(a, Scattered) else a for a in leaves]
+        return any(named_axes(_spec(a)) - named_axes(target) for a in arrays)
+
+    return any(map(does, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))))
+
+
+def all_but_gathered(primitive, *operands, **options) -> bool:
+    """A policy of `jax.checkpoint`: keep everything but weights gathered to be computed with.
+
+    They are no activations; the backward pass gathers them again (ZeRO-3).
+    """
+    if primitive.name == "reshard":
+        return not options["dst_sharding"].spec.reduced
+    # a cast or transposition of one; products have two operands
+    return len(operands) != 1 or not operands[0].sharding.spec.reduced
+
+
+def named_axes(axes: PartitionSpec | None) -> frozenset[str]:
+    """The mesh axes that split something."""
+    names: set[str] = set()
+    for axis in () if axes is None else axes.partitions:
+        names |= {axis} if isinstance(axis, str) else set(axis or ())
+    return frozenset(names)
+
+
+def spread(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """``weight``, of ``x``'s last dimensions, as something that multiplies or adds to ``x``.
+
+    Where its gradient is to stay unreduced it becomes a product with ones, which XLA takes out
+    again: products know how to be unreduced.
+    """
+    own = _spec(weight)
+    if not own.reduced:
+        return weight
+    where = _spec(x).partitions
+    rows = PartitionSpec(*where[: -weight.ndim])
+    weight = jax.sharding.reshard(weight, PartitionSpec(*own.partitions, reduced=named_axes(rows)))
+    ones = jax.sharding.reshard(jnp.ones(x.shape[: -weight.ndim], weight.dtype), rows)
+    letters = "abcdefgh"[: x.ndim]
+    first, last = letters[: -weight.ndim], letters[-weight.ndim :]
+    return jnp.einsum(
+        f"{first},{last}->{letters}", ones, weight, out_sharding=PartitionSpec(*where)
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scattered:
+    """A parameter whose gradient lies elsewhere: read it as ``[...]`` and get ``whole``.
+
+    The gradient is scattered to the type of ``share``, whose values nobody looks at, where the
+    parameter is read: a layer's when that layer is done (ZeRO-2, §5.2).
+    """
+
+    whole: jax.Array
+    share: jax.Array
+
+    def __getitem__(self, index) -> jax.Array:
+        axes = _spec(self.share)
+        target = PartitionSpec(*axes.partitions, unreduced=axes.reduced)
+        whole: Any = _scattered(target, self.whole, self.share)
+        return whole[index]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scattered(target: PartitionSpec, whole: jax.Array, share: jax.Array) -> jax.Array:
+    del target, share
+    return whole
+
+
+_scattered.defvjp(
+    lambda target, whole, share: (whole, None),
+    lambda target, _, gradient: (None, scatter(gradient, target)),
+)
 
 
 def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):
@@ -48,20 +171,58 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
     several = isinstance(out_axes, list)
     out_spec = tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes)
     given = [i for i, a in enumerate(arguments) if a is not None]
+    # one copy a device along a dimension in front, so that the gradient is one as well
+    copied = {i: tuple(sorted(_spec(arguments[i]).reduced)) for i in given}
 
     def local(*shares):
         every: list = [None] * len(arguments)
         for i, share in zip(given, shares, strict=True):
-            every[i] = share
+            every[i] = share[0] if copied[i] else share
         return function(*every)
 
-    run = jax.shard_map(
-        local, in_specs=tuple(spec(*axes[i]) for i in given), out_specs=out_spec, check_vma=False
-    )
-    return run(*(place(arguments[i], *axes[i]) for i in given))
+    def enter(i):
+        target = spec(*axes[i])
+        assert target is not None
+        if not copied[i]:
+            return jax.sharding.reshard(arguments[i], target), target
+        marked = PartitionSpec(*target, reduced=frozenset(copied[i]))
+        share = jax.sharding.reshard(arguments[i], marked)
+        target = PartitionSpec(copied[i], *target)
+        return _copies(share, target), target
+
+    entering, in_specs = zip(*map(enter, given), strict=True)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+    return run(*entering)
 
 
 def mesh_axis(axis: str) -> str | tuple[str, ...] | None:
     """The mesh axis that splits the logical ``axis``, for collectives inside an `island`."""
     found = spec(axis)
     return None if found is None else found[0]
+
+
+def _spec(a: jax.Array) -> PartitionSpec:
+    return jax.typeof(a).sharding.spec
+
+
+def _copies(a: jax.Array, target: PartitionSpec) -> jax.Array:
+    """``a`` once for each device of the axes that split the first dimension of ``target``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    first = PartitionSpec(target[0])
+    ways = math.prod(mesh.shape[axis] for axis in named_axes(first))
+    ones = jax.sharding.reshard(jnp.ones(ways, a.dtype), first)
+    letters = "abcdefgh"[: a.ndim]
+    return jnp.einsum(f"n,{letters}->n{letters}", ones, a, out_sharding=target)
+
+
+def _reshard(a: jax.Array, target: PartitionSpec) -> jax.Array:
+    """`jax.sharding.reshard`, with the last dimension in front if it is its split that changes.
+
+    XLA for TPUs makes all-reduces of some reduce-scatters along the last dimension.
+    """
+    now, then = _spec(a).partitions, target.partitions
+    then = (*then, *(None,) * (a.ndim - len(then)))
+    if a.ndim < 2 or now[-1] == then[-1]:
+        return jax.sharding.reshard(a, target)
+    moved = PartitionSpec(then[-1], *then[:-1], reduced=target.reduced, unreduced=target.unreduced)
+    return jnp.moveaxis(jax.sharding.reshard(jnp.moveaxis(a, -1, 0), moved), 0, -1)

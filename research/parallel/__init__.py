@@ -1,10 +1,18 @@
 """Where arrays live: the device mesh, and the one table from logical axis names to mesh axes."""
 
 from research.parallel.mesh import MeshConfig, initialize, make_mesh
-from research.parallel.rules import batch_ways, shard_batch, shardings, use_mesh, validate
+from research.parallel.rules import (
+    abstract_batch,
+    batch_ways,
+    shard_batch,
+    shardings,
+    use_mesh,
+    validate,
+)
 
 __all__ = [
     "MeshConfig",
+    "abstract_batch",
     "batch_ways",
     "initialize",
     "make_mesh",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from layers.config import ConfigError, check
@@ -19,7 +20,8 @@ class MeshConfig:
 
     ``data``: batches split, parameters copied. ``fsdp``: batches and parameters split (ZeRO-3).
     ``expert``: batches and experts split. ``sequence``: time split. ``tensor``: heads, hidden units
-    and vocabulary split.
+    and vocabulary split. ``zero``: the stage of ZeRO, which says what ``fsdp`` splits beside
+    batches: 1 optimiser moments, 2 gradients as well, 3 (None) parameters as well.
     """
 
     data: int = -1
@@ -27,13 +29,20 @@ class MeshConfig:
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    zero: int | None = None
 
     def __post_init__(self):
+        check(self.zero in (None, 1, 2, 3), "zero", self.zero, "must be 1, 2 or 3")
         for name in AXES:
             size = getattr(self, name)
             check(size == -1 or size > 0, name, size, "must be > 0, or -1 to fill")
         wild = [name for name in AXES if getattr(self, name) == -1]
         check(len(wild) <= 1, "mesh", wild, "only one axis may be -1")
+
+    @property
+    def stage(self) -> int:
+        """The stage of ZeRO."""
+        return self.zero or 3
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis → size on ``num_devices``; raises `ConfigError` unless they multiply to it."""
@@ -64,12 +73,11 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence | None = None
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     kind = AxisType.Explicit if len(devices) > 1 else AxisType.Auto
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(kind,) * len(sizes),
-        devices=devices,
+    # an axis may take part of one of a TPU slice's own: 8 × 8 of 4 × 4 × 4
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
 def initialize() -> None:

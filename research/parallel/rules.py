@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from layers.config import check
 from layers.decoder import DecoderConfig
@@ -37,14 +37,24 @@ RULES: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-def _on_mesh(axes: Any, mesh: Mesh) -> Any:
+# what a batch holds, [batch, time] each
+BATCH = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "positions": np.int32,
+    "segment_ids": np.int32,
+    "weights": np.float32,
+}
+
+
+def _on_mesh(axes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Mesh axes of one rule without those of size 1."""
     names = (axes,) if isinstance(axes, str) else tuple(axes or ())
     names = tuple(name for name in names if mesh.shape[name] > 1)
     return names[0] if len(names) == 1 else names or None
 
 
-def _table(mesh: Mesh, column: int) -> dict[str, Any]:
+def _table(mesh: Mesh | AbstractMesh, column: int) -> dict[str, Any]:
     return {name: _on_mesh(places[column], mesh) for name, places in RULES.items()}
 
 
@@ -61,16 +71,24 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The resting `NamedSharding` of every leaf of ``tree``, as the same tree.
+def shardings(tree: Tree, mesh: Mesh, *, split: bool = True) -> Tree:
+    """The resting `NamedSharding` of every leaf of ``tree``, as the same tree; see `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, split=split))
+
+
+def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
+    """The resting `PartitionSpec` of every leaf of ``tree``, as the same tree.
 
     ``tree`` holds arrays or `jax.ShapeDtypeStruct`. An `nnx.Variable` with ``axes`` metadata is
     placed by the table (the names are of its last dimensions: stacked parameters have one more in
     front); everything else is replicated. Optimiser moments shaped like the model carry the model's
-    metadata, so they are placed alike.
+    metadata, so they are placed alike. ``split`` False: whole on every device of ``fsdp``, as the
+    first stages of ZeRO keep parameters (`research.parallel.zero`).
     """
     table = _table(mesh, 0)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    if not split:
+        table = {name: None if axis == "fsdp" else axis for name, axis in table.items()}
+    replicated = PartitionSpec()
 
     def of_variable(variable):
         if not isinstance(variable, nnx.Variable) or "axes" not in variable.get_metadata():
@@ -81,11 +99,18 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
             if leaf.ndim < len(axes):  # e.g. Adafactor's factored moments
                 return replicated
             leading = (None,) * (leaf.ndim - len(axes))
-            return NamedSharding(mesh, PartitionSpec(*leading, *(table.get(a) for a in axes)))
+            return PartitionSpec(*leading, *(table.get(a) for a in axes))
 
         return jax.tree.map(of_leaf, variable)
 
     return jax.tree.map(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def placed(abstract: Tree, where: Tree) -> Tree:
+    """The arrays of ``abstract`` as `jax.ShapeDtypeStruct` with the shardings ``where``."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
+    )
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -103,6 +128,16 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
+    }
+
+
+def abstract_batch(mesh: Mesh, batch_size: int, sequence_length: int) -> dict[str, Any]:
+    """The batch of a training step as `jax.ShapeDtypeStruct` with its place on ``mesh``."""
+    table = _table(mesh, 1)
+    sharding = NamedSharding(mesh, PartitionSpec(table["batch"], table["time"]))
+    shape = (batch_size, sequence_length)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH.items()
     }
 
 

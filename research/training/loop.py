@@ -28,6 +28,7 @@ from research.parallel import (
     use_mesh,
     validate,
 )
+from research.parallel.zero import check_stage
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError, check_finite
@@ -90,6 +91,7 @@ def train(
     """
     the_mesh = make_mesh(mesh)
     validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
+    check_stage(mesh.zero, model, dict(the_mesh.shape))
     _check_parts(model, data, training, the_mesh)
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
@@ -113,7 +115,7 @@ def train(
     def fresh_model() -> Decoder:
         return Decoder(model, rngs=nnx.Rngs(seed))
 
-    abstract = abstract_state(model, optimizer, the_mesh)
+    abstract = abstract_state(model, optimizer, the_mesh, mesh.stage)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep) if workdir else None
     with contextlib.ExitStack() as stack:
@@ -140,8 +142,9 @@ def train(
             progress = stack.enter_context(bar(training.steps)) if lead else _silent
         stopped = stack.enter_context(_signals())
         run = _Run(
-            data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn
-        )
+            data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped,
+            loss_fn, mesh.stage,
+        )  # fmt: skip
         return run.go(state, dict(position.get("metrics", {})))
 
 
@@ -153,19 +156,20 @@ class _Run:
     """The loop itself, with everything it writes to."""
 
     def __init__(
-        self, data, training, mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn
-    ):
+        self, data, training, mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn,
+        stage,
+    ):  # fmt: skip
         self.data, self.training, self.mesh = data, training, mesh
         self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
         self.workdir, self.progress, self.stopped = workdir, progress, stopped
-        self.loss_fn = loss_fn
+        self.loss_fn, self.stage = loss_fn, stage
         self.metrics: dict[str, float] = {}
         self.saved = -1
 
     def go(self, state: TrainState, metrics: dict[str, float]) -> TrainResult:
         training, steps = self.training, self.training.steps
         self.metrics = metrics
-        step_fn = make_step(training, self.loss_fn)
+        step_fn = make_step(training, self.loss_fn, self.stage)
         tokens = self.data.batch_size * self.data.sequence_length
         flops = train_flops_per_token(state.model, self.data.sequence_length) * tokens
         peak = peak_flops()
@@ -268,6 +272,12 @@ def _check_parts(model, data, training, mesh) -> None:
         "data.sequence_length",
         data.sequence_length,
         f"must be at most model.max_length={limit}",
+    )
+    check(
+        not training.optimizer.master or model.param_dtype != "float32",
+        "training.optimizer.master",
+        True,
+        "changes nothing: model.param_dtype is float32",
     )
     ways = batch_ways(mesh)
     # a process brings its own rows, whole: the other axes cannot reach across processes

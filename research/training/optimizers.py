@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -23,6 +24,7 @@ class OptimizerConfig:
     constant, then linear decay over the last ``decay_fraction`` of the steps.
     ``b1``, ``b2``: decay of the first (or only) and second moment. ``weight_decay`` is decoupled
     and spares biases and norms. ``clip_norm``: largest global norm of a gradient, or None.
+    ``master``: update a float32 copy of parameters that are stored in fewer bits.
     """
 
     name: str = "adamw"
@@ -36,6 +38,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    master: bool = False
 
     def __post_init__(self):
         check_choice("name", self.name, OPTIMIZERS)
@@ -120,9 +123,37 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 optax.add_decayed_weights(config.weight_decay, decayed),
                 optax.scale_by_learning_rate(rate),
             )
-    if config.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return with_master(optimizer) if config.master else optimizer
+
+
+class MasterState(NamedTuple):
+    """The float32 copy, and the state of the optimiser that updates it."""
+
+    master: Any
+    inner: Any
+
+
+def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``optimizer`` on a float32 copy of the parameters, which are the copy rounded.
+
+    Steps too small for their own precision add up there (Micikevicius 2018, 1710.03740, §3.1).
+    """
+
+    def wide(tree):
+        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+    def init(params):
+        return MasterState(wide(params), optimizer.init(wide(params)))
+
+    def update(updates, state, params=None):
+        updates, inner = optimizer.update(wide(updates), state.inner, state.master)
+        master = optax.apply_updates(state.master, updates)
+        # float32, so that adding it gives the copy and then rounds
+        return jax.tree.map(jnp.subtract, master, wide(params)), MasterState(master, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decayed(params: Any) -> Any:

@@ -9,8 +9,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from layers.config import check
 from layers.decoder import Decoder, DecoderConfig
+from layers.sharding import named_axes
 from research.parallel import shardings
+from research.parallel.rules import placed
+from research.parallel.zero import settle
 
 
 @jax.tree_util.register_dataclass
@@ -32,24 +36,37 @@ class TrainState:
         key = jax.random.key_data(jax.random.key(seed))
         return cls(model, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
-    def apply(self, gradients: Decoder, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The state after one update by ``optimizer``."""
-        params: Any = self.model
+    def apply(
+        self, gradients: Decoder, optimizer: optax.GradientTransformation, stage: int = 3
+    ) -> "TrainState":
+        """The state after one update by ``optimizer``, where the ``stage`` of ZeRO has it rest.
+
+        Each device updates the share whose moments it has.
+        """
+        params: Any = settle(self.model)
         updates, moments = optimizer.update(gradients, self.optimizer, params)  # type: ignore[arg-type]
-        model: Any = optax.apply_updates(params, updates)
-        return TrainState(model, moments, self.step + 1, self.key)
+        model: Any = settle(optax.apply_updates(params, updates), split=stage == 3)
+        return TrainState(model, settle(moments), self.step + 1, self.key)
 
 
 def abstract_state(
-    model: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh, stage: int = 3
 ) -> TrainState:
     """The state of training ``model`` as `jax.ShapeDtypeStruct` with resting places on ``mesh``.
 
-    Nothing is allocated, and ``mesh`` may be of devices that are not here.
+    Nothing is allocated, and ``mesh`` may be of devices that are not here. ``stage`` is of ZeRO.
+
+    Raises:
+      ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits.
     """
     state = jax.eval_shape(lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0))
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        state,
-        shardings(state, mesh),
+    moments = shardings(state.optimizer, mesh)
+    something = any("fsdp" in named_axes(s.spec) for s in jax.tree.leaves(moments))
+    check(
+        stage > 1 or something,
+        "mesh.zero",
+        stage,
+        "changes nothing: fsdp splits none of the optimiser's moments",
     )
+    model_rests = shardings(state.model, mesh, split=stage == 3)
+    return placed(state, dataclasses.replace(shardings(state, mesh), model=model_rests))

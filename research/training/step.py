@@ -12,6 +12,7 @@ import optax
 from layers.decoder import Decoder
 from layers.moe import RouterStats, load_entropy, rebalance
 from layers.sharding import spec
+from research.parallel import zero
 from research.training.config import TrainingConfig
 from research.training.optimizers import make_optimizer, make_schedule
 from research.training.state import TrainState
@@ -107,48 +108,65 @@ def split_batch(batch: Batch, parts: int) -> Batch:
     return {name: split(x) for name, x in batch.items()}
 
 
-@functools.lru_cache(maxsize=64)
-def make_step(
-    config: TrainingConfig, loss_fn: LossFn = next_token_loss
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A compiled ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
+def make_gradients(
+    config: TrainingConfig, loss_fn: LossFn = next_token_loss, stage: int = 3
+) -> Callable[[Decoder, Batch, jax.Array], tuple[Decoder, dict[str, jax.Array]]]:
+    """``gradients(model, batch, key) -> (gradients, sums)`` over all micro-batches of ``config``.
 
     The gradient is that of the loss per unit of label weight over the whole batch, whatever the
-    number of micro-batches. The same ``config`` gives the same function, so that a second run of
-    the same shapes compiles nothing.
+    number of micro-batches, and is kept as ``stage`` of ZeRO says; `zero.settle` it.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = make_schedule(config.optimizer, config.steps)
     parts = config.gradient_accumulation
 
-    def gradient(model, batch, total, key):
-        def mean_loss(model):
-            loss, sums = loss_fn(model, batch, config.z_loss, key)
-            return loss / total, sums
-
-        return jax.grad(mean_loss, has_aux=True)(model)
-
-    def step(state: TrainState, batch: Batch):
+    def gradients(model: Decoder, batch: Batch, key: jax.Array):
         # a batch of padding alone must not divide by 0
         total = jnp.maximum(jnp.sum(batch["weights"]), 1e-6)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        variables, join = zero.differentiated(model, stage, late=parts > 1)
+
+        def one(batch, key):
+            def mean_loss(variables):
+                loss, sums = loss_fn(join(variables), batch, config.z_loss, key)
+                return loss / total, sums
+
+            return jax.grad(mean_loss, has_aux=True)(variables)
+
         if parts == 1:
-            gradients, sums = gradient(state.model, batch, total, key)
+            found, sums = one(batch, key)
         else:
 
             def add(carry, part):
-                batch, key = part
-                return jax.tree.map(jnp.add, carry, gradient(state.model, batch, total, key)), None
+                return jax.tree.map(jnp.add, carry, one(*part)), None
 
             split = split_batch(batch, parts), jax.random.split(key, parts)
             first, rest = (jax.tree.map(lambda a, i=i: a[i], split) for i in (0, slice(1, None)))
-            carry = gradient(state.model, first[0], total, first[1])
-            (gradients, sums), _ = jax.lax.scan(add, carry, rest)
-        metrics = report({**sums, "weight": total})
+            (found, sums), _ = jax.lax.scan(add, one(*first), rest)
+        return found, {**sums, "weight": total}
+
+    return gradients
+
+
+@functools.lru_cache(maxsize=64)
+def make_step(
+    config: TrainingConfig, loss_fn: LossFn = next_token_loss, stage: int = 3
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A compiled ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
+
+    The same ``config`` gives the same function, so that a second run of the same shapes compiles
+    nothing. ``stage`` is of ZeRO and of no consequence on one device.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = make_schedule(config.optimizer, config.steps)
+    of_batch = make_gradients(config, loss_fn, stage)
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        gradients, sums = of_batch(state.model, batch, key)
+        gradients = zero.settle(gradients)
+        metrics = report(sums)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
-        metrics["weight"] = total
-        state = state.apply(gradients, optimizer)
+        metrics["weight"] = sums["weight"]
+        state = state.apply(gradients, optimizer, stage)
         if "router_choices" in metrics:
             rebalance(state.model.mixtures, metrics["router_choices"])
         return state, metrics

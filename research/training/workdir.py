@@ -11,6 +11,7 @@ from flax import nnx
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.parallel import MeshConfig, make_mesh, shardings
+from research.parallel.rules import placed
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.optimizers import make_optimizer
@@ -33,7 +34,8 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     if "training" in held:
         training = from_mapping(TrainingConfig, held["training"], "training")
         optimizer = make_optimizer(training.optimizer, training.steps)
-        keep, abstract = training.keep, abstract_state(config, optimizer, make_mesh(mesh))
+        keep = training.keep
+        abstract = abstract_state(config, optimizer, make_mesh(mesh), mesh.stage)
     else:
         keep, abstract = 1, _model_alone(config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep)
@@ -61,8 +63,4 @@ def save_model(model: Decoder, workdir: Path) -> None:
 
 def _model_alone(config: DecoderConfig, mesh: MeshConfig) -> dict[str, Decoder]:
     model = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        {"model": model},
-        {"model": shardings(model, make_mesh(mesh))},
-    )
+    return {"model": placed(model, shardings(model, make_mesh(mesh)))}

@@ -19,7 +19,8 @@ from layers.linear import Linear, fan_in_normal, product
 )
 def test_product_bias_and_initial_scale(subscripts, shape, bias_shape, fan_in, rngs):
     axes = tuple("abc"[: len(shape)])
-    layer = Linear(subscripts, shape, axes, (None,) * 3, rngs=rngs, bias=True)
+    out_axes = (None,) * len(subscripts.split("->")[1])
+    layer = Linear(subscripts, shape, axes, out_axes, rngs=rngs, bias=True)
     weight = np.asarray(layer.weight[...], np.float64)
     assert layer.weight.axes == axes
     assert layer.bias.shape == bias_shape and len(layer.bias.axes) == len(bias_shape)
