@@ -6,6 +6,7 @@ repeated in memory. The equation itself is `pallas_kernels.flash_attention.refer
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from flax import nnx
 
 from layers import alibi
 from layers.config import check, check_choice
+from layers.context import CONTEXTS, Keys, ring_attention, ulysses_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
-from layers.sharding import gather, island, place, spec
+from layers.sharding import gather, island, mesh_axis, spec
 from layers.state import KVCache
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.flash_attention import attention_weights, flash_attention
@@ -41,13 +43,15 @@ def attention(
     sinks_h: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
+    context: str = "gather",
     tap: Tap | None = None,
 ) -> jax.Array:
     """`pallas_kernels.flash_attention` on whatever mesh is in force; see there for the arguments.
 
-    Rows of the batch, heads and queries may lie on different devices; keys are gathered along time
-    first. A ``tap`` that wants ``attention.weights`` gets them, which takes the square of the
-    length in memory and leaves ``implementation`` without a say.
+    Rows of the batch, heads and queries may lie on different devices; ``context`` says how queries
+    meet keys along a split time (`layers.context`). A ``tap`` that wants ``attention.weights`` gets
+    them, which takes the square of the length in memory, gathers keys, and leaves
+    ``implementation`` without a say.
     """
     names = (
         "q_positions_bt", "k_positions_bs", "q_segments_bt", "k_segments_bs",
@@ -61,11 +65,13 @@ def attention(
         k_positions_bs = _rows(jnp.arange(s) if k_positions_bs is None else k_positions_bs, b)
     slopes_h = None if alibi_slopes_h is None else jnp.asarray(alibi_slopes_h)
     biases = (q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs, slopes_h, sinks_h)
-    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", None, "kv_heads", None)
-    q_row, k_row = ("batch", "time"), ("batch", None)
+    axis = mesh_axis("time")
+    split = None if context == "gather" or axis is None or _wants_weights(tap) else "time"
+    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", split, "kv_heads", None)
+    q_row, k_row = ("batch", "time"), ("batch", split)
     bias_axes = (q_row, k_row, q_row, k_row, ("heads",), ("heads",))
 
-    if tap is not None and tap.wants("attention.weights"):
+    if tap is not None and _wants_weights(tap):
 
         def see(q, k, *biases):
             return attention_weights(q, k, **options, **dict(zip(names, biases, strict=True)))
@@ -78,12 +84,24 @@ def attention(
         return island(mix, (weights_bhts, v_bskc), (weight_axes, k_axes), q_axes)
 
     def attend(q, k, v, *biases):
+        if split:
+            q_at, k_at, q_segments, k_segments, slopes, sinks = biases
+            keys = Keys(k, v, k_at, k_segments)
+            own: dict[str, Any] = dict(axis=axis, implementation=implementation, **options)
+            if context == "ulysses":
+                return ulysses_attention(q, keys, q_at, q_segments, slopes, sinks, **own)
+            own["contiguous"] = context == "ring"
+            return ring_attention(q, keys, q_at, q_segments, slopes, sinks, **own)
         named = dict(zip(names, biases, strict=True))
         return flash_attention(q, k, v, **options, **named, implementation=implementation)
 
     return island(
         attend, (q_bthc, k_bskc, v_bskc, *biases), (q_axes, k_axes, k_axes, *bias_axes), q_axes
     )
+
+
+def _wants_weights(tap: Tap | None) -> bool:
+    return tap is not None and tap.wants("attention.weights")
 
 
 def _rows(a: jax.Array, batch: int) -> jax.Array:
@@ -100,7 +118,8 @@ class AttentionConfig:
     ``soft_cap``, ``sinks``, ``scale``: see `attention`. ``qk_norm``: RMSNorm of queries and keys
     over each head's channels (Henry 2020; Qwen3), ``qk_norm_across_heads``: over those of all heads
     together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
-    ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
+    ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform. ``context``:
+    how queries meet keys on a mesh that splits time, one of `layers.context.CONTEXTS`.
     """
 
     num_heads: int
@@ -115,8 +134,10 @@ class AttentionConfig:
     out_bias: bool = False
     scale: float | None = None
     implementation: str | None = None
+    context: str = "gather"
 
     def __post_init__(self):
+        check_choice("context", self.context, CONTEXTS)
         check(self.num_heads > 0, "num_heads", self.num_heads, "must be > 0")
         check(
             self.num_kv_heads is None
@@ -270,11 +291,7 @@ class Attention(nnx.Module):
                 )
             k, v = held.keys_bskc.astype(self.dtype), held.values_bskc.astype(self.dtype)
             k_positions, k_segments = held.positions_bs, held.segments_bs
-        # Queries stay sharded along time; every device needs all keys.
-        k, v = (place(a, "batch", None, "kv_heads", None) for a in (k, v))
-        k_positions = place(jnp.broadcast_to(k_positions, k.shape[:2]), "batch", None)
-        if k_segments is not None:
-            k_segments = place(k_segments, "batch", None)
+        k_positions = jnp.broadcast_to(k_positions, k.shape[:2])
         slopes_h = alibi.slopes(self.config.num_heads) if self.use_alibi else None
         sinks_h = self.sinks
         if sinks_h is not None:
@@ -293,6 +310,7 @@ class Attention(nnx.Module):
             sinks_h=sinks_h,
             scale=self.config.scale,
             implementation=self.config.implementation,
+            context=self.config.context if state is None else "gather",
             tap=tap,
         )
         return self.out(tap("attention.output", y)), state

@@ -122,16 +122,60 @@ def flash_attention(
         v_bskc.dtype == q_bthc.dtype, "v.dtype", str(v_bskc.dtype), f"must be q's, {q_bthc.dtype}"
     )
     arrays = (q_bthc, k_bskc, v_bskc, *arrays)
-    refusals = {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
-    chosen = choose(OP, implementation, refusals)
+    chosen = choose(OP, implementation, _refusals(arrays))
     if chosen == ["reference"]:
         y, lse = reference.attention(spec, *arrays)
     else:
-        sizes = tuple(
-            (name, tuple(block_sizes(OP, PLATFORMS[name], blocks).items())) for name in chosen
-        )
-        y, lse = _attention(spec, tuple(chosen), sizes, *arrays)  # type: ignore[misc]
+        y, lse = _attention(spec, tuple(chosen), _sizes(chosen, blocks), *arrays)  # type: ignore[misc]
     return (y, lse) if return_lse else y
+
+
+def attention_gradients(
+    q_bthc: jax.Array,
+    k_bskc: jax.Array,
+    v_bskc: jax.Array,
+    y_bthc: jax.Array,
+    lse_bht: jax.Array,
+    dy_bthc: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    q_positions_bt: jax.Array | None = None,
+    k_positions_bs: jax.Array | None = None,
+    q_segments_bt: jax.Array | None = None,
+    k_segments_bs: jax.Array | None = None,
+    alibi_slopes_h: jax.Array | np.ndarray | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The backward pass alone: ``dq, dk, dv`` through these keys, which may be some of many.
+
+    ``y`` and ``lse`` are of all the keys (and sinks) that the queries see, wherever those are, and
+    ``dy`` is the gradient of ``y``; ``dq`` is the part that comes through these keys. The other
+    arguments are `flash_attention`'s, of these keys.
+
+    Raises:
+      ValueError: as `flash_attention`.
+    """
+    spec, rest = _checked(
+        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
+        k_segments_bs, alibi_slopes_h, soft_cap, None, scale,
+    )  # fmt: skip
+    check_array("v", v_bskc, k_bskc.shape)
+    for name, array in (("y", y_bthc), ("dy", dy_bthc)):
+        check_array(name, array, q_bthc.shape)
+    b, t, h, _ = q_bthc.shape
+    check_array("lse", lse_bht, (b, h, t))
+    arrays = (q_bthc, k_bskc, v_bskc, *rest)
+    chosen = choose(OP, implementation, _refusals(arrays))
+    exact = lse_bht.dtype
+    delta_bht = jnp.einsum("bthc,bthc->bht", dy_bthc.astype(exact), y_bthc.astype(exact))
+    if chosen == ["reference"]:
+        return reference.backward(spec, *arrays, lse_bht, delta_bht, dy_bthc)
+    table = _table(spec, chosen, dict(_sizes(chosen, blocks)), "backward")
+    return per_platform(chosen, table, *arrays, lse_bht, delta_bht, dy_bthc)
 
 
 def attention_weights(
@@ -158,6 +202,16 @@ def attention_weights(
         k_segments_bs, alibi_slopes_h, soft_cap, sinks_h, scale,
     )  # fmt: skip
     return reference.weights(spec, q_bthc, k_bskc, *arrays)[0]
+
+
+def _refusals(arrays) -> dict[str, str | None]:
+    """Why each implementation cannot serve a call of ``arrays``, if it cannot."""
+    return {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
+
+
+def _sizes(chosen: list[str], blocks: Mapping[str, int] | None):
+    """The blocks of each implementation that may run, hashable."""
+    return tuple((name, tuple(block_sizes(OP, PLATFORMS[name], blocks).items())) for name in chosen)
 
 
 def _checked(

@@ -6,6 +6,7 @@ from research.parallel.rules import (
     batch_ways,
     shard_batch,
     shardings,
+    time_order,
     use_mesh,
     validate,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "make_mesh",
     "shard_batch",
     "shardings",
+    "time_order",
     "use_mesh",
     "validate",
 ]

@@ -17,6 +17,7 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from layers.config import check
+from layers.context import zigzag_order
 from layers.decoder import DecoderConfig
 
 Tree = TypeVar("Tree")
@@ -119,8 +120,15 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch ``[batch, time]`` of this process's rows as global arrays on ``mesh``."""
+def shard_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, order: np.ndarray | None = None
+) -> dict[str, jax.Array]:
+    """A batch ``[batch, time]`` of this process's rows as global arrays on ``mesh``.
+
+    ``order``: which token of the sequence stands at each place, from `time_order`.
+    """
+    if order is not None:
+        batch = {name: value[:, order] for name, value in batch.items()}
     if mesh.size == 1:
         return {name: jax.device_put(value) for name, value in batch.items()}
     table = _table(mesh, 1)
@@ -129,6 +137,13 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+def time_order(config: DecoderConfig, mesh: Mesh, length: int) -> np.ndarray | None:
+    """How a sequence of ``length`` is to be dealt out to ``mesh``, if not piece by piece."""
+    ways = mesh.shape["sequence"]
+    zigzag = config.attention is not None and config.attention.context == "zigzag"
+    return zigzag_order(length, ways) if zigzag and ways > 1 else None
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, sequence_length: int) -> dict[str, Any]:
@@ -184,9 +199,39 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         ("vocab_size", config.vocab_size, "tensor", tensor),
     ):
         check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
+    if attention is not None and attention.context != "gather":
+        _validate_context(config, attention, mesh, sequence_length)
     check(
         expert == 1 or moe is not None,
         "mesh.expert",
         expert,
         "must be 1: the model has no experts to split",
     )
+
+
+def _validate_context(config, attention, mesh, length) -> None:
+    ways, field, context = mesh.shape["sequence"], "attention.context", attention.context
+    check(ways > 1, field, context, f"changes nothing: mesh.sequence={ways} splits nothing")
+    attends = {"attention", "sliding"} & set(config.pattern)
+    check(bool(attends), field, context, "changes nothing: no layer of the pattern attends")
+    if context == "ulysses":
+        heads, split = attention.kv_heads, ways * mesh.shape["tensor"]
+        check(
+            heads % split == 0,
+            "attention.num_kv_heads",
+            heads,
+            f"must be a multiple of mesh sequence × tensor={split} for context=ulysses",
+        )
+    if context == "zigzag":
+        check(
+            length % (2 * ways) == 0,
+            "sequence_length",
+            length,
+            f"must be a multiple of {2 * ways}, twice mesh sequence, for context=zigzag",
+        )
+        # these look at the order of the tokens as they stand
+        others = set(config.pattern) - {"attention", "sliding"}
+        check(not others, "pattern", config.pattern, "zigzag deals time out: attention alone")
+        capacity = None if config.moe is None else config.moe.capacity_factor
+        field = "moe.capacity_factor"
+        check(capacity is None, field, capacity, "must be None: zigzag deals time out")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from layers.config import check
 from layers.decoder import Decoder
 from research.data import DataConfig, make_dataset
-from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh
+from research.parallel import MeshConfig, make_mesh, shard_batch, time_order, use_mesh
 from research.training.step import LossFn, make_eval_step, next_token_loss, report, scalars
 
 
@@ -39,9 +39,11 @@ def evaluate(
         process_count=jax.process_count(),
     )
     totals: dict[str, np.ndarray] = {}
+    order = time_order(model.config, mesh, data.sequence_length)
     with use_mesh(mesh):
         pending = [
-            step(model, shard_batch(batch, mesh)) for batch in itertools.islice(dataset, batches)
+            step(model, shard_batch(batch, mesh, order))
+            for batch in itertools.islice(dataset, batches)
         ]
     for sums in pending:
         for name, value in sums.items():

@@ -25,6 +25,7 @@ from research.parallel import (
     batch_ways,
     make_mesh,
     shard_batch,
+    time_order,
     use_mesh,
     validate,
 )
@@ -173,13 +174,14 @@ class _Run:
         tokens = self.data.batch_size * self.data.sequence_length
         flops = train_flops_per_token(state.model, self.data.sequence_length) * tokens
         peak = peak_flops()
+        order = time_order(state.model.config, self.mesh, self.data.sequence_length)
         start = done = int(state.step)
         self.saved = start if start else -1
         pending = None
         since, since_step = time.perf_counter(), start
         while done < steps:
             batch = next(self.dataset)
-            state, computed = step_fn(state, shard_batch(batch, self.mesh))
+            state, computed = step_fn(state, shard_batch(batch, self.mesh, order))
             done += 1
             # Step N runs while the numbers of step N − 1 are read.
             if pending is not None:
