@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.config import check
+from layers.sharding import island, place
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +51,13 @@ class KVCache:
         check(batch > 0, "batch", batch, "must be > 0")
         check(capacity > 0, "max_length", capacity, "must be > 0")
         values = channels if value_channels is None else value_channels
+        heads, row = ("batch", None, "kv_heads", None), ("batch", None)
         return cls(
-            keys_bskc=jnp.zeros((batch, capacity, kv_heads, channels), dtype),
-            values_bskc=jnp.zeros((batch, capacity, kv_heads, values), dtype),
-            positions_bs=jnp.full((batch, capacity), -1, jnp.int32),
-            segments_bs=jnp.zeros((batch, capacity), jnp.int32),
-            written_b=jnp.zeros((batch,), jnp.int32),
+            keys_bskc=place(jnp.zeros((batch, capacity, kv_heads, channels), dtype), *heads),
+            values_bskc=place(jnp.zeros((batch, capacity, kv_heads, values), dtype), *heads),
+            positions_bs=place(jnp.full((batch, capacity), -1, jnp.int32), *row),
+            segments_bs=place(jnp.zeros((batch, capacity), jnp.int32), *row),
+            written_b=place(jnp.zeros((batch,), jnp.int32), "batch"),
             rolling=rolling,
         )
 
@@ -87,15 +89,19 @@ class KVCache:
             valid &= rank >= count[:, None] - self.capacity
             slots = slots % self.capacity
         slots = jnp.where(valid, slots, self.capacity)  # out of range: dropped by the scatter
-        rows = jnp.arange(keys_btkc.shape[0])[:, None]
 
-        def put(old, new):
-            return old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+        def put(old, new, *rest):
+            def local(old, new, slots):
+                rows = jnp.arange(old.shape[0])[:, None]
+                return old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+
+            axes, row = ("batch", None, *rest), ("batch", None)
+            return island(local, (old, new, slots), (axes, axes, row), axes)
 
         return dataclasses.replace(
             self,
-            keys_bskc=put(self.keys_bskc, keys_btkc),
-            values_bskc=put(self.values_bskc, values_btkc),
+            keys_bskc=put(self.keys_bskc, keys_btkc, "kv_heads", None),
+            values_bskc=put(self.values_bskc, values_btkc, "kv_heads", None),
             positions_bs=put(self.positions_bs, positions_bt),
             segments_bs=put(self.segments_bs, segments_bt),
             written_b=self.written_b + count,

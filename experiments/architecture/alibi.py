@@ -28,6 +28,7 @@ PAPER = "Press 2022, Train Short, Test Long: Attention with Linear Biases, arXiv
 CODE = ("layers/alibi.py", "layers/attention.py")
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:2x2x2"  # of paper scale
 FACTORS = (1, 2, 4, 8)  # of the trained length
 
 

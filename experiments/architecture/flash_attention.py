@@ -26,6 +26,7 @@ PAPER = "Dao 2022, FlashAttention: Fast and Memory-Efficient Exact Attention, ar
 CODE = ("layers/attention.py",)
 MATCHED = "parameters, tokens, FLOPs of the model; inputs of the operation"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:2x2x2"  # of paper scale
 
 
 def get_config(scale):

@@ -31,6 +31,7 @@ PAPER = "Ainslie 2023, GQA: Training Generalized Multi-Query Transformer Models,
 CODE = ("layers/attention.py", "layers/grouping.py")
 MATCHED = "tokens, width, depth and query heads; parameters differ by the key and value heads"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:4x4x4"  # of paper scale
 
 
 def get_config(scale):

@@ -30,6 +30,7 @@ PAPER = "Lieber 2024, Jamba: A Hybrid Transformer-Mamba Language Model, arXiv:24
 CODE = ("layers/decoder.py", "layers/mamba.py", "layers/attention.py")
 MATCHED = "tokens, steps, depth, width and MLPs; a layer of Mamba has half as many parameters again"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:4x4x4"  # of paper scale
 PATTERNS = {
     "mamba": ("mamba",) * 4,
     "quarter": ("mamba", "mamba", "attention", "mamba"),

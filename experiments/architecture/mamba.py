@@ -38,6 +38,7 @@ PAPER = (
 CODE = ("layers/mamba.py", "layers/mamba2.py")
 MATCHED = "tokens, steps, width and depth; a layer of attention has an MLP beside it"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:1x1x1"  # of paper scale
 FACTORS = (1, 2, 4, 16, 64)  # of the trained length, in the induction task
 
 

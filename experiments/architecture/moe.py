@@ -35,6 +35,7 @@ PAPER = "Fedus 2021, Switch Transformers: Scaling to Trillion Parameter Models, 
 CODE = ("layers/routing.py", "layers/moe.py")
 MATCHED = "tokens, steps and FLOPs a token; the mixtures have about 8 times the MLP's parameters"
 SEEDS = (0, 1, 2, 3, 4)  # effects are small beside the spread of seeds
+TOPOLOGY = "v5p:4x4x4"  # of paper scale
 EVALUATIONS = 16  # on the way
 
 

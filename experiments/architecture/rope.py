@@ -30,6 +30,7 @@ PAPER = "Su 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding,
 CODE = ("layers/rotary.py",)
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:2x2x1"  # of paper scale
 LONGER = 4  # times the trained length
 
 

@@ -34,6 +34,7 @@ PAPER = "Peng 2023, RWKV: Reinventing RNNs for the Transformer Era, arXiv:2305.1
 CODE = ("layers/rwkv.py", "layers/rwkv4.py", "layers/rwkv7.py")
 MATCHED = "tokens, steps, depth, width and, to 1%, parameters (by the feed-forward width)"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:4x4x4"  # of paper scale
 VERSIONS = ("rwkv4", "rwkv7")
 
 

@@ -23,6 +23,7 @@ PAPER = "Jiang 2023, Mistral 7B, arXiv:2310.06825; Beltagy 2020, Longformer, arX
 CODE = ("layers/attention.py", "layers/state.py")
 MATCHED = "tokens, parameters; the copying arms differ in depth on purpose"
 SEEDS = (0, 1, 2)
+TOPOLOGY = "v5p:4x4x4"  # of paper scale
 SYMBOLS, WINDOW = 24, 16  # of the copying task
 
 

@@ -51,8 +51,9 @@ pre{white-space:pre-wrap;background:var(--card);padding:.75rem;border-radius:.5r
 
 
 def records(root: Path = RESULTS) -> list[dict[str, Any]]:
-    """All records below ``root``, by name and scale."""
-    found = [dict(read_json(path), path=path) for path in root.rglob("*.json")]
+    """All records of runs below ``root``, by name and scale."""
+    paths = [path for path in root.rglob("*.json") if "plans" not in path.relative_to(root).parts]
+    found = [dict(read_json(path), path=path) for path in paths]
     return sorted(found, key=lambda record: (record["experiment"], record["scale"]))
 
 

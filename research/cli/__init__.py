@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from layers.config import ConfigError
-from research.cli import bench, models
+from research.cli import bench, models, plan
 
 # Only argparse above: `ablate --help` answers at once, what needs JAX is imported in the commands.
 
@@ -54,8 +54,10 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
     try:
         arguments, overrides = _split(argv)
         options = _parser().parse_args(arguments)
-        if overrides and options.command is not _run:
-            raise ConfigError(f"--config.{overrides[0]}: only `ablate run` takes overrides")
+        if overrides and not hasattr(options, "unused"):
+            raise ConfigError(
+                f"--config.{overrides[0]}: only `ablate run` and `plan` take overrides"
+            )
         options.overrides, options.package = overrides, package
         return options.command(options)
     except (ValueError, OSError) as error:  # ConfigError, and a folder that cannot be written
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_list, _add_run, _add_report, bench.add, models.add):
+    for add in (_add_list, _add_run, _add_report, plan.add, bench.add, models.add):
         add(commands)
     return parser
 

@@ -8,7 +8,9 @@ import contextlib
 import importlib.util
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,14 +47,19 @@ def topology_mesh(name: str, config: MeshConfig = MeshConfig()) -> jax.sharding.
             found = topologies.get_topology_desc(topology_name=name, platform="tpu")
     except Exception as error:
         raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
-    return make_mesh(config, found.devices)
+    try:
+        return make_mesh(config, found.devices)
+    except AssertionError as error:  # two devices a chip, as of a v4 that is not one
+        raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
 
 
-def compile_for_tpu(function: Callable, *arguments: Any) -> jax.stages.Compiled:
+def compile_for_tpu(
+    function: Callable, *arguments: Any, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
     """``function`` (jitted, or it will be) compiled for the slice its ``arguments`` rest on.
 
     They are `jax.ShapeDtypeStruct` with shardings on a `topology_mesh`; call it inside `use_mesh`
-    where the function wants one.
+    where the function wants one. ``options``: the compiler's, by XLA's names.
     """
     jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
     lowered = jitted.trace(*arguments).lower(lowering_platforms=("tpu",))
@@ -61,9 +68,22 @@ def compile_for_tpu(function: Callable, *arguments: Any) -> jax.stages.Compiled:
     # a program that was kept could not be read again without a chip to load it on
     jax.config.update(name, math.inf)
     try:
-        return lowered.compile()
+        return lowered.compile(None if options is None else dict(options))
     finally:
         jax.config.update(name, before)
+
+
+def compile_with_text(function: Callable, *arguments: Any) -> tuple[jax.stages.Compiled, str]:
+    """`compile_for_tpu`, and the program in HLO as the compiler writes it.
+
+    `jax.stages.Compiled.as_text` cannot read back every instruction: a large lookup that is handed
+    to a SparseCore is one that it cannot.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = compile_for_tpu(function, *arguments, options=options)
+        (path,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text()
 
 
 @contextlib.contextmanager

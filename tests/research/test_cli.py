@@ -104,7 +104,7 @@ def test_list_units(ablate, capsys):
         (["run", "branch/wide", "--config.stepz=1"], "did you mean 'steps'?"),
         (["run", "branch/wide", "--record", "--seeds=0"], "--record: needs all arms and seeds"),
         (["run", "branch/wide", "--record", "--config.noise=2"], "no --config overrides"),
-        (["report", "--config.x=1"], "only `ablate run` takes overrides"),
+        (["report", "--config.x=1"], "only `ablate run` and `plan` take overrides"),
         ([], "COMMAND"),
     ],
 )

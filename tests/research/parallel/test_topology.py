@@ -12,7 +12,7 @@ from layers.config import ConfigError
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.parallel import MeshConfig, use_mesh
-from research.parallel.topology import compile_for_tpu, topology_mesh
+from research.parallel.topology import compile_for_tpu, compile_with_text, topology_mesh
 from research.training import TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
@@ -46,6 +46,16 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="topology='v5e:2x2': needs the TPU compiler: pip inst"):
         topology_mesh("v5e:2x2")
+
+
+def test_a_program_has_its_text_also_where_its_lookup_goes_to_a_sparsecore():
+    place = NamedSharding(topology_mesh("v5p:1x1x1"), PartitionSpec())
+    table = jax.ShapeDtypeStruct((50_304, 1024), jnp.bfloat16, sharding=place)
+    ids = jax.ShapeDtypeStruct((65_536,), jnp.int32, sharding=place)
+    _, text = compile_with_text(lambda table, ids: table.at[ids].get(mode="clip"), table, ids)
+    assert text.count("ENTRY") == 1 and "bf16[50304,1024]" in text and "bf16[65536,1024]" in text
+    compiled, text = compile_with_text(lambda ids: 2 * ids, ids)
+    assert "s32[65536]" in text and "s32[65536]" in str(compiled.as_text())
 
 
 @pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

@@ -1,0 +1,126 @@
+"""``ablate plan``: what an experiment's step needs on a TPU slice that is not here."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from layers.config import ConfigError
+
+_PLAN = """examples:
+  ablate plan architecture/gqa                                  # paper scale, its own slice
+  ablate plan architecture/gqa --topology=v5p:4x4x4 --mesh=fsdp:64
+  ablate plan architecture/gqa --mesh=fsdp:64,zero:1 --mesh=data:4,fsdp:16
+  ablate plan architecture/gqa --sweep                          # meshes and strategies, the best
+  ablate plan architecture/gqa --fit                            # the largest batch that fits
+  ablate plan architecture/gqa --decode=256x8192                # weights and cache, a token a row
+"""
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="compile an experiment's step for a TPU slice: bytes, collectives, time at best",
+        epilog=_PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="an experiment, e.g. architecture/gqa")
+    parser.add_argument("--scale", default="paper", help="smoke, cpu, gpu or paper (default)")
+    parser.add_argument("--arms", help="names with commas between, or all; default: the first")
+    parser.add_argument("--topology", help="a slice, e.g. v5p:4x4x4; default: the experiment's")
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        help="axes and strategies, e.g. fsdp:16,tensor:4 or fsdp:64,zero:1; "
+        "several to compare them; default: the configuration's",
+    )
+    parser.add_argument("--batch", type=int, help="rows of the whole batch")
+    parser.add_argument("--decode", metavar="ROWSxLENGTH", help="decode after LENGTH tokens")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--fit", action="store_true", help="the largest batch that fits")
+    what.add_argument("--sweep", action="store_true", help="compare meshes and strategies")
+    what.add_argument("--record", action="store_true", help="all arms, into the plans' records")
+    parser.add_argument_group("configuration").add_argument(
+        "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
+    )
+    parser.add_argument("--results", type=Path, help="folder of records; default: the package's")
+    parser.set_defaults(command=_plan)
+
+
+def _plan(options) -> int:
+    from rich.console import Console
+
+    from research.ablation import planning, report
+    from research.ablation.experiment import load
+
+    experiment = load(options.name, options.package)
+    topology = options.topology or planning.topology(experiment, options.scale)
+    if options.record and (options.overrides or options.mesh or options.batch or options.decode):
+        raise ConfigError("--record: plans the experiment as declared, on a --topology of choice")
+    arms = [arm.name for arm in experiment.arms]
+    if not (options.record or options.arms == "all"):
+        arms = options.arms.split(",") if options.arms else arms[:1]
+    setups = planning.setups(
+        experiment,
+        options.scale,
+        topology,
+        arms=arms,
+        meshes=[_mesh(text) for text in options.mesh or ()],
+        batch=options.batch,
+        decode=_decode(options.decode),
+        overrides=options.overrides,
+    )
+    # a table is wide; into a file it need not be squeezed
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, markup=False, width=width)
+    with _quiet():
+        if options.sweep:
+            found = planning.sweep(setups, lambda text: console.print(text, soft_wrap=True))
+        elif options.fit:
+            found = planning.largest(setups)
+        else:
+            found = planning.plans(setups)
+    if len(found) == 1 and not options.record:
+        for line in planning.lines(found[0]):
+            console.print(line, soft_wrap=True)
+    else:
+        console.print(planning.table(found))
+        console.print(planning.verdict(found), soft_wrap=True)
+    if options.record:
+        paths = planning.record(experiment, options.scale, found, options.results or report.RESULTS)
+        console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
+    return 0 if all(one.plan.fits for one in found) or options.sweep else 1
+
+
+def _mesh(text: str) -> dict[str, object]:
+    """``fsdp:16,zero:1`` as fields of `MeshConfig`."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    if not all(name and colon and value for name, colon, value in pairs):
+        raise ConfigError(f"--mesh={text}: write axis:size with commas between, e.g. fsdp:64")
+    return {name: int(value) if value.lstrip("-").isdigit() else value for name, _, value in pairs}
+
+
+def _decode(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    rows, _, length = text.partition("x")
+    if not (rows.isdigit() and length.isdigit() and int(rows) and int(length)):
+        raise ConfigError(f"--decode={text}: write rows × cached tokens, e.g. 256x8192")
+    return int(rows), int(length)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the standard error of the process: libtpu tells it that it has found no TPU."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

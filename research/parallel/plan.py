@@ -1,0 +1,252 @@
+"""What a program needs on a slice that is not here: bytes a device, collectives, the time at best.
+
+The whole step is compiled ahead of time by the TPU's own compiler; nothing is allocated and no
+device is looked for. Bytes and collectives are the compiled program's: over all three axes of a
+torus (``fsdp:64`` on ``v5p:4x4x4``) XLA gathers and scatters by all-reduces, over two it does not.
+FLOPs are the model's (`train_flops_per_token`), and *executed* are those with what is computed
+again in the backward pass. The floor of a step's time is the longest of three, each at the data
+sheet's peak:
+
+- compute: executed FLOPs;
+- memory: the state and the batch are read, the state is written, and whatever temporaries hold at
+  their peak and collectives bring is written and read once;
+- links: what collectives move, around rings, over all of a device's links at once.
+
+No program can be faster; how much slower it is, only the machine knows.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from layers.config import ConfigError, check
+from layers.decoder import Decoder, DecoderConfig
+from research.parallel import (
+    MeshConfig,
+    abstract_batch,
+    batch_ways,
+    chips,
+    shardings,
+    use_mesh,
+    validate,
+)
+from research.parallel.program import KINDS, Collective, collectives
+from research.parallel.rules import placed
+from research.parallel.topology import compile_with_text, topology_mesh
+from research.parallel.zero import check_stage
+from research.training import TrainingConfig
+from research.training.flops import (
+    forward_flops_per_token,
+    recomputed_flops_per_token,
+    train_flops_per_token,
+)
+from research.training.optimizers import make_optimizer
+from research.training.state import abstract_state
+from research.training.step import make_step
+
+_OUT_OF_MEMORY = re.compile(r"total memory required [^(]*\(([\d.]+)([KMGT]?)\)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is planned: ``model`` on the ``mesh`` of ``topology``, by batches of this size.
+
+    ``training`` None: decoding, one token after ``sequence_length`` cached ones.
+    """
+
+    model: DecoderConfig
+    topology: str
+    mesh: MeshConfig
+    batch_size: int
+    sequence_length: int
+    training: TrainingConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says; of each device unless it says otherwise.
+
+    ``bytes`` of ``parameters``, ``moments`` (or the ``cache``), ``batch`` and ``temporaries``
+    (activations and gradients, at their peak), with their ``total`` and the device's ``memory``.
+    ``collectives``: kind → ``count`` and bytes ``moved`` a step; None if the program does not fit,
+    for then there is none. ``flops`` of a step on all devices: ``model`` and ``executed``.
+    ``floor``: seconds, see above.
+    """
+
+    setup: Setup
+    device: str
+    devices: int
+    mesh: Mapping[str, int]
+    parameters: int
+    bytes: Mapping[str, int]
+    flops: Mapping[str, float]
+    collectives: Mapping[str, Mapping[str, float]] | None
+    floor: Mapping[str, float]
+    intensity: float
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes["total"] <= self.bytes["memory"]
+
+    @property
+    def spare(self) -> int:
+        """Bytes left of the device's memory; negative where the program does not fit."""
+        return self.bytes["memory"] - self.bytes["total"]
+
+    @property
+    def seconds(self) -> float:
+        """The floor of a step's time."""
+        return max(self.floor.values())
+
+    @property
+    def bound(self) -> str:
+        """What makes the floor."""
+        return max(self.floor, key=lambda name: self.floor[name])
+
+
+def plan(setup: Setup) -> Plan:
+    """Compile the step of ``setup`` and read what it needs.
+
+    Raises:
+      ConfigError: no such slice, no compiler for it, a mesh that does not divide the model or the
+        batch, or a strategy that changes nothing; before anything is compiled.
+    """
+    mesh = topology_mesh(setup.topology, setup.mesh)
+    kind = mesh.devices.flat[0].device_kind
+    chip = chips.find(kind)
+    if chip is None or not (chip.memory and chip.memory_bandwidth and chip.link_bandwidth):
+        raise ConfigError(f"topology={setup.topology!r}: the peaks of {kind!r} are not known")
+    step, arguments, donated = _training(setup, mesh) if setup.training else _decoding(setup, mesh)
+    held = {name: _bytes(tree) for name, tree in arguments.items()}
+    started = time.perf_counter()
+    total, found = _compile(step, tuple(donated), mesh, sum(held.values()))
+    seconds = time.perf_counter() - started
+    held["temporaries"] = total - sum(held.values())
+    model = arguments["parameters"]
+    work = _flops(setup, model)
+    state = sum(_bytes(a) for a in (model, arguments["moments"])) if setup.training else 0
+    brought = sum(c.size * c.times for c in found or ())
+    touched = sum(held.values()) - held["temporaries"] + state
+    touched += 2 * (held["temporaries"] + brought)
+    executed = work["executed"] / mesh.size
+    floor = {"compute": executed / chip.flops, "memory": touched / chip.memory_bandwidth}
+    if found is not None:
+        floor["links"] = sum(c.moved for c in found) / chip.link_bandwidth
+    return Plan(
+        setup=setup,
+        device=kind,
+        devices=mesh.size,
+        mesh={name: size for name, size in mesh.shape.items() if size > 1},
+        parameters=sum(math.prod(a.shape) for a in jax.tree.leaves(model)),
+        bytes={**held, "total": total, "memory": int(chip.memory)},
+        flops=work,
+        collectives=None if found is None else _by_kind(found),
+        floor=floor,
+        intensity=executed / touched,
+        compile_seconds=seconds,
+    )
+
+
+def _training(setup: Setup, mesh: Mesh):
+    """The step, its arguments by name for their bytes, and the arguments themselves."""
+    training, model, size = setup.training, setup.model, setup.batch_size
+    assert training is not None
+    validate(model, mesh, batch_size=size, sequence_length=setup.sequence_length)
+    check_stage(setup.mesh.zero, model, dict(mesh.shape))
+    stage, optimizer = setup.mesh.stage, make_optimizer(training.optimizer, training.steps)
+    parts = training.gradient_accumulation
+    state = abstract_state(model, optimizer, mesh, stage)
+    batch = abstract_batch(mesh, size, setup.sequence_length)
+    each = size // batch_ways(mesh)
+    check(
+        each % parts == 0,
+        "training.gradient_accumulation",
+        parts,
+        f"must divide the {each} rows of a device",
+    )
+    named = {"parameters": state.model, "moments": state.optimizer, "batch": batch}
+    return make_step(training, stage=stage), named, (state, batch)
+
+
+def _decoding(setup: Setup, mesh: Mesh):
+    """As `_training`: one more token for each row of the batch."""
+    config, size = setup.model, setup.batch_size
+    known = set(config.pattern) <= {"attention", "sliding"}
+    check(known, "model.pattern", config.pattern, "only caches of attention are laid out on a mesh")
+    ways = mesh.shape["sequence"]
+    check(ways == 1, "mesh.sequence", ways, "must be 1: a token cannot be split")
+    validate(config, mesh, batch_size=size, sequence_length=1)
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = placed(abstract, shardings(abstract, mesh))
+    with use_mesh(mesh):
+        empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
+    where = jax.tree.map(lambda a: NamedSharding(mesh, a.sharding.spec), empty)
+    cache, batch = placed(empty, where), abstract_batch(mesh, size, 1)
+
+    def step(model, cache, tokens_bt, positions_bt):
+        output = model(tokens_bt, positions_bt, state=cache)
+        return jnp.argmax(output.logits_btv, axis=-1), output.state
+
+    token = batch["tokens"], batch["positions"]
+    named = {"parameters": model, "cache": cache, "batch": token}
+    return jax.jit(step, donate_argnums=1), named, (model, cache, *token)
+
+
+def _compile(step, arguments, mesh: Mesh, held: int) -> tuple[int, list[Collective] | None]:
+    """Bytes that the program needs in all, and its collectives, if it can be at all."""
+    try:
+        with use_mesh(mesh):
+            compiled, text = compile_with_text(step, *arguments)
+    except jax.errors.JaxRuntimeError as error:
+        match = _OUT_OF_MEMORY.search(str(error))
+        if match is None:
+            raise
+        return max(held, int(float(match.group(1)) * _UNITS[match.group(2)])), None
+    analysis: Any = compiled.memory_analysis()
+    total = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+    )
+    return int(total), collectives(text, mesh.size)
+
+
+def _flops(setup: Setup, model: Decoder) -> dict[str, float]:
+    """Of a step on all devices."""
+    length, rows = setup.sequence_length, setup.batch_size
+    if setup.training is None:
+        each = forward_flops_per_token(model, length, cached=True)
+        return {"model": each * rows, "executed": each * rows}
+    each = train_flops_per_token(model, length)
+    again = recomputed_flops_per_token(model, length)
+    return {"model": each * rows * length, "executed": (each + again) * rows * length}
+
+
+def _bytes(tree: Any) -> int:
+    """Of ``tree``'s arrays on one device."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    sizes = [math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True)]
+    return sum(sizes)
+
+
+def _by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
+    kinds = {}
+    for kind in KINDS:
+        of_kind = [c for c in found if c.kind == kind]
+        if of_kind:
+            count, moved = sum(c.times for c in of_kind), sum(c.moved for c in of_kind)
+            kinds[kind] = {"count": count, "moved": moved}
+    return kinds

@@ -1,0 +1,129 @@
+"""`ablate plan`: what it prints, keeps and refuses; libtpu's talk is not to be heard."""
+
+import json
+
+import pytest
+
+from research.ablation import discover, load, planning
+from research.ablation.experiment import SCALES
+from research.cli import main
+from research.parallel.plan import Plan
+
+GQA = ["plan", "architecture/gqa", "--scale=smoke"]
+
+
+@pytest.mark.tpu_compile
+def test_a_plan_is_printed_and_nothing_else(capfd):
+    assert main([*GQA, "--topology=v5e:2x2", "--mesh=fsdp:4", "--config.data.batch_size=8"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    for line in (
+        "mha on v5e:2x2 (4 × TPU v5 lite), mesh fsdp:4",
+        "28,896 parameters, training on 8 × 32 tokens a step, remat none",
+        "fits 15.75 GiB with 15.7",
+        "reduce-scatter",
+        "tokens/s at most",
+    ):
+        assert line in printed.out
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """A compiler that takes no time: plans whose bytes and floor depend on the mesh alone."""
+
+    def plan(setup):
+        split = setup.mesh.fsdp if setup.mesh.fsdp > 0 else 4
+        total = {1: 90, 2: 60, 3: 120 // split + 10}[setup.mesh.stage]
+        held = dict(parameters=30, moments=60, batch=1, temporaries=total - 91)
+        return Plan(
+            setup, "stand-in", 4, dict(fsdp=split), 10, {**held, "total": total, "memory": 65},
+            dict(model=1.0, executed=1.0), {"all-gather": dict(count=3, moved=1024.0)},
+            dict(compute=0.1, links=0.1 * setup.mesh.stage), 1.0, 0.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(planning, "plan", plan)
+
+
+def test_meshes_side_by_side_and_the_best(instant, capsys):
+    argv = [*GQA, "--topology=v5e:2x2", "--config.data.batch_size=8"]
+    meshes = ["--mesh=fsdp:4,zero:1", "--mesh=fsdp:4,zero:2", "--mesh=fsdp:4"]
+    assert main([*argv, *meshes]) == 1  # one of them does not fit
+    assert "best: fsdp:4,zero:2: 200 ms a step at least, 5 B to spare" in capsys.readouterr().out
+    assert main([*argv, "--sweep"]) == 0
+    printed = capsys.readouterr().out
+    assert "1/4 fsdp:4,zero:1: does not fit 65 B: 25 B too many" in printed
+    assert "best: fsdp:4,zero:2" in printed
+    assert main([*argv, meshes[0]]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
+    argv = [*GQA, "--topology=v5e:2x2", "--record", f"--results={tmp_path}"]
+    main(argv)
+    held = json.loads((tmp_path / "plans/architecture/gqa.json").read_text())
+    arms = [one["arms"] for one in held["plans"]]
+    # the uptrained arms' programs are those of their models
+    assert arms == [
+        ["mha", "uptrained_multi_head"],
+        ["gqa", "uptrained_mean", "uptrained_first", "uptrained_random"],
+        ["mqa"],
+    ]
+    assert held["plans"][0]["setup"]["topology"] == "v5e:2x2" and "commit" in held["environment"]
+    page = (tmp_path / "plans/architecture/gqa.md").read_text()
+    assert page.count("```") == 6 and "all-gather" in page
+    # the board is of runs alone
+    assert main(["report", f"--results={tmp_path}"]) == 0
+    assert "no records yet" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology=v5e:2x2", "--mesh=fsdp"], "--mesh=fsdp: write axis:size with commas"),
+        (
+            ["--topology=v5e:2x2", "--mesh=fdsp:4"],
+            "mesh.fdsp=4: no such field; did you",
+        ),
+        (["--topology=v5e:2x2", "--mesh=fsdp:4,zero:5"], "mesh.zero=5: must be 1, 2 or 3"),
+        (["--topology=v5e:2x2", "--decode=8"], "--decode=8: write rows × cached tokens"),
+        (["--topology=v5e:2x2", "--batch=0"], "batch=0: must be > 0"),
+        (["--topology=v5e:2x2", "--arms=mhaa"], "did you mean 'mha'?"),
+        (["--topology=nowhere"], "topology='nowhere': "),
+        ([], "topology=None: say which slice for scale smoke"),
+        (
+            ["--topology=v5e:2x2", "--record", "--batch=3"],
+            "--record: plans the experiment as declared",
+        ),
+        (["--fit", "--sweep"], "not allowed with argument"),
+        (["--topology=v5e:2x2", "--config.model.widht=3"], "did you mean 'width'?"),
+    ],
+)
+def test_requests_that_cannot_be_planned(capfd, arguments, message):
+    assert main([*GQA, *arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_arm_of_every_scale_is_a_step(scale):
+    """Nobody runs paper scale in a test: that what it asks for can be is seen here."""
+    for name in discover():
+        experiment = load(name)
+        arms = [arm.name for arm in experiment.arms]
+        found = planning.setups(experiment, scale, "v5p:2x2x1", arms=arms)
+        assert sorted(arm for each in found for arm in each) == sorted(arms)
+
+
+def test_bytes_are_readable():
+    plan = planning._bytes
+    assert [plan(n) for n in (0, 1023, 2048, -3 * 2**20, 95.73 * 2**30, 2**41)] == [
+        "0 B", "1,023 B", "2 KiB", "-3 MiB", "95.73 GiB", "2,048.00 GiB",
+    ]  # fmt: skip
+
+
+def test_an_experiment_without_a_model_is_refused(make_package):
+    experiment = load("branch/wide", make_package())
+    with pytest.raises(ValueError, match="^experiment='branch/wide': has no data to plan"):
+        planning.setups(experiment, "paper", "v5e:2x2", arms=["narrow"])
+    with pytest.raises(ValueError, match="^topology=None: branch/wide names none for paper"):
+        planning.topology(experiment, "paper")
