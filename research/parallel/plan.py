@@ -12,7 +12,7 @@ sheet's peak:
   their peak and collectives bring is written and read once;
 - links: what collectives move, around rings, over all of a device's links at once.
 
-No program can be faster; how much slower it is, only the machine knows.
+The program is no faster; how much slower it is, only the machine knows.
 """
 
 import dataclasses
