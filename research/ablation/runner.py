@@ -113,6 +113,26 @@ def plan(
     )
 
 
+def apart(planned: Plan) -> list[str]:
+    """Options of ``ablate run`` for each part of ``planned`` that needs no other one.
+
+    A unit is a part, with those that start from it: machines that share the workdir can each take
+    some. The order is the same whatever is finished, so that a number can name a part.
+    """
+    arms = {arm.name: arm for arm in planned.experiment.arms}
+    groups: dict[str, list[str]] = {}
+    for name in planned.chosen:
+        root = name
+        while (source := arms[root].after) is not None:
+            root = source
+        groups.setdefault(root, []).append(name)
+    return [
+        f"--arms={','.join(names)} --seeds={seed}"
+        for seed in planned.seeds
+        for names in groups.values()
+    ]
+
+
 def state(unit: Unit) -> str:
     """``finished``, ``failed``, ``interrupted`` or ``new``."""
     for name, word in ((RESULT, "finished"), (FAILED, "failed"), (UNIT, "interrupted")):

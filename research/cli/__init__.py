@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   ablate run architecture/gqa --scale=smoke
   ablate run architecture/gqa --arms=mha,gqa --seeds=0,1 --config.training.steps=100
   ablate run architecture/gqa --record && ablate report
+  ablate run architecture/gqa --list-units | xargs -L1 -P4 ablate run architecture/gqa
 """
 
 
@@ -139,7 +140,11 @@ def _add_run(commands) -> None:
     parser.add_argument("--seeds", help="numbers with commas between; default: the experiment's")
     parser.add_argument("--workdir", type=Path, help="default: runs/NAME/SCALE")
     parser.add_argument("--record", action="store_true", help="write the record for the board")
-    parser.add_argument("--list-units", action="store_true", help="show the units and stop")
+    parser.add_argument(
+        "--list-units",
+        action="store_true",
+        help="print options of `ablate run`, a line for what can run apart, and stop",
+    )
     parser.add_argument_group("configuration").add_argument(
         "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
     )
@@ -211,8 +216,8 @@ def _run(options) -> int:
         print(f"ablate: {warning}", file=sys.stderr)
     console = Console(highlight=False, markup=False)
     if options.list_units:
-        for unit in planned.units:
-            console.print(f"{unit.arm} seed {unit.seed}: {runner.state(unit)}")
+        for line in runner.apart(planned):
+            print(line)  # whole, however long
         return 0
     _keep_compiled(planned.workdir / "compiled")
     failures = runner.execute(planned, Progress(console))

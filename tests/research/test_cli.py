@@ -86,10 +86,23 @@ def test_interrupt_exits_130_and_goes_on(ablate, capsys, monkeypatch):
     assert "narrow, seed 0: finished before" in capsys.readouterr().out
 
 
-def test_list_units(ablate, capsys):
+def test_units_listed_run_apart_and_are_the_whole(ablate, capsys):
     assert ablate("run", "--list-units", "--arms=tuned", "--seeds=2") == 0
-    assert capsys.readouterr().out == "wide seed 2: new\ntuned seed 2: new\n"
+    assert capsys.readouterr().out == "--arms=tuned --seeds=2\n"
     assert not ablate.work.exists()
+    assert ablate("run", "--list-units") == 0
+    lines = capsys.readouterr().out.splitlines()
+    # what starts from an arm is on its line
+    assert lines == [
+        f"--arms={arms} --seeds={seed}" for seed in (0, 1, 2) for arms in ("narrow", "wide,tuned")
+    ]
+    for line in reversed(lines):
+        assert ablate("run", *line.split()) == 0
+    assert ablate("run", "--list-units") == 0
+    capsys.readouterr()
+    assert ablate("run") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("finished before") == 9 and "SUPPORTED: Wide has a lower" in printed
 
 
 @pytest.mark.parametrize(
