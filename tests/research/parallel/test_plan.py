@@ -12,7 +12,9 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
-from research.ablation import planning
+from research.ablation import load, planning
+from research.ablation.files import plain, read_json
+from research.ablation.report import RESULTS
 from research.parallel import MeshConfig, sweep
 from research.parallel.plan import Plan, Setup, plan
 from research.training import TrainingConfig
@@ -218,3 +220,20 @@ def test_a_sweep_compares_what_divides_the_model_and_names_the_best(monkeypatch)
     ]
     assert sweep.best(plans) is plans[3]
     assert sweep.best(plans[:1]) is None
+
+
+RECORDS = sorted((RESULTS / "plans").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_recorded_plan_is_of_the_experiment_as_it_is_and_fits(path):
+    """Its models, batches and strategies are those that paper scale would run now."""
+    held = read_json(path)
+    experiment = load(held["experiment"])
+    assert path == (RESULTS / "plans" / experiment.name).with_suffix(".json")
+    arms = [arm.name for arm in experiment.arms]
+    slice_ = planning.topology(experiment, "paper")
+    wanted = planning.setups(experiment, "paper", slice_, arms=arms)
+    setups = {tuple(one["arms"]): one["setup"] for one in held["plans"]}
+    assert setups == {names: plain(dataclasses.asdict(setup)) for names, (setup,) in wanted.items()}
+    assert all(one["fits"] for one in held["plans"])
