@@ -57,9 +57,10 @@ def _plan(options) -> int:
     from research.ablation.experiment import load
 
     experiment = load(options.name, options.package)
+    asked = (options.topology, options.arms, options.mesh, options.batch, options.decode)
+    if options.record and (options.overrides or options.scale != "paper" or any(asked)):
+        raise ConfigError("--record: plans paper scale as declared; it takes no other choice")
     topology = options.topology or planning.topology(experiment, options.scale)
-    if options.record and (options.overrides or options.mesh or options.batch or options.decode):
-        raise ConfigError("--record: plans the experiment as declared, on a --topology of choice")
     arms = [arm.name for arm in experiment.arms]
     if not (options.record or options.arms == "all"):
         arms = options.arms.split(",") if options.arms else arms[:1]
@@ -92,7 +93,8 @@ def _plan(options) -> int:
     if options.record:
         paths = planning.record(experiment, options.scale, found, options.results or report.RESULTS)
         console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
-    return 0 if all(one.plan.fits for one in found) or options.sweep else 1
+    fits = [one.plan.fits for one in found]
+    return 0 if (any if options.sweep else all)(fits) else 1
 
 
 def _mesh(text: str) -> dict[str, object]:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
@@ -121,6 +121,7 @@ def plan(setup: Setup) -> Plan:
       ConfigError: no such slice, no compiler for it, a mesh that does not divide the model or the
         batch, or a strategy that changes nothing; before anything is compiled.
     """
+    check_setup(setup)
     mesh = topology_mesh(setup.topology, setup.mesh)
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)
@@ -157,23 +158,32 @@ def plan(setup: Setup) -> Plan:
     )
 
 
+def check_setup(setup: Setup) -> None:
+    """Raise `ConfigError` for a ``setup`` that cannot be on its slice, before anything compiles."""
+    mesh = topology_mesh(setup.topology, setup.mesh)
+    model, training, size, zero = setup.model, setup.training, setup.batch_size, setup.mesh.zero
+    if training is not None:
+        validate(model, mesh, batch_size=size, sequence_length=setup.sequence_length)
+        check_stage(zero, model, dict(mesh.shape))
+        parts, each = training.gradient_accumulation, size // batch_ways(mesh)
+        divides = f"must divide the {each} rows of a device"
+        check(each % parts == 0, "training.gradient_accumulation", parts, divides)
+        return
+    check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
+    known = set(model.pattern) <= {"attention", "sliding"}
+    check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")
+    ways = mesh.shape["sequence"]
+    check(ways == 1, "mesh.sequence", ways, "must be 1: a token cannot be split")
+    validate(model, mesh, batch_size=size, sequence_length=1)
+
+
 def _training(setup: Setup, mesh: Mesh):
     """The step, its arguments by name for their bytes, and the arguments themselves."""
     training, model, size = setup.training, setup.model, setup.batch_size
     assert training is not None
-    validate(model, mesh, batch_size=size, sequence_length=setup.sequence_length)
-    check_stage(setup.mesh.zero, model, dict(mesh.shape))
     stage, optimizer = setup.mesh.stage, make_optimizer(training.optimizer, training.steps)
-    parts = training.gradient_accumulation
     state = abstract_state(model, optimizer, mesh, stage)
     batch = abstract_batch(mesh, size, setup.sequence_length)
-    each = size // batch_ways(mesh)
-    check(
-        each % parts == 0,
-        "training.gradient_accumulation",
-        parts,
-        f"must divide the {each} rows of a device",
-    )
     named = {"parameters": state.model, "moments": state.optimizer, "batch": batch}
     return make_step(training, stage=stage), named, (state, batch)
 
@@ -181,16 +191,14 @@ def _training(setup: Setup, mesh: Mesh):
 def _decoding(setup: Setup, mesh: Mesh):
     """As `_training`: one more token for each row of the batch."""
     config, size = setup.model, setup.batch_size
-    known = set(config.pattern) <= {"attention", "sliding"}
-    check(known, "model.pattern", config.pattern, "only caches of attention are laid out on a mesh")
-    ways = mesh.shape["sequence"]
-    check(ways == 1, "mesh.sequence", ways, "must be 1: a token cannot be split")
-    validate(config, mesh, batch_size=size, sequence_length=1)
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     model = placed(abstract, shardings(abstract, mesh))
     with use_mesh(mesh):
         empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
-    where = jax.tree.map(lambda a: NamedSharding(mesh, a.sharding.spec), empty)
+    # on one device there are no sharded types
+    where = jax.tree.map(
+        lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec()), empty
+    )
     cache, batch = placed(empty, where), abstract_batch(mesh, size, 1)
 
     def step(model, cache, tokens_bt, positions_bt):

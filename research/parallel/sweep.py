@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from layers.config import ConfigError
 from layers.decoder import DecoderConfig
-from research.parallel import MeshConfig, batch_ways, validate
-from research.parallel.plan import Plan, Setup, plan
+from research.parallel import MeshConfig, batch_ways
+from research.parallel.plan import Plan, Setup, check_setup, plan
 from research.parallel.topology import topology_mesh
-from research.parallel.zero import check_stage
 
 
 def candidates(setup: Setup) -> list[MeshConfig]:
@@ -17,11 +16,8 @@ def candidates(setup: Setup) -> list[MeshConfig]:
     size = topology_mesh(setup.topology).size
     found = []
     for config in _shapes(size, setup.model):
-        mesh = topology_mesh(setup.topology, config)
-        length = setup.sequence_length if setup.training else 1
         try:
-            check_stage(config.zero, setup.model, dict(mesh.shape))
-            validate(setup.model, mesh, batch_size=setup.batch_size, sequence_length=length)
+            check_setup(dataclasses.replace(setup, mesh=config))
         except ConfigError:
             continue
         found.append(config)
@@ -50,9 +46,13 @@ def _shapes(size: int, model: DecoderConfig) -> Iterator[MeshConfig]:
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:
-    """Of those that fit the one with the lowest floor, and of equals the one with most to spare."""
-    fitting = [one for one in plans if one.fits]
-    return min(fitting, key=lambda one: (one.seconds, -one.spare), default=None)
+    """Of those that fit the one with the least time a row, and of equals the one with most to
+    spare."""
+
+    def order(one: Plan) -> tuple[float, float]:
+        return one.seconds / one.setup.batch_size, -one.spare
+
+    return min((one for one in plans if one.fits), key=order, default=None)
 
 
 def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:

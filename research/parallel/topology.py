@@ -1,7 +1,7 @@
 """Programs for TPUs that are not here: a slice described by name, and its real compiler.
 
 libtpu compiles without a chip, so that a program's memory, collectives and kernels on a slice are
-known on any Linux machine (`pip install ablate[tpu]`).
+known on any Linux machine (`pip install -e ".[tpu]"`).
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def topology_mesh(name: str, config: MeshConfig = MeshConfig()) -> jax.sharding.
       ConfigError: no such slice, the compiler is not installed, or ``config`` does not fit.
     """
     if not has_compiler():
-        raise ConfigError(f"topology={name!r}: needs the TPU compiler: pip install 'ablate[tpu]'")
+        raise ConfigError(f"topology={name!r}: needs the TPU compiler: pip install -e '.[tpu]'")
     try:
         with _environment(_NO_CHIP):
             found = topologies.get_topology_desc(topology_name=name, platform="tpu")

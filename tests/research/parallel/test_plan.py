@@ -89,6 +89,9 @@ def test_decoding_holds_weights_and_cache():
         jax.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0))), 1024, cached=True
     )
     assert "moments" not in found.bytes and found.fits
+    alone = plan(dataclasses.replace(setup, topology="v5e:1x1", mesh=MeshConfig()))
+    assert alone.bytes["cache"] == numbers + 3 * (2 * 4 * 8 * 1024 + 4 * 8)
+    assert alone.collectives == {}
 
 
 RECURRENT = DecoderConfig(
