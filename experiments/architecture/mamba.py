@@ -13,7 +13,7 @@ the induction task is trained with eight queries a sequence and tested with one,
     ablate run architecture/mamba --scale=smoke    # seconds
     ablate run architecture/mamba                  # cpu: 2 cores, under 20 minutes
     ablate run architecture/mamba --scale=gpu      # one accelerator, under an hour
-    ablate run architecture/mamba --scale=paper    # 400,000 steps of 4,096 tokens; one TPU v5p
+    ablate run architecture/mamba --scale=paper    # up to 400,000 steps; one TPU v5p
 """
 
 import dataclasses

@@ -33,7 +33,10 @@ from research.ablation.language_model import (
 
 PAPER = "Fedus 2021, Switch Transformers: Scaling to Trillion Parameter Models, arXiv:2101.03961"
 CODE = ("layers/routing.py", "layers/moe.py")
-MATCHED = "tokens, steps and FLOPs a token; the mixtures have about 8 times the MLP's parameters"
+MATCHED = (
+    "tokens, steps and FLOPs a token (but for capacity that stays empty); the mixtures have as "
+    "many times the MLP's parameters as experts, or half as many where they are of half the width"
+)
 SEEDS = (0, 1, 2, 3, 4)  # effects are small beside the spread of seeds
 TOPOLOGY = "v5p:4x4x4"  # of paper scale
 EVALUATIONS = 16  # on the way
@@ -61,7 +64,7 @@ def get_config(scale):
         jitter=0.01,
     )
     config.model.moe = dataclasses.asdict(switch)
-    config.training.eval_every = max(1, config.training.steps // EVALUATIONS)
+    config.training.eval_every = -(-config.training.steps // EVALUATIONS)
     return config
 
 

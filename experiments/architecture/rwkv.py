@@ -32,7 +32,10 @@ from research.ablation.measure import decode_slowdown, state_bytes
 
 PAPER = "Peng 2023, RWKV: Reinventing RNNs for the Transformer Era, arXiv:2305.13048; 2503.14456"
 CODE = ("layers/rwkv.py", "layers/rwkv4.py", "layers/rwkv7.py")
-MATCHED = "tokens, steps, depth, width and, to 1%, parameters (by the feed-forward width)"
+MATCHED = (
+    "tokens, steps, depth, width and, on text, parameters to 1% (by the feed-forward width, which "
+    "is the same when they track)"
+)
 SEEDS = (0, 1, 2)
 TOPOLOGY = "v5p:4x4x4"  # of paper scale
 VERSIONS = ("rwkv4", "rwkv7")

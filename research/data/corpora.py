@@ -242,7 +242,7 @@ def _hugging_face(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
     try:
         import datasets
     except ImportError:
-        raise ConfigError("source='hf': needs the `hf` extra (pip install 'ablate[hf]')") from None
+        raise ConfigError("source='hf': needs the `hf` extra (pip install -e '.[hf]')") from None
     name = config.paths[0]
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
