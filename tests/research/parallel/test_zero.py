@@ -282,6 +282,7 @@ RECURRENT = DecoderConfig(
 )
 
 
+@pytest.mark.tpu_compile
 def test_a_stage_that_changes_nothing_or_cannot_be_is_refused():
     sizes = dict(data=1, fsdp=2, expert=1, sequence=2, tensor=1)
     with pytest.raises(ConfigError, match="^zero=4: must be 1, 2 or 3"):
