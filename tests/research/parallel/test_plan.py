@@ -223,6 +223,12 @@ def test_a_sweep_compares_what_divides_the_model_and_names_the_best(monkeypatch)
     ]
     assert sweep.best(plans) is plans[3]
     assert sweep.best(plans[:1]) is None
+    # twice the rows in less than twice the time
+    setup = dataclasses.replace(SETUP, batch_size=2 * SETUP.batch_size)
+    larger = dataclasses.replace(plans[3], setup=setup, floor={"compute": 3.0})
+    assert sweep.best([*plans, larger]) is larger
+    decoding = sweep.candidates(dataclasses.replace(SETUP, training=None))
+    assert decoding and all(mesh.zero is None for mesh in decoding)
 
 
 RECORDS = sorted((RESULTS / "plans").rglob("*.json"))
