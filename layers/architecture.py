@@ -56,6 +56,9 @@ class DecoderConfig:
     ``max_length``: rows of the learned position table; nothing else limits the length.
     ``embedding_norm``: a norm of the embeddings themselves (BLOOM, RWKV).
     ``embedding_scale`` multiplies embeddings; ``logit_cap`` soft-caps logits (Gemma 2).
+    ``circuits`` and ``microbatches`` are of a mesh that splits layers over stages
+    (`layers.pipeline`): how often a batch goes round the stages, and in how many parts. Parameters
+    are stacked a circuit apart; beside that neither changes the model.
     ``dtype`` is what is computed in, ``param_dtype`` what is stored; norms, softmax and logits are
     float32 whatever they are. ``init_std``: of the embeddings; other weights are fan-in scaled, and
     residual outputs by ``1/sqrt(2·num_layers)`` more (GPT-2, §2.3).
@@ -87,15 +90,17 @@ class DecoderConfig:
     embedding_scale: float | None = None
     logit_cap: float | None = None
     init_std: float = 0.02
+    circuits: int = 1
+    microbatches: int | None = None
     scan: bool = True
     remat: str = "none"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "norm_eps", "init_std"):
+        for name in ("vocab_size", "width", "num_layers", "circuits", "norm_eps", "init_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
-        for name in ("max_length", "embedding_scale", "logit_cap"):
+        for name in ("max_length", "embedding_scale", "logit_cap", "microbatches"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
         check_choice("position", self.position, POSITIONS)
@@ -112,6 +117,12 @@ class DecoderConfig:
             "num_layers",
             self.num_layers,
             f"must be a multiple of the pattern's length {len(self.pattern)}",
+        )
+        check(
+            self.repeats % self.circuits == 0,
+            "circuits",
+            self.circuits,
+            f"must divide the pattern's {self.repeats} repeats",
         )
         check(
             len(self.feed_forward) in (1, len(self.pattern)),
@@ -208,3 +219,9 @@ class DecoderConfig:
     @property
     def repeats(self) -> int:
         return self.num_layers // len(self.pattern)
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """Which of a decoder's ``blocks`` holds ``layer``, and where in its stack."""
+        repeat, p = divmod(layer, len(self.pattern))
+        circuit, index = divmod(repeat, self.repeats // self.circuits)
+        return circuit * len(self.pattern) + p, index

@@ -5,6 +5,7 @@ and the blocks either scanned (one compiled body) or unrolled (faster on CPU); t
 same and so is the checkpoint.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from layers.embedding import Embedding, sinusoidal
 from layers.hooks import Hooks, Tap
 from layers.linear import Linear
 from layers.moe import Moe, RouterStats
+from layers.pipeline import pipeline, stages
 from layers.rwkv import Place
 from layers.sharding import all_but_gathered, gathers, place
 
@@ -39,7 +41,8 @@ class Output(NamedTuple):
 class Decoder(nnx.Module):
     """The whole model. It is a pytree of its parameters: use plain ``jax.jit``, ``jax.grad``, …
 
-    ``blocks[p]`` holds the parameters of the pattern's ``p``-th layer, stacked over repeats. For
+    ``blocks[p]`` holds the parameters of the pattern's ``p``-th layer, stacked over repeats; where
+    there are several circuits, the first one's patterns come first (`DecoderConfig.place`). For
     abstract shapes and no memory: ``jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
     """
 
@@ -70,9 +73,14 @@ class Decoder(nnx.Module):
                 return Block(config, mixer, feed_forward, rngs=nnx.Rngs(params=key), at=at)
 
             keys = jax.random.split(rngs.params(), config.repeats)
-            return jax.vmap(make)(keys, jnp.arange(config.repeats))
+            each, repeats = config.repeats // config.circuits, jnp.arange(config.repeats)
+            cuts = [slice(c * each, (c + 1) * each) for c in range(config.circuits)]
+            return [jax.vmap(make)(keys[cut], repeats[cut]) for cut in cuts]
 
-        self.blocks = nnx.List([stack(p, *kinds) for p, kinds in enumerate(config.layers)])
+        stacks = [stack(p, *kinds) for p, kinds in enumerate(config.layers)]
+        self.blocks = nnx.List(
+            [block for circuit in zip(*stacks, strict=True) for block in circuit]
+        )
         self.final_norm = None if config.norm_position == "post" else make_norm(config)
         self.head = (
             None
@@ -90,11 +98,11 @@ class Decoder(nnx.Module):
 
     @property
     def mixtures(self) -> list[Moe]:
-        """The pattern's mixtures of experts, each stacked over repeats."""
+        """The mixtures of experts in ``blocks``, each stacked over repeats."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, Moe)]
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> State:
-        """Empty states for ``max_length`` tokens: one a pattern entry, stacked over repeats."""
+        """Empty states for ``max_length`` tokens, one for each of ``blocks``, stacked alike."""
         dtype = jnp.dtype(dtype or self.config.dtype)
         moe = self.config.moe
         looks_ahead = moe is not None and moe.router == "expert_choice"
@@ -102,7 +110,7 @@ class Decoder(nnx.Module):
 
         def stack(block):
             empty = block.init_state(batch, max_length, dtype)
-            repeats = self.config.repeats
+            repeats = self.config.repeats // self.config.circuits
             return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), empty)
 
         return tuple(stack(block) for block in self.blocks)
@@ -174,8 +182,53 @@ class Decoder(nnx.Module):
         return Output(logits, state, taps | outer.captured, aux)
 
     def _stack(self, x, positions_bt, segment_ids_bt, state, hooks, key):
-        config = self.config
-        size = len(config.pattern)
+        config, size = self.config, len(self.config.pattern)
+        circuits = [tuple(self.blocks[i : i + size]) for i in range(0, len(self.blocks), size)]
+        values = self._no_values(x)
+        if stages() > 1:
+            check(state is None, "mesh.stage", stages(), "must be 1: a pipeline does not generate")
+            return self._pipeline(circuits, x, values, positions_bt, segment_ids_bt, hooks, key)
+        outputs = []
+        for c, blocks in enumerate(circuits):
+            states = (None,) * size if state is None else state[c * size : (c + 1) * size]
+            first = c * (config.repeats // config.circuits)
+            (x, values), *output = self._repeats(
+                blocks, states, (x, values), positions_bt, segment_ids_bt, hooks, key, first
+            )
+            outputs.append(output)
+        states, captured, reported = zip(*outputs, strict=True)
+        state = None if state is None else tuple(s for circuit in states for s in circuit)
+        taps, aux = (
+            jax.tree.map(lambda *a: jnp.concatenate(a), *each) for each in (captured, reported)
+        )
+        return x, state, taps, aux
+
+    def _pipeline(self, circuits, x, values, positions_bt, segment_ids_bt, hooks, key):
+        """The layers of a training step, split over stages."""
+        parts = self.config.part("microbatches")
+        check(hooks is None, "hooks", hooks, "stages have none: use a mesh without them")
+        where = jnp.broadcast_to(positions_bt, x.shape[:2]), segment_ids_bt
+
+        def layers(blocks, moving, where, key, first):
+            none, (positions, segments) = (None,) * len(blocks), where
+            moving, _, _, report = self._repeats(
+                blocks, none, moving, positions, segments, None, key, first
+            )
+            return moving, report
+
+        moving, routed = (x, values), "moe" in self.config.feed_forward
+        (x, _), aux = pipeline(layers, circuits, moving, where, key, parts, apart=not routed)
+        if aux is not None:
+            mean = {name: getattr(aux, name) / parts for name in ("loss", "balance", "z")}
+            aux = dataclasses.replace(aux, **mean)
+        return x, None, {}, aux
+
+    def _repeats(
+        self, blocks, states, carry, positions_bt, segment_ids_bt, hooks, key, first_repeat
+    ):
+        """Through ``blocks``: ``((x, values), states, taps, aux)``, all in order of layers."""
+        config, size = self.config, len(self.config.pattern)
+        count = jax.tree.leaves(blocks)[0].shape[0]
 
         def repeat(x, values, blocks, states, index):
             new_states, captured, reported = [], [], []
@@ -191,28 +244,28 @@ class Decoder(nnx.Module):
                 captured.append(tap.captured)
             return x, values, tuple(new_states), (captured, reported)
 
-        blocks = tuple(self.blocks)
         policy = REMAT[config.remat]
         if policy is None and gathers(blocks):
             policy = all_but_gathered
         if policy is not None:
             repeat = jax.checkpoint(repeat, policy=policy)
-        states = (None,) * size if state is None else state
-        indices = jnp.arange(config.repeats)
-        values = self._no_values(x)
         if config.scan:
 
             def body(carry, inputs):
                 x, values, new, captured = repeat(*carry, *inputs)
                 return (x, values), (new, captured)
 
-            (x, _), (states, captured) = jax.lax.scan(body, (x, values), (blocks, states, indices))
+            indices = first_repeat + jnp.arange(count)
+            carry, (states, captured) = jax.lax.scan(body, carry, (blocks, states, indices))
         else:
             outputs = []
             for i, (part, old) in enumerate(
-                zip(unstack(blocks, config.repeats), unstack(states, config.repeats), strict=True)
+                zip(unstack(blocks, count), unstack(states, count), strict=True)
             ):
-                x, values, new, captured_here = repeat(x, values, part, old, i)
+                x, values, new, captured_here = repeat(
+                    carry[0], carry[1], part, old, first_repeat + i
+                )
+                carry = x, values
                 outputs.append((new, captured_here))
             states, captured = jax.tree.map(lambda *a: jnp.stack(a), *outputs)
         captured, reported = captured
@@ -225,7 +278,7 @@ class Decoder(nnx.Module):
         if reported:
             each = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *reported)
             aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
-        return x, (None if state is None else states), taps, aux
+        return carry, states, taps, aux
 
     @property
     def _first_rwkv7(self) -> int:

@@ -255,16 +255,19 @@ def _exchanged(x_md, experts_m, weights, config, axis):
     return jnp.sum(jnp.where(mine[..., None], y, 0), axis=0)
 
 
-def rebalance(mixtures: Sequence[Moe], counts_le: jax.Array) -> None:
+def rebalance(mixtures: Sequence[Moe], counts_le: jax.Array, circuits: int = 1) -> None:
     """Move the biases of sigmoid routers towards even loads (DeepSeek-V3, §2.1.2), in place.
 
-    ``mixtures`` are a pattern's, stacked over its repeats; ``counts_le`` are of all their layers in
-    order. An expert that got more than its share loses ``bias_rate``, one that got less gains it.
+    ``mixtures`` are a pattern's, stacked over its repeats, for each of the ``circuits``;
+    ``counts_le`` are of all their layers in order. An expert that got more than its share loses
+    ``bias_rate``, one that got less gains it.
     """
+    each = len(mixtures) // circuits
+    of_circuit = jnp.split(counts_le, circuits)
     for i, moe in enumerate(mixtures):
         if moe.bias is None or not moe.config.bias_rate:
             continue
-        counts_re = counts_le[i :: len(mixtures)]
+        counts_re = of_circuit[i // each][i % each :: each]
         lack = jnp.mean(counts_re, axis=-1, keepdims=True) - counts_re
         moe.bias[...] += moe.config.bias_rate * jnp.sign(lack)
 

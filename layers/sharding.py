@@ -52,7 +52,10 @@ def gather(
     target = spec(*axes)
     if target is None:
         return weight
-    rest = _spec(weight)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # inside a pipeline JAX cannot leave gradients unreduced
+        return jax.sharding.reshard(weight, target)
+    rest = axes_of(weight)
     gathered = named_axes(rest) - named_axes(target)
     if rows is None or not (rest.reduced or gathered):
         return jax.sharding.reshard(weight, target)
@@ -66,7 +69,7 @@ def gather(
 
 def scatter(gradient: jax.Array, target: PartitionSpec) -> jax.Array:
     """``gradient`` resharded to ``target``: scattered, and what is left summed over other rows."""
-    waiting = _spec(gradient).unreduced
+    waiting = axes_of(gradient).unreduced
     if waiting > target.unreduced:
         first = waiting - named_axes(target)
         gradient = _reshard(gradient, PartitionSpec(*target.partitions, unreduced=first))
@@ -83,7 +86,7 @@ def gathers(tree: Any) -> bool:
             return False
         leaves = jax.tree.leaves(variable, is_leaf=lambda x: isinstance(x, Scattered))
         arrays = [a.whole if isinstance(a, Scattered) else a for a in leaves]
-        return any(named_axes(_spec(a)) - named_axes(target) for a in arrays)
+        return any(named_axes(axes_of(a)) - named_axes(target) for a in arrays)
 
     return any(map(does, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))))
 
@@ -113,10 +116,10 @@ def spread(weight: jax.Array, x: jax.Array) -> jax.Array:
     Where its gradient is to stay unreduced it becomes a product with ones, which XLA takes out
     again: products know how to be unreduced.
     """
-    own = _spec(weight)
+    own = axes_of(weight)
     if not own.reduced:
         return weight
-    where = _spec(x).partitions
+    where = axes_of(x).partitions
     rows = PartitionSpec(*where[: -weight.ndim])
     weight = jax.sharding.reshard(weight, PartitionSpec(*own.partitions, reduced=named_axes(rows)))
     ones = jax.sharding.reshard(jnp.ones(x.shape[: -weight.ndim], weight.dtype), rows)
@@ -140,7 +143,7 @@ class Scattered:
     share: jax.Array
 
     def __getitem__(self, index) -> jax.Array:
-        axes = _spec(self.share)
+        axes = axes_of(self.share)
         target = PartitionSpec(*axes.partitions, unreduced=axes.reduced)
         whole: Any = _scattered(target, self.whole, self.share)
         return whole[index]
@@ -172,7 +175,7 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
     out_spec = tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes)
     given = [i for i, a in enumerate(arguments) if a is not None]
     # one copy a device along a dimension in front, so that the gradient is one as well
-    copied = {i: tuple(sorted(_spec(arguments[i]).reduced)) for i in given}
+    copied = {i: tuple(sorted(axes_of(arguments[i]).reduced)) for i in given}
 
     def local(*shares):
         every: list = [None] * len(arguments)
@@ -188,10 +191,14 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
         marked = PartitionSpec(*target, reduced=frozenset(copied[i]))
         share = jax.sharding.reshard(arguments[i], marked)
         target = PartitionSpec(copied[i], *target)
-        return _copies(share, target), target
+        return copies(share, target), target
 
     entering, in_specs = zip(*map(enter, given), strict=True)
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)  # a pipeline is an island already
+    run = jax.shard_map(
+        local, in_specs=in_specs, out_specs=out_spec, axis_names=names, check_vma=False
+    )
     return run(*entering)
 
 
@@ -201,11 +208,12 @@ def mesh_axis(axis: str) -> str | tuple[str, ...] | None:
     return None if found is None else found[0]
 
 
-def _spec(a: jax.Array) -> PartitionSpec:
+def axes_of(a: jax.Array) -> PartitionSpec:
+    """The mesh axes of each dimension of ``a``, by its type."""
     return jax.typeof(a).sharding.spec
 
 
-def _copies(a: jax.Array, target: PartitionSpec) -> jax.Array:
+def copies(a: jax.Array, target: PartitionSpec) -> jax.Array:
     """``a`` once for each device of the axes that split the first dimension of ``target``."""
     mesh = jax.sharding.get_abstract_mesh()
     first = PartitionSpec(target[0])
@@ -220,7 +228,7 @@ def _reshard(a: jax.Array, target: PartitionSpec) -> jax.Array:
 
     XLA for TPUs makes all-reduces of some reduce-scatters along the last dimension.
     """
-    now, then = _spec(a).partitions, target.partitions
+    now, then = axes_of(a).partitions, target.partitions
     then = (*then, *(None,) * (a.ndim - len(then)))
     if a.ndim < 2 or now[-1] == then[-1]:
         return jax.sharding.reshard(a, target)

@@ -55,12 +55,11 @@ def upcycle(
         if not name.startswith("blocks/"):
             return have[name]
         _, position, part = name.split("/", 2)
-        # the old layers that this stack is made of: every `period`-th
-        layers = range(int(position), old.num_layers, period)
-        places = [divmod(layer, len(old.pattern)) for layer in layers]
+        layers = range(old.num_layers)
+        places = [old.place(i) for i in layers if config.place(i)[0] == int(position)]
 
         def rows(part):
-            return jnp.stack([have[f"blocks/{p}/{part}"][repeat] for repeat, p in places])
+            return jnp.stack([have[f"blocks/{block}/{part}"][row] for block, row in places])
 
         if feed_forward[int(position) % len(feed_forward)] == "mlp" or not part.startswith("mlp/"):
             return rows(part)

@@ -31,7 +31,9 @@ COMPANIONS = (
 # a Decoder knows no special tokens, and transformers' defaults would be some other model's
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 # fields of a DecoderConfig that say how to compute, not what
-_EXECUTION = ("scan", "remat", "dtype", "param_dtype", "init_std", "max_length")
+_EXECUTION = (
+    "circuits", "microbatches", "scan", "remat", "dtype", "param_dtype", "init_std", "max_length",
+)  # fmt: skip
 
 
 def save(

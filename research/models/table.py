@@ -97,15 +97,15 @@ def _used(pattern: str, config: DecoderConfig) -> dict[str, int]:
 
 
 def _targets(rows, config, parameters) -> Iterator[Target]:
-    period = len(config.pattern)
     experts = 0 if config.moe is None else config.moe.num_experts
     for row in rows:
         for layer in range(config.num_layers) if "{l}" in row.name else (None,):
-            prefix = "" if layer is None else f"blocks/{layer % period}/"
+            block, place = config.place(layer or 0)
+            prefix = "" if layer is None else f"blocks/{block}/"
             paths = tuple(prefix + path for path in row.paths)
             if not all(path in parameters for path in paths):
                 continue
-            repeat = () if layer is None else (layer // period,)
+            repeat = () if layer is None else (place,)
             for expert in range(experts) if "{e}" in row.name else (None,):
                 index = repeat if expert is None else (*repeat, expert)
                 shape, *others = (parameters[path].shape[len(index) :] for path in paths)

@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, any of which may be 1."""
+"""The device mesh: six named axes, any of which may be 1."""
 
 import dataclasses
 import math
@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 
 from layers.config import ConfigError, check
 
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+# the first reach furthest: between hosts, where there are several
+AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class MeshConfig:
 
     ``data``: batches split, parameters copied. ``fsdp``: batches and parameters split (ZeRO-3).
     ``expert``: batches and experts split. ``sequence``: time split. ``tensor``: heads, hidden units
-    and vocabulary split. ``zero``: the stage of ZeRO, which says what ``fsdp`` splits beside
+    and vocabulary split. ``stage``: layers split, one group after the other, and batches outside
+    them (`layers.pipeline`). ``zero``: the stage of ZeRO, which says what ``fsdp`` splits beside
     batches: 1 optimiser moments, 2 gradients as well, 3 (None) parameters as well.
     """
 
@@ -29,6 +31,7 @@ class MeshConfig:
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    stage: int = 1
     zero: int | None = None
 
     def __post_init__(self):
@@ -40,8 +43,8 @@ class MeshConfig:
         check(len(wild) <= 1, "mesh", wild, "only one axis may be -1")
 
     @property
-    def stage(self) -> int:
-        """The stage of ZeRO."""
+    def zero_stage(self) -> int:
+        """The stage of ZeRO that is in force."""
         return self.zero or 3
 
     def sizes(self, num_devices: int) -> dict[str, int]:

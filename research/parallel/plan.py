@@ -4,8 +4,8 @@ The whole step is compiled ahead of time by the TPU's own compiler; nothing is a
 device is looked for. Bytes and collectives are the compiled program's: over all three axes of a
 torus (``fsdp:64`` on ``v5p:4x4x4``) XLA gathers and scatters by all-reduces, over two it does not.
 FLOPs are the model's (`train_flops_per_token`), and *executed* are those with what is computed
-again in the backward pass. The floor of a step's time is the longest of three, each at the data
-sheet's peak:
+again in the backward pass and what a pipeline's stages compute while they have nothing to do. The
+floor of a step's time is the longest of three, each at the data sheet's peak:
 
 - compute: executed FLOPs;
 - memory: the state and the batch are read, the state is written, and whatever temporaries hold at
@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
+from layers.pipeline import idle
 from research.parallel import (
     MeshConfig,
     abstract_batch,
@@ -172,8 +173,8 @@ def check_setup(setup: Setup) -> None:
     check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
     known = set(model.pattern) <= {"attention", "sliding"}
     check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")
-    ways = mesh.shape["sequence"]
-    check(ways == 1, "mesh.sequence", ways, "must be 1: a token cannot be split")
+    for axis, why in (("sequence", "a token cannot be split"), ("stage", "a pipeline trains")):
+        check(mesh.shape[axis] == 1, f"mesh.{axis}", mesh.shape[axis], f"must be 1: {why}")
     validate(model, mesh, batch_size=size, sequence_length=1)
 
 
@@ -181,7 +182,7 @@ def _training(setup: Setup, mesh: Mesh):
     """The step, its arguments by name for their bytes, and the arguments themselves."""
     training, model, size = setup.training, setup.model, setup.batch_size
     assert training is not None
-    stage, optimizer = setup.mesh.stage, make_optimizer(training.optimizer, training.steps)
+    stage, optimizer = setup.mesh.zero_stage, make_optimizer(training.optimizer, training.steps)
     state = abstract_state(model, optimizer, mesh, stage)
     batch = abstract_batch(mesh, size, setup.sequence_length)
     named = {"parameters": state.model, "moments": state.optimizer, "batch": batch}
@@ -239,6 +240,12 @@ def _flops(setup: Setup, model: Decoder) -> dict[str, float]:
         return {"model": each * rows, "executed": each * rows}
     each = train_flops_per_token(model, length)
     again = recomputed_flops_per_token(model, length)
+    config = setup.model
+    if config.microbatches is not None:  # stages compute in the ticks that are not theirs too
+        stages = topology_mesh(setup.topology, setup.mesh).shape["stage"]
+        share = idle(stages, config.microbatches, config.circuits)
+        head = 6.0 * config.vocab_size * config.width
+        again += (each + again - head) * share / (1 - share)
     return {"model": each * rows * length, "executed": (each + again) * rows * length}
 
 

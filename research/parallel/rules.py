@@ -24,7 +24,8 @@ Tree = TypeVar("Tree")
 
 # name: (at rest, in computation)
 RULES: Mapping[str, tuple[Any, Any]] = {
-    "batch": (("data", "fsdp", "expert"), ("data", "fsdp", "expert")),
+    "batch": (("stage", "data", "fsdp", "expert"), ("stage", "data", "fsdp", "expert")),
+    "layers": ("stage", "stage"),
     "time": ("sequence", "sequence"),
     "vocab": ("tensor", "tensor"),
     "heads": ("tensor", "tensor"),
@@ -82,9 +83,9 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
 
     ``tree`` holds arrays or `jax.ShapeDtypeStruct`. An `nnx.Variable` with ``axes`` metadata is
     placed by the table (the names are of its last dimensions: stacked parameters have one more in
-    front); everything else is replicated. Optimiser moments shaped like the model carry the model's
-    metadata, so they are placed alike. ``split`` False: whole on every device of ``fsdp``, as the
-    first stages of ZeRO keep parameters (`research.parallel.zero`).
+    front, ``layers``); everything else is replicated. Optimiser moments shaped like the model carry
+    the model's metadata, so they are placed alike. ``split`` False: whole on every device of
+    ``fsdp``, as the first stages of ZeRO keep parameters (`research.parallel.zero`).
     """
     table = _table(mesh, 0)
     if not split:
@@ -99,7 +100,8 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
             axes = variable.axes
             if leaf.ndim < len(axes):  # e.g. Adafactor's factored moments
                 return replicated
-            leading = (None,) * (leaf.ndim - len(axes))
+            stacked = leaf.ndim - len(axes)
+            leading = (table["layers"],)[:stacked] + (None,) * (stacked - 1)
             return PartitionSpec(*leading, *(table.get(a) for a in axes))
 
         return jax.tree.map(of_leaf, variable)
@@ -163,6 +165,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
       ConfigError: names the field, its size and the mesh axis that does not divide it.
     """
     tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
+    _validate_stages(config, mesh, batch_size)
     parts: list[tuple[str, int]] = []
     if (attention := config.attention) is not None:
         parts += [("attention.num_heads", attention.num_heads)]
@@ -192,7 +195,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     if "rwkv7" in config.pattern:
         parts += [("width / rwkv.head_dim", config.width // config.part("rwkv").head_dim)]
     for field, size, axis, ways in (
-        ("batch_size", batch_size, "data×fsdp×expert", batch_ways(mesh)),
+        ("batch_size", batch_size, "stage×data×fsdp×expert", batch_ways(mesh)),
         ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
         ("width", config.width, "fsdp", mesh.shape["fsdp"]),
         *((field, size, "tensor", tensor) for field, size in parts),
@@ -206,6 +209,29 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         "mesh.expert",
         expert,
         "must be 1: the model has no experts to split",
+    )
+
+
+def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None:
+    stages, parts, circuits = mesh.shape["stage"], config.microbatches, config.circuits
+    if stages == 1:
+        check(parts is None, "microbatches", parts, "changes nothing: mesh.stage=1 splits nothing")
+        return
+    repeats = config.repeats // circuits
+    check(
+        repeats % stages == 0,
+        "num_layers",
+        config.num_layers,
+        f"{repeats} repeats of the pattern a circuit must be a multiple of mesh stage={stages}",
+    )
+    divides = f"must be a multiple of mesh stage={stages}"
+    check(parts is not None and parts % stages == 0, "microbatches", parts, divides)
+    ways = (parts or 1) * batch_ways(mesh) // stages
+    check(
+        batch_size % ways == 0,
+        "batch_size",
+        batch_size,
+        f"must be a multiple of microbatches × mesh data×fsdp×expert={ways}",
     )
 
 

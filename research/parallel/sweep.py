@@ -27,22 +27,23 @@ def candidates(setup: Setup) -> list[MeshConfig]:
 def _shapes(size: int, model: DecoderConfig) -> Iterator[MeshConfig]:
     """``fsdp`` alone at every stage, beside ``data``, ``tensor`` and ``expert``; no axis is 1.
 
-    All that beside a split of time, if the model's attention says how it bears one.
+    All that beside a split of time, if the model's attention says how it bears one, and of layers,
+    if the model says into how many micro-batches.
     """
     splits = model.attention is not None and model.attention.context != "gather"
     shapes = [(1, 1, 1), (4, 1, 1), (16, 1, 1)]
     shapes += [(1, 1, tensor) for tensor in (2, 4, 8)] + [(4, 1, 4)]
     if model.moe is not None:
         shapes += [(1, ways, 1) for ways in (4, 8, 16)]
-    for sequence, shape in itertools.product((2, 4, 8) if splits else (1,), shapes):
+    times, layers = ((2, 4, 8) if some else (1,) for some in (splits, model.microbatches))
+    for stage, sequence, shape in itertools.product(layers, times, shapes):
         data, expert, tensor = shape
-        rest, left = divmod(size, data * expert * sequence * tensor)
+        rest, left = divmod(size, stage * data * expert * sequence * tensor)
         if left or rest == 1:
             continue
-        for stage in (1, 2, None) if shape == (1, 1, 1) else (None,):
-            yield MeshConfig(
-                data=data, fsdp=rest, expert=expert, sequence=sequence, tensor=tensor, zero=stage
-            )
+        for zero in (1, 2, None) if shape == (1, 1, 1) else (None,):
+            ways = dict(data=data, expert=expert, sequence=sequence, tensor=tensor, stage=stage)
+            yield MeshConfig(fsdp=rest, zero=zero, **ways)
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:

@@ -94,7 +94,10 @@ def settle(tree: Any, *, split: bool = True) -> Any:
 
 
 def can_wait(config: DecoderConfig, sizes: dict[str, int]) -> bool:
-    """Whether gradients can be left unreduced: recurrent layers on a split ``time`` gather it."""
+    """Whether gradients can be left unreduced: recurrent layers on a split ``time`` gather it, and
+    a pipeline's are those of an island."""
+    if sizes["stage"] > 1:
+        return False
     shifted = {"rwkv4", "rwkv7"} & set(config.feed_forward)
     recurrent = shifted or set(config.pattern) - set(ATTENDING)
     return not (recurrent and sizes["sequence"] > 1)
@@ -113,8 +116,8 @@ def check_stage(stage: int | None, config: DecoderConfig, sizes: dict[str, int])
         stage == 3 or can_wait(config, sizes),
         "mesh.zero",
         stage,
-        "must be 3: the model's recurrent layers cannot leave gradients unreduced over "
-        f"mesh.sequence={sizes['sequence']}",
+        f"must be 3: gradients cannot be left unreduced by recurrent layers over "
+        f"mesh.sequence={sizes['sequence']} or by a pipeline over mesh.stage={sizes['stage']}",
     )
 
 

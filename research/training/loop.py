@@ -116,7 +116,7 @@ def train(
     def fresh_model() -> Decoder:
         return Decoder(model, rngs=nnx.Rngs(seed))
 
-    abstract = abstract_state(model, optimizer, the_mesh, mesh.stage)
+    abstract = abstract_state(model, optimizer, the_mesh, mesh.zero_stage)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep) if workdir else None
     with contextlib.ExitStack() as stack:
@@ -144,7 +144,7 @@ def train(
         stopped = stack.enter_context(_signals())
         run = _Run(
             data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped,
-            loss_fn, mesh.stage,
+            loss_fn, mesh.zero_stage,
         )  # fmt: skip
         return run.go(state, dict(position.get("metrics", {})))
 
@@ -286,7 +286,7 @@ def _check_parts(model, data, training, mesh) -> None:
     processes = jax.process_count()
     check(
         ways % processes == 0,
-        "mesh.data×fsdp×expert",
+        "mesh.stage×data×fsdp×expert",
         ways,
         f"must be a multiple of the {processes} processes",
     )
@@ -296,14 +296,18 @@ def _check_parts(model, data, training, mesh) -> None:
         data.batch_size % rows == 0,
         "training.gradient_accumulation",
         parts,
-        f"× data × fsdp × expert = {rows} must divide data.batch_size={data.batch_size}",
+        f"× stage × data × fsdp × expert = {rows} must divide data.batch_size={data.batch_size}",
     )
+
+
+# how the numbers are computed and on what, which may change from one start to the next
+_HOW = ("mesh.", "model.attention.context", "model.microbatches")
 
 
 def _begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
     """Write what the run is, or refuse a workdir that holds another one.
 
-    The mesh may change between runs; whatever decides the numbers may not.
+    `_HOW` may change between runs; whatever decides the numbers may not.
     """
     described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
     described = json.loads(json.dumps({**described, "seed": seed}))
@@ -311,7 +315,7 @@ def _begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: boo
     if path.exists():
         before = json.loads(path.read_text())
         for field, was, now in _differences(before, described):
-            if not field.startswith("mesh."):
+            if not field.startswith(_HOW):
                 raise ConfigError(
                     f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
                 )

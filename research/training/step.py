@@ -168,7 +168,7 @@ def make_step(
         metrics["weight"] = sums["weight"]
         state = state.apply(gradients, optimizer, stage)
         if "router_choices" in metrics:
-            rebalance(state.model.mixtures, metrics["router_choices"])
+            rebalance(state.model.mixtures, metrics["router_choices"], state.model.config.circuits)
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)

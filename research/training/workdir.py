@@ -35,7 +35,7 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
         training = from_mapping(TrainingConfig, held["training"], "training")
         optimizer = make_optimizer(training.optimizer, training.steps)
         keep = training.keep
-        abstract = abstract_state(config, optimizer, make_mesh(mesh), mesh.stage)
+        abstract = abstract_state(config, optimizer, make_mesh(mesh), mesh.zero_stage)
     else:
         keep, abstract = 1, _model_alone(config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep)

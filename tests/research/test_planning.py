@@ -33,12 +33,12 @@ def instant(monkeypatch):
 
     def plan(setup):
         split = setup.mesh.fsdp if setup.mesh.fsdp > 0 else 4
-        total = {1: 90, 2: 60, 3: 120 // split + 10}[setup.mesh.stage]
+        total = {1: 90, 2: 60, 3: 120 // split + 10}[setup.mesh.zero_stage]
         held = dict(parameters=30, moments=60, batch=1, temporaries=total - 91)
         return Plan(
             setup, "stand-in", 4, dict(fsdp=split), 10, {**held, "total": total, "memory": 65},
             dict(model=1.0, executed=1.0), {"all-gather": dict(count=3, moved=1024.0)},
-            dict(compute=0.1, links=0.1 * setup.mesh.stage), 1.0, 0.0,
+            dict(compute=0.1, links=0.1 * setup.mesh.zero_stage), 1.0, 0.0,
         )  # fmt: skip
 
     monkeypatch.setattr(planning, "plan", plan)

@@ -29,7 +29,7 @@ class _Shape:
         self.shape = {name: sizes.get(name, 1) for name in AXES}
 
 
-@given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=5, max_size=5), st.integers(0, 4))
+@given(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=6, max_size=6), st.integers(0, 5))
 def test_the_open_axis_takes_what_is_left(sizes, open_axis):
     config = dict(zip(AXES, sizes, strict=True))
     want = math.prod(sizes)
@@ -55,8 +55,11 @@ def test_sizes_that_do_not_fit_name_the_numbers():
     [
         ({"tensor": 4}, "attention.num_kv_heads=2: must be a multiple of mesh tensor=4"),
         ({"tensor": 3}, "attention.num_heads=8: must be a multiple of mesh tensor=3"),
-        ({"data": 3}, "batch_size=8: must be a multiple of mesh data×fsdp×expert=3"),
-        ({"data": 4, "fsdp": 4}, "batch_size=8: must be a multiple of mesh data×fsdp×expert=16"),
+        ({"data": 3}, "batch_size=8: must be a multiple of mesh stage×data×fsdp×expert=3"),
+        (
+            {"data": 4, "fsdp": 4},
+            "batch_size=8: must be a multiple of mesh stage×data×fsdp×expert=16",
+        ),
         ({"sequence": 3}, "sequence_length=16: must be a multiple of mesh sequence=3"),
         ({"expert": 2}, "mesh.expert=2: must be 1: the model has no experts"),
     ],

@@ -108,6 +108,6 @@ for a, b, c in zip(*leaves, strict=True):
 def test_a_mesh_whose_rows_do_not_divide_over_processes_is_refused(tmp_path):
     """A process brings whole rows, so that ``sequence`` cannot reach across processes."""
     with pytest.raises(
-        AssertionError, match="ConfigError: mesh.data×fsdp×expert=1: .* the 2 processes"
+        AssertionError, match="ConfigError: mesh.stage×data×fsdp×expert=1: .* the 2 processes"
     ):
         run(tmp_path, "refused", '{"data": 1, "sequence": 8}', processes=2)

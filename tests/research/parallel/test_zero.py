@@ -234,10 +234,10 @@ def test_what_four_tpus_say_to_each_other(stage):
     mesh = topology_mesh("v5e:2x2", config)
     training = TrainingConfig(steps=10, gradient_accumulation=PARTS)
     optimizer = make_optimizer(training.optimizer, training.steps)
-    state = abstract_state(MODEL, optimizer, mesh, config.stage)
+    state = abstract_state(MODEL, optimizer, mesh, config.zero_stage)
     batch = abstract_batch(mesh, 16, 128)
     with use_mesh(mesh):
-        text = compile_for_tpu(make_step(training, stage=config.stage), state, batch).as_text()
+        text = compile_for_tpu(make_step(training, stage=config.zero_stage), state, batch).as_text()
     found = collectives(text, mesh.size)
     counts = count(found, above=LARGE)
     layers, parameters = MODEL.num_layers, sum(a.size for a in jax.tree.leaves(state.model))
