@@ -55,6 +55,7 @@ class Unit:
       after: the folder of the finished unit that this one starts from, or None.
       progress: ``progress(step, total, metrics)``; call it as often as is convenient. Shown of the
         metrics: ``loss`` and ``tokens_per_second``, where given.
+      profile: steps to trace, ``(first, end)`` as `research.training.train` takes them, or None.
     """
 
     config: Any  # a locked ConfigDict, whose fields no type checker knows
@@ -63,6 +64,7 @@ class Unit:
     workdir: Path
     after: Path | None = None
     progress: Callable[[int, int, Mapping[str, float]], None] = silent
+    profile: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> 
         workdir=unit.workdir,
         init=init,
         progress=unit.progress,
+        profile=unit.profile,
     )
 
 

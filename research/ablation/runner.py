@@ -58,12 +58,14 @@ def plan(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
+    profile: tuple[int, int] | None = None,
 ) -> Plan:
     """The units of ``experiment`` at ``scale``, configured and checked against ``workdir``.
 
     Args:
       arms, seeds: what to run; None is all. The arms that an arm starts from are added.
       overrides: ``field=value`` texts.
+      profile: see `Unit`; no part of the configuration.
 
     Raises:
       ConfigError: unknown scale, arm or field, a value of a wrong type, an override that reaches
@@ -95,6 +97,7 @@ def plan(
             seed=seed,
             workdir=_folder(workdir, arm.name, seed),
             after=_folder(workdir, arm.after, seed) if arm.after else None,
+            profile=profile,
         )
         for seed in seeds
         for arm in selected

@@ -1,13 +1,16 @@
 """The command ``ablate``: list the experiments, run one to its verdicts, build the board, …
 
-Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served.
+Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served, 130
+and 143 stopped by Ctrl-C or SIGTERM: the same command goes on from there.
 """
 
 import argparse
 import difflib
 import glob
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -138,8 +141,13 @@ def _add_run(commands) -> None:
     parser.add_argument("--scale", default="cpu", help="smoke, cpu (default), gpu or paper")
     parser.add_argument("--arms", help="names with commas between; default: all")
     parser.add_argument("--seeds", help="numbers with commas between; default: the experiment's")
-    parser.add_argument("--workdir", type=Path, help="default: runs/NAME/SCALE")
+    parser.add_argument("--workdir", type=_folder, help="default: runs/NAME/SCALE")
     parser.add_argument("--record", action="store_true", help="write the record for the board")
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:END",
+        help="trace these steps of each unit, END not among them, into its folder's profile/",
+    )
     parser.add_argument(
         "--list-units",
         action="store_true",
@@ -209,6 +217,7 @@ def _run(options) -> int:
         arms=options.arms.split(",") if options.arms else None,
         seeds=_seeds(options.seeds),
         overrides=options.overrides,
+        profile=_steps(options.profile),
     )
     if options.record:
         planned.require_whole()
@@ -220,7 +229,11 @@ def _run(options) -> int:
             print(line)  # whole, however long
         return 0
     _keep_compiled(planned.workdir / "compiled")
-    failures = runner.execute(planned, Progress(console))
+    try:
+        failures = runner.execute(planned, Progress(console))
+    except SystemExit:  # `Preempted` too, whose status says that all is well
+        print("ablate: stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGTERM
     from research.training.environment import environment
 
     found = summary.summarize(planned, environment(), _again(options, experiment.name))
@@ -232,10 +245,32 @@ def _run(options) -> int:
         console.print(line, soft_wrap=True)
     for (arm, seed), message in failures.items():
         print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
+    for unit in planned.units:
+        if unit.profile and not (unit.workdir / "profile").exists():
+            print(
+                f"ablate: {unit.arm} seed {unit.seed} has no trace: these steps were done before, "
+                "or it trains nothing",
+                file=sys.stderr,
+            )
     if options.record and not failures:
         paths += summary.record(planned, found, options.results or report.RESULTS)
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return 1 if failures else 0
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:  # `Path` would make a local folder of it
+        raise argparse.ArgumentTypeError(f"{text}: mount the bucket, and give the folder")
+    return Path(text)
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+:\d+", text):
+        raise ConfigError(f"--profile={text}: must be FIRST:END, e.g. 10:15 for steps 10 to 14")
+    first, end = text.split(":")
+    return int(first), int(end)
 
 
 def _again(options, name: str) -> str:

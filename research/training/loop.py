@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -36,8 +37,10 @@ from research.training.divergence import DivergenceError, check_finite
 from research.training.environment import environment
 from research.training.evaluate import evaluate
 from research.training.flops import peak_flops, train_flops_per_token
+from research.training.goodput import Clock
 from research.training.metrics import Metrics
 from research.training.optimizers import make_optimizer
+from research.training.profile import Trace
 from research.training.progress import bar
 from research.training.state import TrainState, abstract_state
 from research.training.step import LossFn, make_step, next_token_loss, scalars
@@ -71,6 +74,7 @@ def train(
     init: Callable[[Decoder], Decoder] | None = None,
     progress: Progress | None = None,
     loss_fn: LossFn = next_token_loss,
+    profile: tuple[int, int] | None = None,
 ) -> TrainResult:
     """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
 
@@ -84,18 +88,22 @@ def train(
       init: maps the freshly initialised model to the one to start from; not called on resume.
       progress: called with ``(step, steps, metrics)``; None shows a bar.
       loss_fn: see `research.training.step.next_token_loss`.
+      profile: ``(first, end)``: trace these steps, ``end`` not among them, into
+        ``workdir/profile``; see `research.training.profile`. Changes no number.
 
     Raises:
       ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
         with another configuration; before anything is compiled.
       DivergenceError: a loss or gradient that is not finite; the last good checkpoint stays.
     """
+    clock = Clock()
     the_mesh = make_mesh(mesh)
     validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
     check_stage(mesh.zero, model, dict(the_mesh.shape))
     _check_parts(model, data, training, the_mesh)
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
+    trace = Trace(profile, training.steps, workdir, clock)
     dataset = iter(
         make_dataset(
             data,
@@ -136,6 +144,9 @@ def train(
             first = init(jax.jit(fresh_model, out_shardings=placed.model)())
             state = jax.jit(fresh_state, out_shardings=placed)(first)
             position = {}
+        clock.resume(position.get("seconds", {}), workdir if lead else None)
+        trace.resume(int(state.step))
+        stack.callback(trace.close)
         log = Metrics(workdir, int(state.step)) if workdir and lead else None
         if log:
             stack.callback(log.close)
@@ -144,8 +155,9 @@ def train(
         stopped = stack.enter_context(_signals())
         run = _Run(
             data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped,
-            loss_fn, mesh.zero_stage,
+            loss_fn, mesh.zero_stage, clock, trace,
         )  # fmt: skip
+        stack.enter_context(clock.during("step"))
         return run.go(state, dict(position.get("metrics", {})))
 
 
@@ -158,12 +170,13 @@ class _Run:
 
     def __init__(
         self, data, training, mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn,
-        stage,
+        stage, clock, trace,
     ):  # fmt: skip
         self.data, self.training, self.mesh = data, training, mesh
         self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
         self.workdir, self.progress, self.stopped = workdir, progress, stopped
         self.loss_fn, self.stage = loss_fn, stage
+        self.clock, self.trace = clock, trace
         self.metrics: dict[str, float] = {}
         self.saved = -1
 
@@ -180,9 +193,15 @@ class _Run:
         pending = None
         since, since_step = time.perf_counter(), start
         while done < steps:
-            batch = next(self.dataset)
-            state, computed = step_fn(state, shard_batch(batch, self.mesh, order))
+            self.trace.begin(done + 1, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
+                with self.clock.during("data", unless=functools.partial(_runs, pending)):
+                    batch = next(self.dataset)
+                    placed = shard_batch(batch, self.mesh, order)
+                with self.clock.during("compile" if done == start else "step"):
+                    state, computed = step_fn(state, placed)
             done += 1
+            self.trace.end(done, computed)
             # Step N runs while the numbers of step N − 1 are read.
             if pending is not None:
                 self._read(*pending)
@@ -198,8 +217,6 @@ class _Run:
                 speed["tokens_per_second"] = tokens / seconds
                 if peak:
                     speed["mfu"] = flops / seconds / (peak * self.mesh.size)
-            if done % training.log_every == 0 and speed and self.log:
-                self.log.write("timing", done, speed)
             self.progress(done, steps, {**self.metrics, **speed})
             stopping = self._must_stop(done)
             due = done % training.checkpoint_every == 0 or done == steps or stopping
@@ -212,6 +229,8 @@ class _Run:
                     self._evaluate(done, state.model)
                 if due:
                     self._save(done, state, evaluated)
+            if self.log and (done % training.log_every == 0 or done == steps):
+                self.log.write("timing", done, {**speed, **self.clock.row()})
             if stopping and done < steps:
                 if self.checkpoints:
                     self.checkpoints.close()
@@ -241,7 +260,10 @@ class _Run:
 
     def _evaluate(self, step: int, model: Decoder) -> None:
         batches = self.training.eval_batches
-        held_out = evaluate(model, self.data, batches=batches, mesh=self.mesh, loss_fn=self.loss_fn)
+        with self.clock.during("evaluate"):
+            held_out = evaluate(
+                model, self.data, batches=batches, mesh=self.mesh, loss_fn=self.loss_fn
+            )
         if not math.isfinite(held_out["loss"]):
             raise DivergenceError(
                 f"step {step}: eval_loss={held_out['loss']}; the last checkpoint is from before it"
@@ -254,10 +276,20 @@ class _Run:
     def _save(self, step: int, state: TrainState, evaluated: bool) -> None:
         if self.checkpoints is None or step == self.saved:
             return
-        position = {"data": self.dataset.get_state(), "metrics": self.metrics}
+        position = {
+            "data": self.dataset.get_state(),
+            "metrics": self.metrics,
+            "seconds": self.clock.seconds(),
+        }
         loss = self.metrics["eval_loss"] if evaluated else None
-        self.checkpoints.save(step, state, position, loss)
+        with self.clock.during("save"):
+            self.checkpoints.save(step, state, position, loss)
         self.saved = step
+
+
+def _runs(pending: tuple | None) -> bool:
+    """Whether the device is still at the step before."""
+    return pending is not None and not all(value.is_ready() for value in pending[1].values())
 
 
 def _check_parts(model, data, training, mesh) -> None:

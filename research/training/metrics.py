@@ -9,8 +9,8 @@ from tensorboardX import SummaryWriter
 
 
 class Metrics:
-    """``metrics.jsonl`` (what was computed, reproducible to the bit), ``timing.jsonl`` (how fast)
-    and ``tensorboard/`` in ``workdir``.
+    """``metrics.jsonl`` (what was computed, reproducible to the bit), ``timing.jsonl`` (how fast,
+    and where the time went: `research.training.goodput`) and ``tensorboard/`` in ``workdir``.
 
     Opening at ``step`` drops what an interrupted run wrote after it, so that a resumed run's record
     is that of an uninterrupted one.

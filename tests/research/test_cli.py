@@ -8,6 +8,7 @@ import pytest
 
 from research import cli
 from research.cli import main
+from tests.research.conftest import SOURCE
 
 
 @pytest.fixture
@@ -114,6 +115,10 @@ def test_units_listed_run_apart_and_are_the_whole(ablate, capsys):
         (["run", "branch/wide", "--arms=wid"], "did you mean 'wide'?"),
         (["run", "branch/wide", "--seeds=a"], "--seeds=a: must be numbers"),
         (["run", "branch/wide", "--seeds=-1"], "seeds=[-1]"),
+        (["run", "branch/wide", "--profile=a:b"], "--profile=a:b: must be FIRST:END, e.g. 10:15"),
+        (["run", "branch/wide", "--profile=3"], "--profile=3: must be FIRST:END"),
+        (["run", "branch/wide", "--profile=-1:3"], "--profile=-1:3: must be FIRST:END"),
+        (["run", "branch/wide", "--workdir=gs://a/b"], "gs://a/b: mount the bucket"),
         (["run", "branch/wide", "--config.stepz=1"], "did you mean 'steps'?"),
         (["run", "branch/wide", "--record", "--seeds=0"], "--record: needs all arms and seeds"),
         (["run", "branch/wide", "--record", "--config.noise=2"], "no --config overrides"),
@@ -125,6 +130,56 @@ def test_requests_that_cannot_be_served(ablate, capsys, arguments, message):
     assert main(arguments, package=ablate.package) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+TRAINS = (
+    SOURCE[: SOURCE.index("def run")]
+    + """
+from research.training import Preempted
+
+def run(unit):
+    if os.environ.get("FAKE_TRAP") == "preempted":
+        raise Preempted
+    from research.training.goodput import Clock
+    from research.training.profile import Trace
+    trace = Trace(unit.profile, unit.config.steps, unit.workdir, Clock())
+    trace.begin(1, None)
+    trace.close()
+    return {"loss": 1.0, "bytes": 1}
+"""
+)
+
+
+def test_steps_to_trace_reach_the_units(make_package, machine, tmp_path, capsys):
+    command = ["run", "branch/trains", "--seeds=0", "--arms=narrow", f"--workdir={tmp_path}"]
+    package = make_package(trains=TRAINS)
+    assert main([*command, "--profile=2:9"], package=package) == 2
+    assert capsys.readouterr().err == (
+        "ablate: arm 'narrow': profile='2:9': must be FIRST:END with 1 ≤ FIRST < END ≤ 4\n"
+    )
+    assert not list(tmp_path.glob("narrow/seed0/*"))
+    assert main([*command, "--profile=1:2"], package=package) == 0
+    assert "trace" not in capsys.readouterr().err
+    assert list(tmp_path.glob("narrow/seed0/profile/**/*.xplane.pb"))
+    assert "profile" not in (tmp_path / "narrow/seed0/unit.json").read_text()
+    # nothing about the unit has changed
+    assert main(command, package=package) == 0
+    assert "narrow, seed 0: finished before" in capsys.readouterr().out
+
+
+def test_a_unit_without_a_trace_is_named(ablate, capsys):
+    assert ablate("run", "--arms=narrow", "--seeds=0", "--profile=1:2") == 0
+    assert "ablate: narrow seed 0 has no trace" in capsys.readouterr().err
+
+
+def test_sigterm_exits_143(make_package, machine, ablate, tmp_path, capsys, monkeypatch):
+    """So that whoever started it knows that it is not done, whether `train` saved or not."""
+    monkeypatch.setenv("FAKE_TRAP", "wide/0/1/term")
+    assert ablate("run") == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setenv("FAKE_TRAP", "preempted")
+    command = ["run", "branch/trains", f"--workdir={tmp_path / 'trains'}"]
+    assert main(command, package=make_package(trains=TRAINS)) == 143
 
 
 def test_help_answers_without_jax():

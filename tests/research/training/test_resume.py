@@ -134,6 +134,13 @@ def test_kill_9_at_any_moment(uninterrupted_process, tmp_path):
         process.communicate()
     finish(tmp_path, workdir)
     assert_same(workdir, uninterrupted_process)
+    elapsed = time.time() - json.loads((workdir / "clock.json").read_text())["began"]
+    spent = json.loads((workdir / "timing.jsonl").read_text().splitlines()[-1])
+    parts = [value for name, value in spent.items() if name.startswith("seconds_")]
+    assert elapsed - 60 < sum(parts) < elapsed
+    assert spent["goodput"] * sum(parts) == pytest.approx(spent["seconds_step"])
+    # at least what three new processes took until they had imported JAX
+    assert spent["seconds_lost"] > 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
