@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-PARTS = ("step", "start", "compile", "data", "evaluate", "save", "profile", "lost")
+PARTS: tuple[str, ...] = ("step", "start", "compile", "data", "evaluate", "save", "profile", "lost")
 
 
 class Clock:

@@ -21,15 +21,14 @@ def strict(schema: Any) -> Any:
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    fields = schema.get("properties")
     kept = {
-        name: {field: strict(value) for field, value in fields.items()}
+        name: {field: strict(inner) for field, inner in value.items()}
         if name == "properties" and isinstance(value, dict)
         else strict(value)
         for name, value in schema.items()
         if name != "description"
     }
-    if isinstance(fields, dict) and "additionalProperties" not in schema:
+    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
         kept["additionalProperties"] = False
     return kept
 

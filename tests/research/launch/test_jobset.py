@@ -143,7 +143,8 @@ def test_what_it_runs_is_a_command_of_ablate(capsys):
 def dockerfile() -> list[tuple[str, str]]:
     """Instruction and rest of each line of the Dockerfile."""
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
-    found = [tuple(line.split(" ", 1)) for line in lines if line and not line.startswith("#")]
+    parts = [line.partition(" ") for line in lines if line and not line.startswith("#")]
+    found = [(name, rest) for name, _, rest in parts]
     known = {"FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENTRYPOINT"}
     assert {name for name, _ in found} <= known
     return found

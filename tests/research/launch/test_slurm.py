@@ -1,5 +1,6 @@
 """The Slurm scripts, run with an `srun` that starts its tasks on this machine."""
 
+import random
 import re
 import socket
 
@@ -41,8 +42,11 @@ SBATCH = {
 
 
 def job_id() -> str:
-    """A job's number from which JAX derives a port that is free: 61440 and its last 12 bits."""
-    for number in range(1, 4096):
+    """A job's number from which JAX derives a port that is free: 61440 and its last 12 bits.
+
+    Any, so that tests side by side do not take the same one.
+    """
+    for number in random.SystemRandom().sample(range(4096), 100):
         with socket.socket() as free:
             if free.connect_ex(("localhost", 61440 + number)):
                 return str(4096 + number)

@@ -20,6 +20,7 @@ class Hands:
     """A clock that stands still unless it is moved."""
 
     now = 1e9
+    finish = staticmethod(jax.block_until_ready)  # what a step does at its end
 
     def time(self):
         return self.now
@@ -76,7 +77,6 @@ def hands(monkeypatch):
         return slow
 
     make, make_dataset = loop.make_step, loop.make_dataset
-    hands.finish = jax.block_until_ready
     monkeypatch.setattr(loop, "make_step", make_step)
     monkeypatch.setattr(loop, "make_dataset", lambda *a, **o: Slow(make_dataset(*a, **o)))
     monkeypatch.setattr(loop, "evaluate", taking(3, loop.evaluate))
@@ -134,7 +134,9 @@ def test_a_run_killed_before_its_first_checkpoint_lost_all_of_it(hands, tmp_path
     assert parts(row) == dict(start=5, compile=100, data=1, lost=lost)
 
 
-def test_a_batch_that_comes_while_the_step_before_runs_is_not_waited_for(hands, tmp_path):
+def test_a_batch_that_comes_while_the_step_before_runs_is_not_waited_for(
+    hands, tmp_path, monkeypatch
+):
     class Running:
         """A number that the device has not computed yet."""
 
@@ -147,7 +149,10 @@ def test_a_batch_that_comes_while_the_step_before_runs_is_not_waited_for(hands, 
         def __array__(self, dtype=None, copy=None):
             return np.asarray(self.value, dtype)
 
-    hands.finish = lambda result: (result[0], {k: Running(v) for k, v in result[1].items()})
+    def begun(result):
+        return result[0], {name: Running(value) for name, value in result[1].items()}
+
+    monkeypatch.setattr(hands, "finish", begun)
     train(MODEL, DATA, PLAN, workdir=tmp_path, progress=quiet)
     # The loop waits for steps 1 (which compiles), 3, 4 and 6 (evaluated or saved) on its own
     # account: nothing runs while the batches after them, and the first, are fetched.
