@@ -1,6 +1,7 @@
 """What tests share: a way to run a script as a user's process would, and to forget programs."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,39 @@ def environment(devices: int) -> dict[str, str]:
     """The environment of a process with ``devices`` virtual CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def start_together(command: list, processes: int = 2, **variables: str) -> list[subprocess.Popen]:
+    """Start ``command`` as ``processes`` processes of one run, with 8 virtual CPU devices in all.
+
+    Where there are several they find each other at a free port; a lost one is noticed within 10 s.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    several |= {"ABLATE_HEARTBEAT_SECONDS": "10"}
+    return [
+        subprocess.Popen(
+            list(map(str, command)),
+            env={
+                **environment(8 // processes),
+                **({**several, "JAX_PROCESS_ID": str(index)} if processes > 1 else {}),
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish_together(started: list[subprocess.Popen], timeout: float = 300) -> list[tuple]:
+    """Wait for all of ``started``; ``(exit code, standard output, standard error)`` of each."""
+    try:
+        told = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, told, strict=True)]

@@ -9,7 +9,11 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)``, sync, and rename onto ``path``; a crash leaves the old file."""
+    """Call ``write(temporary)``, sync, and rename onto ``path``; a crash leaves the old file.
+
+    Raises:
+      OSError: it could not be written; names ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -22,6 +26,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(directory)  # else the rename itself may be lost
         finally:
             os.close(directory)
+    except OSError as error:  # of a full disk the system does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,12 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layers.config import ConfigError
 from research.ablation.experiment import Experiment, Unit
 from research.ablation.files import plain, read_json, write_json
 from research.ablation.overrides import flatten
 from research.ablation.progress import Progress
 from research.ablation.results import Results
+from research.parallel import processes
+from research.training import WriteError
 
 RESULT, FAILED, UNIT = "result.json", "failed.json", "unit.json"
 
@@ -150,16 +154,27 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
     A unit that raises is recorded and the others go on, except those that start from it.
     KeyboardInterrupt and SIGTERM (as SystemExit) end the run; what was done stays, and the same
     call later goes on from there.
+
+    Several processes run each unit together, and agree on what is finished and what failed; the
+    first one writes.
+
+    Raises:
+      ConfigError: a mistake in the request, or a workdir that the processes do not share.
+      WriteError: the disk took no more; the units that follow would not fare better.
     """
     failures: dict[tuple[str, int], str] = {}
+    finished = [state(unit) == "finished" for unit in planned.units]
+    if not processes.same_everywhere(np.asarray(finished)):
+        raise ConfigError(f"workdir={str(planned.workdir)!r}: is not one folder for all processes")
     with _terminable(), progress.over(len(planned.units)):
-        for unit in planned.units:
-            if state(unit) == "finished":
+        for unit, done in zip(planned.units, finished, strict=True):
+            if done:
                 progress.skip(unit.arm, unit.seed)
                 continue
             started = time.monotonic()
             progress.start(unit.arm, unit.seed, resumed=state(unit) == "interrupted")
-            message = _run_unit(planned.experiment, replace(unit, progress=progress.step))
+            missing = unit.after is not None and (unit.after.parent.name, unit.seed) in failures
+            message = _run_unit(planned.experiment, replace(unit, progress=progress.step), missing)
             if message:
                 failures[unit.arm, unit.seed] = message
             progress.finish(unit.arm, unit.seed, time.monotonic() - started, message)
@@ -176,36 +191,46 @@ def results(planned: Plan) -> Results:
     return Results(found, planned.seeds)
 
 
-def _run_unit(experiment: Experiment, unit: Unit) -> str:
-    """Run one unit to its ``result.json``; the message of its failure, or the empty text."""
+def _run_unit(experiment: Experiment, unit: Unit, missing: bool) -> str:
+    """Run one unit to its ``result.json``; the message of its failure, or the empty text.
+
+    ``missing``: what it starts from did not finish.
+    """
+    lead = processes.is_lead()
     fresh = state(unit) == "new"
-    unit.workdir.mkdir(parents=True, exist_ok=True)
-    (unit.workdir / FAILED).unlink(missing_ok=True)
     described = dict(arm=unit.arm, seed=unit.seed, config=unit.config)
-    write_json(unit.workdir / UNIT, described)
+    unit.workdir.mkdir(parents=True, exist_ok=True)
+    if lead:
+        (unit.workdir / FAILED).unlink(missing_ok=True)
+        write_json(unit.workdir / UNIT, described)
     started = time.time()
+    metrics: Mapping[str, Any] = {}
+    message = trace = ""
     try:
-        if unit.after is not None and not (unit.after / RESULT).exists():
+        if unit.after is not None and missing:
             raise RuntimeError(f"arm {unit.after.parent.name!r} of the same seed did not finish")
-        metrics = _checked(experiment.run(unit))
+        with processes.fate_shared():
+            metrics = _checked(experiment.run(unit))
+    except WriteError:
+        raise
     except ConfigError as error:
         # a mistake in the request, found before anything ran: leave no unit that was begun with it
-        if fresh:
+        if fresh and lead:
             (unit.workdir / UNIT).unlink()
         raise ConfigError(f"arm {unit.arm!r}: {error}") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        message = f"{type(error).__name__}: {lines[0]}"
+        message, trace = f"{type(error).__name__}: {lines[0]}", traceback.format_exc()
+    message = processes.first_failure(message)
+    if lead and message:
+        write_json(unit.workdir / FAILED, dict(described, error=message, traceback=trace))
+    elif lead:
         write_json(
-            unit.workdir / FAILED,
-            dict(described, error=message, traceback=traceback.format_exc()),
+            unit.workdir / RESULT,
+            dict(described, metrics=metrics, started=started, seconds=time.time() - started),
         )
-        return message
-    write_json(
-        unit.workdir / RESULT,
-        dict(described, metrics=metrics, started=started, seconds=time.time() - started),
-    )
-    return ""
+    processes.meet()  # what starts from this unit reads its result
+    return message
 
 
 def _checked(metrics: Any) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """The command ``ablate``: list the experiments, run one to its verdicts, build the board, …
 
-Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served, 130
-and 143 stopped by Ctrl-C or SIGTERM: the same command goes on from there.
+Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served or a
+disk that takes no more, 3 another process of the same run was lost, 130 and 143 stopped by Ctrl-C
+or SIGTERM: the same command goes on from there.
 """
 
 import argparse
@@ -63,13 +64,25 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
                 f"--config.{overrides[0]}: only `ablate run` and `plan` take overrides"
             )
         options.overrides, options.package = overrides, package
-        return options.command(options)
+        code = options.command(options)
     except (ValueError, OSError) as error:  # ConfigError, and a folder that cannot be written
         print(f"ablate: {_line(error)}", file=sys.stderr)
-        return 2
+        code = 2
     except KeyboardInterrupt:
         print("ablate: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        code = 130
+    except SystemExit as stop:
+        _leave(stop.code)
+        raise
+    _leave(code)
+    return code
+
+
+def _leave(code) -> None:
+    """Where others run this command too and it failed here, end without waiting for them."""
+    processes = sys.modules.get("research.parallel.processes")
+    if code and processes:
+        processes.leave(code if isinstance(code, int) else 1)
 
 
 def _with_huge_pages() -> None:
@@ -207,6 +220,7 @@ def _run(options) -> int:
     from research.ablation.experiment import load
     from research.ablation.progress import Progress
     from research.parallel import initialize
+    from research.parallel.processes import is_lead
 
     initialize()  # before anything asks which devices there are
     experiment = load(options.name, options.package)
@@ -223,17 +237,20 @@ def _run(options) -> int:
         planned.require_whole()
     for warning in planned.warnings:
         print(f"ablate: {warning}", file=sys.stderr)
-    console = Console(highlight=False, markup=False)
     if options.list_units:
         for line in runner.apart(planned):
             print(line)  # whole, however long
         return 0
+    lead = is_lead()
+    console = Console(highlight=False, markup=False, quiet=not lead)
     _keep_compiled(planned.workdir / "compiled")
     try:
         failures = runner.execute(planned, Progress(console))
     except SystemExit:  # `Preempted` too, whose status says that all is well
         print("ablate: stopped; the same command goes on from here", file=sys.stderr)
         return 128 + signal.SIGTERM
+    if not lead:
+        return 1 if failures else 0
     from research.training.environment import environment
 
     found = summary.summarize(planned, environment(), _again(options, experiment.name))

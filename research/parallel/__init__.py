@@ -1,6 +1,7 @@
 """Where arrays live: the device mesh, and the one table from logical axis names to mesh axes."""
 
-from research.parallel.mesh import MeshConfig, initialize, make_mesh
+from research.parallel.mesh import MeshConfig, make_mesh
+from research.parallel.processes import initialize
 from research.parallel.rules import (
     abstract_batch,
     batch_ways,

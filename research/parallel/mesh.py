@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 
 import jax
@@ -81,39 +80,3 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence | None = None
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
     return Mesh(placed, tuple(sizes), axis_types=(kind,) * len(sizes))
-
-
-def initialize() -> None:
-    """Join the other processes of this run, where the environment says that there are any.
-
-    ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` names them by
-    hand (or a JobSet does); under Slurm and on TPU pods `jax.distributed` finds them by itself when
-    ``ABLATE_DISTRIBUTED=1``. Call it before anything touches a device. CPU processes use gloo.
-
-    Raises:
-      ConfigError: an address without the numbers.
-    """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not address and os.environ.get("ABLATE_DISTRIBUTED") != "1":
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if address:
-        # "deactivate": under Slurm JAX would hide all devices but one, as below
-        jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            cluster_detection_method="deactivate",
-        )
-        return
-    # Under Slurm JAX gives a process one device of its node. One that is alone there, as a process
-    # must be for `tensor` and `sequence` to have several devices, takes all: no list is no limit.
-    tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
-    alone = tasks is not None and tasks == nodes
-    jax.distributed.initialize(local_device_ids=[] if alone else None)
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    check(text.isdecimal(), name, text, "must be a number, where JAX_COORDINATOR_ADDRESS is set")
-    return int(text)

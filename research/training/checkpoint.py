@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from layers.config import ConfigError
+from research.training.disk import writing
 
 Tree = TypeVar("Tree")
 
@@ -29,8 +30,10 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int):
-        # Orbax reports each finished save and each skipped option as a warning
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports each finished save as a warning, and a failed one as several tracebacks
+        # before it raises; a write that it gave up with it is told by asyncio once more
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").addFilter(_is_not_a_write)
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -54,17 +57,22 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, position: Mapping[str, Any], loss: float | None) -> None:
-        """Begin to save; ``position`` is JSON: where the data iterator and the metrics stand."""
+        """Begin to save; ``position`` is JSON: where the data iterator and the metrics stand.
+
+        Raises:
+          WriteError: this save could not begin, or the one before could not be written.
+        """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flatten(state)),
-                position=ocp.args.JsonSave(dict(position)),
-            ),
-            metrics=None if loss is None else {"loss": loss},
-        )
+        with writing(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flatten(state)),
+                    position=ocp.args.JsonSave(dict(position)),
+                ),
+                metrics=None if loss is None else {"loss": loss},
+            )
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """The newest readable checkpoint as ``(state, position)``, or None if there is none at all.
@@ -109,9 +117,13 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for saves under way.
+
+        Raises:
+          WriteError: the last one could not be written.
+        """
+        with writing(self.directory):
+            self._manager.close()
 
     def _refuse_another_model(self, step: int, wanted: Mapping[str, Any]) -> None:
         try:
@@ -140,6 +152,10 @@ class Checkpoints:
                 shutil.move(self.directory / str(step), place)
         multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
         self._manager.reload()
+
+
+def _is_not_a_write(record: logging.LogRecord) -> bool:
+    return "async_serialize" not in record.getMessage()
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -3,24 +3,21 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from layers.config import ConfigError, check
+from layers.config import check
 from layers.decoder import Decoder, DecoderConfig
-from research.data import DataConfig, fingerprint, make_dataset, vocabulary_size
+from research.data import DataConfig, make_dataset, vocabulary_size
 from research.parallel import (
     MeshConfig,
     batch_ways,
@@ -30,12 +27,13 @@ from research.parallel import (
     use_mesh,
     validate,
 )
+from research.parallel.processes import fate_shared
 from research.parallel.zero import check_stage
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError, check_finite
-from research.training.environment import environment
 from research.training.evaluate import evaluate
+from research.training.feed import Feed
 from research.training.flops import peak_flops, train_flops_per_token
 from research.training.goodput import Clock
 from research.training.metrics import Metrics
@@ -44,6 +42,7 @@ from research.training.profile import Trace
 from research.training.progress import bar
 from research.training.state import TrainState, abstract_state
 from research.training.step import LossFn, make_step, next_token_loss, scalars
+from research.training.workdir import begin
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
@@ -78,6 +77,8 @@ def train(
 ) -> TrainResult:
     """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
 
+    Of several processes, one that is lost ends the others (`research.parallel.processes`).
+
     A resumed run gives the same numbers, bit for bit, as one that was never interrupted, on the
     same mesh and machine. SIGTERM saves and raises `Preempted` (exit status 0); Ctrl-C saves and
     raises KeyboardInterrupt.
@@ -95,6 +96,9 @@ def train(
       ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
         with another configuration; before anything is compiled.
       DivergenceError: a loss or gradient that is not finite; the last good checkpoint stays.
+      DataError: the data could not give a batch.
+      WriteError: a checkpoint or the metrics could not be written; told at the next save or at the
+        end, as saves are written while training goes on.
     """
     clock = Clock()
     the_mesh = make_mesh(mesh)
@@ -104,17 +108,16 @@ def train(
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
     trace = Trace(profile, training.steps, workdir, clock)
-    dataset = iter(
-        make_dataset(
-            data,
-            seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    batches = make_dataset(
+        data,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
+    dataset = Feed(iter(batches), data)
     configuration = dict(model=model, data=data, training=training, mesh=mesh)
     if workdir is not None:
-        _begin(workdir, configuration, seed, lead)
+        begin(workdir, configuration, seed, lead)
 
     optimizer = make_optimizer(training.optimizer, training.steps)
 
@@ -131,6 +134,8 @@ def train(
         stack.enter_context(use_mesh(the_mesh))
         if checkpoints:
             stack.callback(checkpoints.close)
+        # inside of the line above: to close waits for the other processes
+        stack.enter_context(fate_shared())
         restored = None
         if checkpoints:
             restored = checkpoints.restore(abstract)
@@ -153,6 +158,7 @@ def train(
         if progress is None:
             progress = stack.enter_context(bar(training.steps)) if lead else _silent
         stopped = stack.enter_context(_signals())
+        stack.enter_context(dataset.watched())
         run = _Run(
             data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped,
             loss_fn, mesh.zero_stage, clock, trace,
@@ -191,12 +197,12 @@ class _Run:
         start = done = int(state.step)
         self.saved = start if start else -1
         pending = None
-        since, since_step = time.perf_counter(), start
+        since, since_step, waited = time.perf_counter(), start, self.dataset.waited
         while done < steps:
             self.trace.begin(done + 1, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
                 with self.clock.during("data", unless=functools.partial(_runs, pending)):
-                    batch = next(self.dataset)
+                    batch = self.dataset.next(done + 1)
                     placed = shard_batch(batch, self.mesh, order)
                 with self.clock.during("compile" if done == start else "step"):
                     state, computed = step_fn(state, placed)
@@ -210,11 +216,13 @@ class _Run:
                 # the first step holds the compilation, which is no part of the speed
                 self._read(*pending)
                 pending = None
-                since, since_step = time.perf_counter(), done
+                since, since_step, waited = time.perf_counter(), done, self.dataset.waited
             speed = {}
             if done > since_step:
-                seconds = (time.perf_counter() - since) / (done - since_step)
+                passed = time.perf_counter() - since
+                seconds = passed / (done - since_step)
                 speed["tokens_per_second"] = tokens / seconds
+                speed["data_wait"] = (self.dataset.waited - waited) / passed
                 if peak:
                     speed["mfu"] = flops / seconds / (peak * self.mesh.size)
             self.progress(done, steps, {**self.metrics, **speed})
@@ -330,54 +338,6 @@ def _check_parts(model, data, training, mesh) -> None:
         parts,
         f"× stage × data × fsdp × expert = {rows} must divide data.batch_size={data.batch_size}",
     )
-
-
-# how the numbers are computed and on what, which may change from one start to the next
-_HOW = ("mesh.", "model.attention.context", "model.microbatches")
-
-
-def _begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
-    """Write what the run is, or refuse a workdir that holds another one.
-
-    `_HOW` may change between runs; whatever decides the numbers may not.
-    """
-    described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
-    described = json.loads(json.dumps({**described, "seed": seed}))
-    path = workdir / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        for field, was, now in _differences(before, described):
-            if not field.startswith(_HOW):
-                raise ConfigError(
-                    f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
-                )
-        return
-    if not lead:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / "environment.json", environment())
-        _write(workdir / "data.json", fingerprint(configuration["data"]))
-        _write(path, described)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir={str(workdir)!r}: cannot be written: {error.strerror}"
-        ) from None
-
-
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**now, **before}:
-            where = f"{path}.{name}" if path else name
-            yield from _differences(before.get(name), now.get(name), where)
-    elif before != now:
-        yield path, before, now
-
-
-def _write(path: Path, content: Any) -> None:
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(fresh, path)
 
 
 @contextlib.contextmanager

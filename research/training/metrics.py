@@ -1,11 +1,19 @@
 """Metrics: JSON lines are the record, TensorBoard the view."""
 
+import contextlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from research.training.disk import writing
+
+_SHOWN_EVERY = 30.0  # seconds until the board shows a point
 
 
 class Metrics:
@@ -13,20 +21,33 @@ class Metrics:
     and where the time went: `research.training.goodput`) and ``tensorboard/`` in ``workdir``.
 
     Opening at ``step`` drops what an interrupted run wrote after it, so that a resumed run's record
-    is that of an uninterrupted one.
+    is that of an uninterrupted one. tensorboardX's `SummaryWriter` is not used: it writes in a
+    thread, which a full disk kills, from a queue, which the loop would then wait for without end.
+
+    Raises:
+      WriteError: on opening and writing.
     """
 
     def __init__(self, workdir: Path, step: int):
+        self._place = workdir
         self._files = {}
-        for name in ("metrics", "timing"):
-            path = workdir / f"{name}.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-            # The last line of a killed run may be half written, so the file is written anew.
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(line + "\n" for line in kept))
-            fresh.replace(path)
-            self._files[name] = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        with writing(workdir):
+            for name in ("metrics", "timing"):
+                path = workdir / f"{name}.jsonl"
+                kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+                # The last line of a killed run may be half written, so the file is written anew.
+                fresh = path.with_suffix(".tmp")
+                fresh.write_text("".join(line + "\n" for line in kept))
+                fresh.replace(path)
+                self._files[name] = path.open("a")
+            board = workdir / "tensorboard"
+            board.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(board / "events"))
+            # what an interrupted run has shown from here on is taken back
+            begin = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._point(begin)
+            self._board.flush()
+            self._shown = time.monotonic()
 
     def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """One line of ``name`` ("metrics" or "timing"), and its points on the board.
@@ -34,16 +55,24 @@ class Metrics:
         Lists (an expert's share each) have no point there.
         """
         row: dict[str, Any] = {"step": step, **values}
-        self._files[name].write(json.dumps(row) + "\n")
-        self._files[name].flush()
-        for field, value in values.items():
-            if not isinstance(value, list):
-                self._board.add_scalar(f"{name}/{field}", value, step)
+        with writing(self._place):
+            self._files[name].write(json.dumps(row) + "\n")
+            self._files[name].flush()
+            for field, value in values.items():
+                if not isinstance(value, list):
+                    self._point(Event(step=step, summary=scalar(f"{name}/{field}", value)))
+            if time.monotonic() - self._shown >= _SHOWN_EVERY:  # it syncs the disk
+                self._board.flush()
+                self._shown = time.monotonic()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._board.close()
+        for file in (*self._files.values(), self._board):
+            with contextlib.suppress(OSError):  # what failed to be written was told by `write`
+                file.close()
+
+    def _point(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._board.write_event(event)
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,7 +1,9 @@
-"""A model in a workdir: read from any run's, or written to a new one that has no run yet."""
+"""What a workdir says of its run, and the model in it: read, or written to a new one."""
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from flax import nnx
 
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
+from research.data import fingerprint
 from research.parallel import MeshConfig, make_mesh, shardings
 from research.parallel.rules import placed
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
+from research.training.environment import environment
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
 
@@ -59,6 +63,54 @@ def save_model(model: Decoder, workdir: Path) -> None:
         checkpoints.save(0, {"model": model}, {}, loss=None)
     finally:
         checkpoints.close()
+
+
+# how the numbers are computed and on what, which may change from one start to the next
+_HOW = ("mesh.", "model.attention.context", "model.microbatches")
+
+
+def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
+    """Write what the run is, or refuse a workdir that holds another one.
+
+    `_HOW` may change between runs; whatever decides the numbers may not.
+    """
+    described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
+    described = json.loads(json.dumps({**described, "seed": seed}))
+    path = workdir / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for field, was, now in _differences(before, described):
+            if not field.startswith(_HOW):
+                raise ConfigError(
+                    f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
+                )
+        return
+    if not lead:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / "environment.json", environment())
+        _write(workdir / "data.json", fingerprint(configuration["data"]))
+        _write(path, described)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r}: cannot be written: {error.strerror}"
+        ) from None
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**now, **before}:
+            where = f"{path}.{name}" if path else name
+            yield from _differences(before.get(name), now.get(name), where)
+    elif before != now:
+        yield path, before, now
+
+
+def _write(path: Path, content: Any) -> None:
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    os.replace(fresh, path)
 
 
 def _model_alone(config: DecoderConfig, mesh: MeshConfig) -> dict[str, Decoder]:
