@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -74,6 +74,7 @@ def train(
     progress: Progress | None = None,
     loss_fn: LossFn = next_token_loss,
     profile: tuple[int, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainResult:
     """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
 
@@ -91,6 +92,7 @@ def train(
       loss_fn: see `research.training.step.next_token_loss`.
       profile: ``(first, end)``: trace these steps, ``end`` not among them, into
         ``workdir/profile``; see `research.training.profile`. Changes no number.
+      devices: of ``mesh``; None is all there are.
 
     Raises:
       ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
@@ -101,7 +103,7 @@ def train(
         end, as saves are written while training goes on.
     """
     clock = Clock()
-    the_mesh = make_mesh(mesh)
+    the_mesh = make_mesh(mesh, devices)
     validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
     check_stage(mesh.zero, model, dict(the_mesh.shape))
     _check_parts(model, data, training, the_mesh)
