@@ -169,6 +169,7 @@ def check_setup(setup: Setup) -> None:
         parts, each = training.gradient_accumulation, size // batch_ways(mesh)
         divides = f"must divide the {each} rows of a device"
         check(each % parts == 0, "training.gradient_accumulation", parts, divides)
+        _training(setup, mesh)  # refuses an optimiser whose moments do not divide
         return
     check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
     known = set(model.pattern) <= {"attention", "sliding"}

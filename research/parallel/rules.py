@@ -84,9 +84,10 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
 
     ``tree`` holds arrays or `jax.ShapeDtypeStruct`. An `nnx.Variable` with ``axes`` metadata is
     placed by the table (the names are of its last dimensions: stacked parameters have one more in
-    front, ``layers``); everything else is replicated. Optimiser moments shaped like the model carry
-    the model's metadata, so they are placed alike. ``split`` False: whole on every device of
-    ``fsdp``, as the first stages of ZeRO keep parameters (`research.parallel.zero`).
+    front, ``layers``; a dimension of one is not split); everything else is replicated. Optimiser
+    moments carry the model's metadata and have as many dimensions, so they are placed alike.
+    ``split`` False: whole on every device of ``fsdp``, as the first stages of ZeRO keep parameters
+    (`research.parallel.zero`).
     """
     table = _table(mesh, 0)
     if not split:
@@ -98,12 +99,11 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
             return jax.tree.map(lambda _: replicated, variable)
 
         def of_leaf(leaf):
-            axes = variable.axes
-            if leaf.ndim < len(axes):  # e.g. Adafactor's factored moments
-                return replicated
-            stacked = leaf.ndim - len(axes)
-            leading = (table["layers"],)[:stacked] + (None,) * (stacked - 1)
-            return PartitionSpec(*leading, *(table.get(a) for a in axes))
+            stacked = leaf.ndim - len(variable.axes)
+            leading = ("layers",)[:stacked] + (None,) * (stacked - 1)
+            named = zip((*leading, *variable.axes), leaf.shape, strict=True)
+            # a moment's mean over a dimension is one number there
+            return PartitionSpec(*(table.get(a) if size > 1 else None for a, size in named))
 
         return jax.tree.map(of_leaf, variable)
 

@@ -10,8 +10,11 @@ import optax
 from flax import nnx
 
 from layers.config import check, check_choice
+from research.training.factored import scale_by_factored_rms, sides
+from research.training.moments import with_8bit_moments
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+MOMENTS = ("full", "8bit")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
@@ -24,7 +27,8 @@ class OptimizerConfig:
     constant, then linear decay over the last ``decay_fraction`` of the steps.
     ``b1``, ``b2``: decay of the first (or only) and second moment. ``weight_decay`` is decoupled
     and spares biases and norms. ``clip_norm``: largest global norm of a gradient, or None.
-    ``master``: update a float32 copy of parameters that are stored in fewer bits.
+    ``master``: update a float32 copy of parameters that are stored in fewer bits. ``moments``:
+    ``full``, as the optimiser makes them, or ``8bit`` (Dettmers 2021, `research.training.moments`).
     """
 
     name: str = "adamw"
@@ -39,10 +43,12 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     master: bool = False
+    moments: str = "full"
 
     def __post_init__(self):
         check_choice("name", self.name, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("moments", self.moments, MOMENTS)
         check(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be > 0")
         check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be ≥ 0")
         for name in ("final_fraction", "decay_fraction"):
@@ -54,6 +60,13 @@ class OptimizerConfig:
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be ≥ 0")
         clip = self.clip_norm
         check(clip is None or clip > 0, "clip_norm", clip, "must be > 0 or None")
+        if self.moments != "full":
+            without = self.name == "sgd" and self.b1 == 0
+            check(not without, "moments", self.moments, "changes nothing: sgd with b1=0 has none")
+            factored = self.name == "adafactor"
+            check(
+                not factored, "moments", self.moments, "must be 'full': adafactor factors its own"
+            )
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -98,8 +111,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             optimizer = optax.lion(rate, config.b1, config.b2, **decay, mask=decayed)
         case "adafactor":  # Shazeer 2018, with an absolute step size (no parameter scale)
             optimizer = optax.chain(
-                optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
+                scale_by_factored_rms(),
                 optax.add_decayed_weights(config.weight_decay, decayed),
                 optax.scale_by_learning_rate(rate),
             )
@@ -123,6 +135,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
                 optax.add_decayed_weights(config.weight_decay, decayed),
                 optax.scale_by_learning_rate(rate),
             )
+    if config.moments == "8bit":
+        optimizer = with_8bit_moments(optimizer)
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return with_master(optimizer) if config.master else optimizer
@@ -165,20 +179,12 @@ def decayed(params: Any) -> Any:
 def muon_dimensions(params: Any) -> Any:
     """For Muon (Jordan 2024): the input and output dimensions of every map between spaces.
 
-    ``embed`` is one side of it and the other named dimensions are the other; a stack's leading
-    dimension and that of experts are batches of maps. Embeddings, heads, norms and biases are None:
-    Adam takes them.
+    See `sides`. Embeddings, heads, norms and biases are None: Adam takes them.
     """
 
     def of(variable):
-        axes = variable.axes
-        if len(axes) < 2 or "embed" not in axes or "vocab" in axes or None in axes:
-            return None
-        first = variable[...].ndim - len(axes)
-        embed = first + axes.index("embed")
-        others = tuple(first + i for i, axis in enumerate(axes) if axis not in ("embed", "experts"))
-        sides = ((embed,), others) if embed < others[0] else (others, (embed,))
-        return optax.contrib.MuonDimensionNumbers(*sides)
+        found = None if {"vocab", None} & set(variable.axes) else sides(variable)
+        return None if found is None else optax.contrib.MuonDimensionNumbers(*found)
 
     return _map_variables(of, params)
 

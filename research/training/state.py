@@ -57,10 +57,12 @@ def abstract_state(
     Nothing is allocated, and ``mesh`` may be of devices that are not here. ``stage`` is of ZeRO.
 
     Raises:
-      ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits.
+      ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits, or 8-bit moments
+        whose blocks ``mesh`` would split.
     """
     state = jax.eval_shape(lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0))
     moments = shardings(state.optimizer, mesh)
+    _check_blocks(state.optimizer, moments)
     something = any("fsdp" in named_axes(s.spec) for s in jax.tree.leaves(moments))
     check(
         stage > 1 or something,
@@ -70,3 +72,18 @@ def abstract_state(
     )
     model_rests = shardings(state.model, mesh, split=stage == 3)
     return placed(state, dataclasses.replace(shardings(state, mesh), model=model_rests))
+
+
+def _check_blocks(moments: Any, rests: Any) -> None:
+    """Raise `ConfigError` for scales of 8-bit moments that cannot be split as the codes are."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(moments)
+    for (path, leaf), rest in zip(leaves, jax.tree.leaves(rests), strict=True):
+        for size, axis in zip(leaf.shape, rest.spec, strict=False):
+            ways = rest.mesh.shape[axis] if axis else 1
+            check(
+                size % ways == 0,
+                "optimizer.moments",
+                "8bit",
+                f"mesh {axis}={ways} would split the {size} blocks of "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}",
+            )

@@ -1,0 +1,119 @@
+"""Adafactor's second moments (Shazeer 2018, arXiv:1804.04235): of a matrix two vectors.
+
+optax's factor the two longest dimensions of an array, if both are 128 or more. Here an array may
+hold the matrices of many layers and experts, and a side of a matrix may be heads × channels, so
+what is a matrix follows from the names of its dimensions.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """Means over one side of a matrix, float32: the other side's dimensions are 1."""
+
+    rows: jax.Array
+    columns: jax.Array
+
+
+class FactoredState(NamedTuple):
+    """``moments`` as the parameters: `Factored` where there are `sides`, else as many numbers."""
+
+    count: jax.Array
+    moments: Any
+
+
+def sides(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The input and output dimensions of the maps that ``variable`` holds; None if it holds none.
+
+    ``embed`` is one side of a map and the other named dimensions are the other; a stack's leading
+    dimension and that of experts are batches of maps.
+    """
+    axes = variable.axes
+    if len(axes) < 2 or "embed" not in axes:
+        return None
+    first = variable[...].ndim - len(axes)
+    embed = first + axes.index("embed")
+    others = tuple(first + i for i, axis in enumerate(axes) if axis not in ("embed", "experts"))
+    return ((embed,), others) if embed < others[0] else (others, (embed,))
+
+
+def scale_by_factored_rms(
+    decay: float = 0.8, clip: float = 1.0, eps: float = 1e-30
+) -> optax.GradientTransformation:
+    """Algorithm 4 and 5, without a relative step size: gradients over the root of ``V̂``, clipped.
+
+    ``V̂ = R C / mean(R)``, with ``R`` and ``C`` the running means of ``G² + eps`` over either side
+    and ``β₂ = 1 − t^−decay`` (§7.2). ``clip``: the largest root mean square of an update of one
+    matrix or vector (§6).
+    """
+
+    def init(params):
+        def of(variable):
+            found = sides(variable)
+
+            def zeros(a, over=()):
+                shape = tuple(1 if i in over else n for i, n in enumerate(a.shape))
+                return jnp.zeros(shape, jnp.float32)
+
+            def moment(a):
+                return (
+                    zeros(a) if found is None else Factored(zeros(a, found[1]), zeros(a, found[0]))
+                )
+
+            return jax.tree.map(moment, variable)
+
+        return FactoredState(jnp.zeros((), jnp.int32), _map(of, params))
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        keep = 1 - count.astype(jnp.float32) ** -decay
+
+        def track(gradient, moment):
+            found = sides(gradient)
+
+            def of(g, old):
+                square = jnp.square(g.astype(jnp.float32)) + eps
+                if found is None:
+                    return keep * old + (1 - keep) * square
+                rows, columns = (jnp.mean(square, axis=found[i], keepdims=True) for i in (1, 0))
+                return Factored(
+                    keep * old.rows + (1 - keep) * rows,
+                    keep * old.columns + (1 - keep) * columns,
+                )
+
+            return jax.tree.map(of, gradient, moment)
+
+        def scaled(gradient, moment):
+            found = sides(gradient)
+
+            def of(g, v):
+                if found is None:
+                    over = tuple(range(g.ndim - len(gradient.axes), g.ndim))
+                    scale = jax.lax.rsqrt(v)
+                else:
+                    over = (*found[0], *found[1])
+                    mean = jnp.mean(v.rows, axis=found[0], keepdims=True)
+                    scale = jax.lax.rsqrt(v.rows / mean) * jax.lax.rsqrt(v.columns)
+                u = g.astype(jnp.float32) * scale
+                rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=over, keepdims=True))
+                return u / jnp.maximum(1.0, rms / clip)
+
+            return jax.tree.map(of, gradient, moment)
+
+        moments = _map(track, updates, state.moments)
+        return _map(scaled, updates, moments), FactoredState(count, moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _map(function, tree, *rest):
+    return jax.tree.map(function, tree, *rest, is_leaf=lambda x: isinstance(x, nnx.Variable))
