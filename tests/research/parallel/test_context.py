@@ -146,14 +146,10 @@ def test_every_way_is_one_device_in_value_and_gradient(run_script):
 TRAINING = (
     MODEL_SOURCE
     + """
-import research.training.loop as loop
-
 MODEL = dataclasses.replace(MODEL, attention=AttentionConfig(num_heads=8, num_kv_heads=4),
                             max_length=32, position="learned")
 TRAINING = dataclasses.replace(TRAINING, eval_batches=1, steps=2)
-loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:1])
-want, _ = curve(MeshConfig(data=1), TRAINING)
-loop.make_mesh = make_mesh
+want, _ = curve(MeshConfig(data=1), TRAINING, devices=jax.devices()[:1])
 plain = MODEL
 for context, sizes in (
     ("zigzag", dict(fsdp=2, sequence=4)),

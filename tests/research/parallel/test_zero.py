@@ -111,11 +111,7 @@ def test_bytes_a_device_are_the_formula_s(run_script):
 TRAJECTORIES = (
     MODEL_SOURCE
     + """
-import research.training.loop as loop
-
-loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:1])
-want, reference = curve(MeshConfig(data=1))
-loop.make_mesh = make_mesh
+want, reference = curve(MeshConfig(data=1), devices=jax.devices()[:1])
 reference = [np.asarray(a) for a in jax.tree.leaves(reference)]
 for stage, parts, sizes in (
     (1, 1, dict(fsdp=8)),
