@@ -1,5 +1,6 @@
 # make demo   set up and run one ablation on this machine, to its verdicts
 # make test   set up and pass the tests
+# make soak   kill a run 50 times, also in the middle of a save: 6 minutes on 2 cores
 # make check  lint and types
 # make test-gpu          the kernels on this machine's NVIDIA GPU
 # make test-gpu-compile  compile them for an H100; no GPU is needed
@@ -12,16 +13,19 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-gpu test-gpu-compile check clean
+.PHONY: demo test test-slow soak test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/ablate run architecture/gqa --scale=cpu --workdir=runs/demo
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow and not soak and not gpu"
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
+
+soak: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m soak
 
 test-gpu: $(VENV)/.cuda
 	JAX_PLATFORMS=cuda,cpu $(VENV)/bin/python -m pytest -m gpu

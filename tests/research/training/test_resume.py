@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -119,28 +117,6 @@ def wait_for_step(process, step):
         if line.strip() == str(step):
             return
     raise AssertionError(process.stderr.read()[-2000:])
-
-
-def test_kill_9_at_any_moment(uninterrupted_process, tmp_path):
-    """Saves begin at steps 4, 8, …: the first kills are aimed at one, the others anywhere."""
-    workdir = tmp_path / "run"
-    random.seed(0)
-    for step, delay in ((5, 0.0), (9, 0.01), (17, random.random() / 5)):
-        process = start(tmp_path, workdir)
-        wait_for_step(process, step)
-        time.sleep(delay)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        process.communicate()
-    finish(tmp_path, workdir)
-    assert_same(workdir, uninterrupted_process)
-    elapsed = time.time() - json.loads((workdir / "clock.json").read_text())["began"]
-    spent = json.loads((workdir / "timing.jsonl").read_text().splitlines()[-1])
-    parts = [value for name, value in spent.items() if name.startswith("seconds_")]
-    assert elapsed - 60 < sum(parts) < elapsed
-    assert spent["goodput"] * sum(parts) == pytest.approx(spent["seconds_step"])
-    # at least what three new processes took until they had imported JAX
-    assert spent["seconds_lost"] > 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
