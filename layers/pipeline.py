@@ -170,7 +170,8 @@ def _deal(a: jax.Array, parts: int, axis: str, mesh, *, copied: bool) -> jax.Arr
     Every stage's rows are dealt out to parts of their own, so that none moves before the gather.
     ``copied``: one copy a stage along an axis in front, whose gradients are scattered to the rows.
     """
-    count, (rows, *rest) = mesh.shape[axis], axes_of(a).partitions
+    count, partitions = mesh.shape[axis], axes_of(a).partitions
+    rows, rest = partitions[0], partitions[1:]
     inner = _without(rows, {axis})
     shape = (count, a.shape[0] // parts, parts // count, *a.shape[1:])
     a = jnp.reshape(a, shape, out_sharding=PartitionSpec(axis, inner, None, *rest))
@@ -185,7 +186,7 @@ def _deal(a: jax.Array, parts: int, axis: str, mesh, *, copied: bool) -> jax.Arr
 
 def _collect(a: jax.Array, axis: str, count: int) -> jax.Array:
     """``[stages, parts, b / parts, …]``, zero but for the last stage, as the ``[b, …]`` dealt."""
-    _, _, inner, *rest = axes_of(a).partitions
+    inner, *rest = list(axes_of(a).partitions)[2:]
     letters = "abcdefgh"[: a.ndim - 1]
     ones = jax.sharding.reshard(jnp.ones(count, a.dtype), PartitionSpec(axis))
     where = PartitionSpec(None, inner, *rest, unreduced=frozenset({axis}))

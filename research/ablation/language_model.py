@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from layers.attention import AttentionConfig
@@ -76,7 +75,7 @@ def language_model(scale: str) -> Any:
 def train_unit(
     unit: Unit,
     init: Callable[[Decoder], Decoder] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> TrainResult:
     """Train the unit's model on the unit's data, resuming what its workdir holds.
 

@@ -5,7 +5,7 @@ import jax
 from layers.config import ConfigError
 
 
-def first_devices(count: int) -> list[jax.Device]:
+def first_devices(count: int) -> list:
     """``count`` devices: accelerators where there are any, else the CPU in ``count`` parts.
 
     How many parts the CPU has is settled when something first asks JAX for a device. Here it may

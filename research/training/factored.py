@@ -74,7 +74,7 @@ def scale_by_factored_rms(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count: Any = optax.safe_increment(state.count)
         keep = 1 - count.astype(jnp.float32) ** -decay
 
         def track(gradient, moment):

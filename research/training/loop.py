@@ -74,7 +74,7 @@ def train(
     progress: Progress | None = None,
     loss_fn: LossFn = next_token_loss,
     profile: tuple[int, int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence | None = None,
 ) -> TrainResult:
     """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
 
