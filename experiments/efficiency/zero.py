@@ -10,8 +10,9 @@ Here a decoder is trained on one device and on 8, by copies and at each stage, f
 What a device keeps is read from the step compiled for 2, 4 and 8 devices, in bfloat16 with float32
 masters; and, with libtpu, of a 7.5B decoder compiled for 64 chips of TPU v5p that need not be there
 (copies do not fit them: `data` has 16 layers of 36). What it sends is read from a smaller one
-compiled for 8 chips of TPU v5e. Where 64 chips are no ring, as those v5p are not, XLA scatters by
-all-reduces, which was found before the claims were fixed: it sends Ψ more at each stage.
+compiled for 8 chips of TPU v5e. For those 64 v5p XLA scatters by all-reduces and sends Ψ more at
+each stage (`tpu_64_sent`); that was seen before the claims were fixed, and 8 v5e were chosen
+because stage 2 scatters there.
 
 Where there are no accelerators, the CPU is taken for 8 devices; where there are fewer than 8,
 JAX_PLATFORMS=cpu does that.
