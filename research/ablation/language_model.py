@@ -6,9 +6,10 @@ difference between two arms is a difference between two techniques.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from layers.attention import AttentionConfig
@@ -72,10 +73,15 @@ def language_model(scale: str) -> Any:
     return config
 
 
-def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> TrainResult:
+def train_unit(
+    unit: Unit,
+    init: Callable[[Decoder], Decoder] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainResult:
     """Train the unit's model on the unit's data, resuming what its workdir holds.
 
-    ``init`` maps the freshly initialised model to the one to start from.
+    ``init`` maps the freshly initialised model to the one to start from. ``devices``: of the unit's
+    mesh; None is all there are.
     """
     return train(
         from_mapping(DecoderConfig, unit.config.model, "model"),
@@ -86,6 +92,7 @@ def train_unit(unit: Unit, init: Callable[[Decoder], Decoder] | None = None) -> 
         workdir=unit.workdir,
         init=init,
         progress=unit.progress,
+        devices=devices,
     )
 
 
@@ -123,9 +130,18 @@ def evaluate_unit(
 
 def eval_losses(unit: Unit) -> list[float]:
     """Held-out losses of a trained unit on the way, every ``training.eval_every`` steps."""
+    return _logged(unit, "eval_loss")
+
+
+def train_losses(unit: Unit) -> list[float]:
+    """Losses of a trained unit's batches, every ``training.log_every`` steps."""
+    return _logged(unit, "loss")
+
+
+def _logged(unit: Unit, name: str) -> list[float]:
     lines = (unit.workdir / "metrics.jsonl").read_text().splitlines()
     rows = (json.loads(line) for line in lines)
-    return [row["eval_loss"] for row in rows if "eval_loss" in row]
+    return [row[name] for row in rows if name in row]
 
 
 def _mesh(unit: Unit) -> MeshConfig:

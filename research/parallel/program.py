@@ -53,6 +53,12 @@ class Collective(NamedTuple):
         once = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return once * self.size * self.times
 
+    @property
+    def numbers(self) -> float:
+        """`moved` in elements of the array instead of bytes."""
+        arrays = [(_size(shape), _elements(shape)) for shape in self.shapes]
+        return self.moved * sum(n for _, n in arrays) / sum(size for size, _ in arrays)
+
 
 def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of the HLO module ``text``, compiled for ``devices``.
@@ -131,10 +137,14 @@ def _collective(kind: str, operation: str, line: str, devices: int, scattered: b
 
 
 def _size(shape: str) -> float:
-    dtype, sizes = shape.rstrip("]").split("[")
+    dtype = shape.partition("[")[0]
     bits = re.match(r"[sufc](\d+)", dtype)
     each = _BYTES.get(dtype) or int(_only(bits).group(1)) / 8
-    return each * math.prod(int(n) for n in sizes.split(",") if n)
+    return each * _elements(shape)
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(n) for n in shape.rstrip("]").split("[")[1].split(",") if n)
 
 
 def _ways(rest: str, devices: int) -> int:

@@ -5,6 +5,7 @@ known on any Linux machine (`pip install -e ".[tpu]"`).
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -43,14 +44,20 @@ def topology_mesh(name: str, config: MeshConfig = MeshConfig()) -> jax.sharding.
     if not has_compiler():
         raise ConfigError(f"topology={name!r}: needs the TPU compiler: pip install -e '.[tpu]'")
     try:
-        with _environment(_NO_CHIP):
-            found = topologies.get_topology_desc(topology_name=name, platform="tpu")
+        found = _topology(name)
     except Exception as error:
         raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
     try:
         return make_mesh(config, found.devices)
     except AssertionError as error:  # two devices a chip, as of a v4 that is not one
         raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _topology(name: str) -> topologies.TopologyDescription:
+    # kept, so that two meshes of one slice are equal
+    with _environment(_NO_CHIP):
+        return topologies.get_topology_desc(topology_name=name, platform="tpu")
 
 
 def compile_for_tpu(

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def train(
     init: Callable[[Decoder], Decoder] | None = None,
     progress: Progress | None = None,
     loss_fn: LossFn = next_token_loss,
+    devices: Sequence[jax.Device] | None = None,
 ) -> TrainResult:
     """Train a decoder, from ``workdir``'s newest checkpoint if it holds one.
 
@@ -84,13 +85,14 @@ def train(
       init: maps the freshly initialised model to the one to start from; not called on resume.
       progress: called with ``(step, steps, metrics)``; None shows a bar.
       loss_fn: see `research.training.step.next_token_loss`.
+      devices: of ``mesh``; None is all there are.
 
     Raises:
       ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
         with another configuration; before anything is compiled.
       DivergenceError: a loss or gradient that is not finite; the last good checkpoint stays.
     """
-    the_mesh = make_mesh(mesh)
+    the_mesh = make_mesh(mesh, devices)
     validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
     check_stage(mesh.zero, model, dict(the_mesh.shape))
     _check_parts(model, data, training, the_mesh)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.parallel.program import collectives, count
+from research.parallel.program import Collective, collectives, count
 
 # What XLA writes for TPUs: an asynchronous gather in three parts, inside a loop of 5 rounds; an
 # all-reduce that is a reduce-scatter; groups in three notations.
@@ -97,3 +97,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         ("collective-permute", 32, 4),
         ("all-reduce", 32, 4),
     ]
+
+
+def test_numbers_are_elements_of_any_type():
+    scattered = Collective("reduce-scatter", 4 * 8 * 2, 4, 3, 1, ("bf16[8]",))
+    assert scattered.moved == 3 * 48 and scattered.numbers == 3 * 24
+    mixed = Collective("all-reduce", 8 * 2 + 8 * 4, 2, 1, 0, ("bf16[8]", "f32[8]"))
+    assert mixed.moved == 48 and mixed.numbers == 16
