@@ -19,7 +19,7 @@ JAX_PLATFORMS=cpu does that.
     ablate run efficiency/zero --scale=smoke    # seconds
     ablate run efficiency/zero                  # cpu: 2 cores, about 10 minutes
     ablate run efficiency/zero --scale=gpu      # 8 accelerators, under an hour
-    ablate run efficiency/zero --scale=paper    # 7.5 billion parameters; 64 chips of TPU v5p
+    ablate run efficiency/zero --scale=paper --arms=zero1,zero2,zero3    # 7.5B; 64 TPU v5p
 """
 
 import dataclasses

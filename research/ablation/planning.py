@@ -99,9 +99,25 @@ def plans(wanted: Mapping[tuple[str, ...], Sequence[Setup]]) -> list[Planned]:
     return [Planned(arms, plan(one)) for arms, each in wanted.items() for one in each]
 
 
-def largest(wanted: Mapping[tuple[str, ...], Sequence[Setup]]) -> list[Planned]:
-    """Of each the largest batch that fits, with the next one."""
-    return [Planned(arms, *sweeps.fit(one)) for arms, each in wanted.items() for one in each]
+def largest(
+    wanted: Mapping[tuple[str, ...], Sequence[Setup]], tell: Callable[[str], None]
+) -> list[Planned]:
+    """Of each the largest batch that fits, with the next one; ``tell`` says where none does.
+
+    Raises:
+      ConfigError: none fits anywhere.
+    """
+    found, refused = [], []
+    for arms, each in wanted.items():
+        for one in each:
+            try:
+                found.append(Planned(arms, *sweeps.fit(one)))
+            except sweeps.TooLarge as error:
+                refused.append(error)
+                tell(f"{', '.join(arms)}, {_mesh(error.smallest)}: {error}")
+    if not found:
+        raise refused[0]
+    return found
 
 
 def sweep(
@@ -117,7 +133,8 @@ def sweep(
                 tell(f"{number}/{len(meshes)} {_mesh(one)}: {_fits(one)}")
                 found.append(Planned(arms, one))
     if not found:
-        raise ConfigError("--sweep: no mesh of this slice divides the model and the batch")
+        why = "no mesh of this slice, of two devices or more, divides the model and the batch"
+        raise ConfigError(f"--sweep: {why}")
     return found
 
 
@@ -177,9 +194,13 @@ def table(found: Sequence[Planned]) -> Table:
 def verdict(found: Sequence[Planned]) -> str:
     """Which one is best, or that none fits."""
     plans = [one.plan for one in found]
-    if len({one.arms for one in found}) > 1:
+    arms = list(dict.fromkeys(one.arms for one in found))
+    if len(arms) == len(found) > 1:
         lost = [", ".join(one.arms) for one in found if not one.plan.fits]
         return f"do not fit: {'; '.join(lost)}" if lost else "all fit"
+    if len(arms) > 1:
+        each = [[one for one in found if one.arms == of] for of in arms]
+        return "\n".join(f"{', '.join(own[0].arms)}: {verdict(own)}" for own in each)
     chosen = sweeps.best(plans)
     if chosen is None:
         return "none fits"

@@ -77,11 +77,15 @@ def _plan(options) -> int:
     # a table is wide; into a file it need not be squeezed
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, markup=False, width=width)
+
+    def tell(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
     with _quiet():
         if options.sweep:
-            found = planning.sweep(setups, lambda text: console.print(text, soft_wrap=True))
+            found = planning.sweep(setups, tell)
         elif options.fit:
-            found = planning.largest(setups)
+            found = planning.largest(setups, tell)
         else:
             found = planning.plans(setups)
     if len(found) == 1 and not options.record:

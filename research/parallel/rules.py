@@ -16,6 +16,7 @@ from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import check
 from layers.context import zigzag_order
 from layers.decoder import DecoderConfig
@@ -164,12 +165,15 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     """
     tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
     parts: list[tuple[str, int]] = []
-    if (attention := config.attention) is not None:
+    # a model may be told of parts that none of its layers has
+    used = {MIXERS[kind] for kind in config.pattern}
+    used |= {FEED_FORWARDS[kind] for kind in config.feed_forward}
+    if (attention := config.attention) is not None and "attention" in used:
         parts += [("attention.num_heads", attention.num_heads)]
         parts += [("attention.num_kv_heads", attention.kv_heads)]
-    if config.mlp is not None:
+    if config.mlp is not None and "mlp" in used:
         parts += [("mlp.width", config.mlp.width)]
-    if (moe := config.moe) is not None:
+    if (moe := config.moe) is not None and "moe" in used:
         parts += [("moe.width", moe.width)]
         experts = moe.num_experts
         check(
@@ -178,7 +182,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
             experts,
             f"must be a multiple of mesh expert={expert}",
         )
-    if (latent := config.latent) is not None:
+    if (latent := config.latent) is not None and "latent" in used:
         parts += [("latent.num_heads", latent.num_heads)]
     if "mamba" in config.pattern:
         parts += [("mamba.expand × width", config.part("mamba").expand * config.width)]
@@ -202,7 +206,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     if attention is not None and attention.context != "gather":
         _validate_context(config, attention, mesh, sequence_length)
     check(
-        expert == 1 or moe is not None,
+        expert == 1 or "moe" in used,
         "mesh.expert",
         expert,
         "must be 1: the model has no experts to split",

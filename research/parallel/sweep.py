@@ -11,6 +11,15 @@ from research.parallel.plan import Plan, Setup, check_setup, plan
 from research.parallel.topology import topology_mesh
 
 
+class TooLarge(ConfigError):
+    """Not even the ``smallest`` batch fits."""
+
+    def __init__(self, smallest: Plan):
+        over = f"the smallest of this mesh exceeds its memory by {-smallest.spare} B"
+        super().__init__(f"batch_size={smallest.setup.batch_size}: {over}")
+        self.smallest = smallest
+
+
 def candidates(setup: Setup) -> list[MeshConfig]:
     """Meshes worth comparing for ``setup`` on its slice: those of `_shapes` that divide it."""
     size = topology_mesh(setup.topology).size
@@ -32,7 +41,7 @@ def _shapes(size: int, model: DecoderConfig) -> Iterator[MeshConfig]:
     splits = model.attention is not None and model.attention.context != "gather"
     shapes = [(1, 1, 1), (4, 1, 1), (16, 1, 1)]
     shapes += [(1, 1, tensor) for tensor in (2, 4, 8)] + [(4, 1, 4)]
-    if model.moe is not None:
+    if "moe" in model.feed_forward:
         shapes += [(1, ways, 1) for ways in (4, 8, 16)]
     for sequence, shape in itertools.product((2, 4, 8) if splits else (1,), shapes):
         data, expert, tensor = shape
@@ -62,7 +71,7 @@ def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:
     linearly with them, so that a few compilations find the edge; both sides of it are compiled.
 
     Raises:
-      ConfigError: not even the smallest batch fits.
+      TooLarge: not even the smallest batch fits.
     """
     mesh = topology_mesh(setup.topology, setup.mesh)
     parts = setup.training.gradient_accumulation if setup.training else 1
@@ -76,8 +85,7 @@ def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:
 
     smallest = at(1)
     if not smallest.fits:
-        over = f"the smallest of this mesh exceeds its memory by {-smallest.spare} B"
-        raise ConfigError(f"batch_size={unit}: {over}")
+        raise TooLarge(smallest)
     low, high = 1, None  # what fits, and what does not
     limit = max(1, most // unit)
     while low < limit and (high is None or high - low > 1):

@@ -57,6 +57,27 @@ def test_meshes_side_by_side_and_the_best(instant, capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_each_arm_has_a_best_mesh(instant, capsys):
+    argv = [*GQA, "--topology=v5e:2x2", "--config.data.batch_size=8", "--arms=mha,mqa"]
+    assert main([*argv, "--sweep"]) == 0
+    best = "best: fsdp:4,zero:2: 200 ms a step at least, 5 B to spare"
+    printed = capsys.readouterr().out
+    assert f"mha: {best}\n" in printed and f"mqa: {best}\n" in printed
+    assert main([*argv, "--topology=v5e:1x1", "--sweep"]) == 2
+    assert "no mesh of this slice, of two devices or more, divides" in capsys.readouterr().err
+
+
+def test_a_mesh_that_no_batch_fits_hides_no_other(instant, monkeypatch, capsys):
+    monkeypatch.setattr(planning.sweeps, "plan", planning.plan)
+    argv = [*GQA, "--topology=v5e:2x2", "--fit"]
+    assert main([*argv, "--mesh=fsdp:4,zero:1", "--mesh=fsdp:4"]) == 0
+    printed = capsys.readouterr().out
+    assert "mha, fsdp:4,zero:1: batch_size=4: the smallest of this mesh exceeds its mem" in printed
+    assert "mesh fsdp:4" in printed and "fits 65 B" in printed
+    assert main([*argv, "--mesh=fsdp:4,zero:1"]) == 2
+    assert "batch_size=4: the smallest" in capsys.readouterr().err
+
+
 def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
     assert main(["plan", "architecture/gqa", "--record", f"--results={tmp_path}"]) in (0, 1)
     held = json.loads((tmp_path / "plans/architecture/gqa.json").read_text())

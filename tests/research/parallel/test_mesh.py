@@ -1,5 +1,6 @@
 """Meshes and batches that cannot be are refused with the numbers, before any compile."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from layers.attention import AttentionConfig
 from layers.config import ConfigError, from_mapping
 from layers.decoder import DecoderConfig
+from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
+from layers.routing import MoeConfig
 from research.parallel import MeshConfig, validate
 from research.parallel.mesh import AXES
 
@@ -68,3 +71,15 @@ def test_a_mesh_that_does_not_divide_the_model_or_the_batch(sizes, message):
 
 def test_one_that_does_passes():
     validate(MODEL, _Shape(data=2, fsdp=2, tensor=2), batch_size=8, sequence_length=16)
+
+
+def test_a_part_that_no_layer_has_is_not_held_to_the_mesh():
+    mamba = dataclasses.replace(
+        MODEL, pattern=("mamba",), mamba=MambaConfig(4), moe=MoeConfig(3, 64), position="none"
+    )
+    validate(mamba, _Shape(tensor=4), batch_size=8, sequence_length=16)  # 2 KV heads, of no layer
+    with pytest.raises(ConfigError, match="^mesh.expert=2: must be 1: the model has no experts"):
+        validate(mamba, _Shape(expert=2), batch_size=8, sequence_length=16)
+    mixed = dataclasses.replace(mamba, feed_forward=("moe",))
+    with pytest.raises(ConfigError, match="^moe.num_experts=3: must be a multiple of mesh expert"):
+        validate(mixed, _Shape(expert=2), batch_size=8, sequence_length=16)
