@@ -107,7 +107,8 @@ def flash_attention(
         scores, sinks included; −1e30 where nothing is seen. It has a gradient.
       implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`; for
-        ``"gpu"`` also ``kernels`` of the forward pass, 1 or 2 (`gpu_hopper`).
+        ``"gpu"`` also ``kernels`` of the forward pass, 1 or 2 (`gpu_hopper`). ``"xla"`` takes
+        smaller ones where a causal call is short (`xla.CUT`).
 
     Raises:
       ValueError: names the argument that has another shape, dtype or range than said here, or the

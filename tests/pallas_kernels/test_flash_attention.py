@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.flash_attention import attention_weights, flash_attention, gpu_hopper
+from pallas_kernels.flash_attention import attention_weights, flash_attention, gpu_hopper, xla
 from pallas_kernels.flash_attention.reference import mix
+from pallas_kernels.flash_attention.spec import Spec
 from tests.layers.test_attention import CASES as SMALL
 from tests.layers.test_attention import inputs, reference
 from tests.pallas_kernels.conftest import (
@@ -214,6 +215,26 @@ def test_rows_of_a_batch_taken_in_turns(monkeypatch):
     got = value_and_gradients(*arrays("packed"), "xla", dict(query=64, key=32))
     assert_close(got, exact("packed"), 2e-5)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "causal, t, s, block",
+    [
+        (True, 256, 256, 64),
+        (True, 300, 300, 64),
+        (True, 1024, 1024, 256),
+        (True, 4096, 4096, 512),
+        # too short, some or one after many, and nothing to skip
+        (True, 255, 255, 255),
+        (True, 256, 8192, 512),
+        (True, 1, 2048, 512),
+        (False, 256, 256, 256),
+    ],
+)
+def test_short_causal_calls_are_cut_into_quarters(causal, t, s, block):
+    spec = Spec(causal, window=None, scale=1.0, soft_cap=None, packed=False)
+    plan = xla._plan(spec, {"query": 512, "key": 512}, 1, t, 1, s)
+    assert (plan.query, plan.key) == (min(block, t), min(block, s))
 
 
 def temporary_bytes(t, implementation):
