@@ -28,33 +28,26 @@ import importlib
 import importlib.util
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from layers.config import ConfigError, check, check_choice
+from layers.config import ConfigError
 from layers.decoder import Decoder
-from research.benchmark import measure
-from research.benchmark.run import compare, machine_record
+from research.benchmark import measure, step
+from research.benchmark.run import machine_record
+from research.benchmark.step import OPTIMIZER, OURS
 from research.benchmark.targets import STEP, judge
 from research.models import FAMILIES, decoder_config, load
-from research.training import OptimizerConfig, TrainingConfig
 from research.training.flops import train_flops_per_token
-from research.training.optimizers import make_optimizer
-from research.training.state import TrainState
-from research.training.step import make_step
 
 NAME = "models"
-OURS, THEIRS = "ours/xla", "transformers"
+THEIRS = "transformers"
 PACKAGES = ("torch", "transformers")
 BATCH, TIME, VOCAB, WIDTH, LAYERS = 8, 256, 1024, 256, 4
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip_norm=None)
 
 
 class Model(NamedTuple):
@@ -102,27 +95,8 @@ MODELS = {
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """``names``, each of which must be one of `MODELS`; all of them by default.
-
-    Raises:
-      ConfigError: one that is not, none at all, or another platform than a CPU.
-    """
-    for name in names or ():
-        check_choice("cases", name, MODELS)
-    check(names is None or len(names) > 0, "cases", names, "name at least one")
-    platform = jax.default_backend()
-    check(platform == "cpu", "platform", platform, "models are measured on a CPU")
-    return list(MODELS) if names is None else list(names)
-
-
-def check_quiet() -> None:
-    """Raise `ConfigError` if others use this machine: then what is measured is not to be kept.
-
-    PyTorch's threads wait for one another at every op, so that a core taken away costs theirs
-    several times what it costs ours, and no ratio of rounds evens that out.
-    """
-    load, most = os.getloadavg()[0], 0.5 * (os.cpu_count() or 1)
-    check(load <= most, "load", round(load, 2), f"must be at most {most:g} before --record")
+    """``names`` of `MODELS`, as `step.choose` has it."""
+    return step.choose(names, MODELS)
 
 
 def bench(
@@ -171,28 +145,14 @@ def _measure(
     sizes = {"width": WIDTH, "layers": LAYERS, "batch": BATCH, "tokens": TIME, "vocab": VOCAB}
     case = {**sizes, "parameters": parameters, "dtype": "float32"}
     flops = train_flops_per_token(model, TIME) * BATCH * TIME
-    prepared = {OURS: _prepare_ours(model)}
+    arrays = step.batch(BATCH, TIME, VOCAB)
+    prepared = {OURS: step.prepare_ours(model, arrays, OPTIMIZER)}
     if theirs is not None:
         count = sum(parameter.numel() for parameter in theirs.parameters())
         if count != parameters:
             raise ConfigError(f"{name}: {parameters} parameters of ours, {count} of theirs")
-        prepared[THEIRS] = _prepare_theirs(theirs)
-    absent = measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
-    runs = {who: one.run for who, one in prepared.items() if who not in absent}
-    times, failed = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
-    absent |= failed
-    rows: dict[str, dict[str, Any]] = {}
-    for who, one in prepared.items():
-        if who in absent:
-            rows[who] = {"absent": absent[who]}
-            continue
-        rows[who] = measure.describe(times[who]) | {
-            "compile_seconds": one.compile_seconds,
-            "temp_bytes": one.temp_bytes,
-        }
-        rows[who]["flops_per_second"] = flops / rows[who]["median"]
-    compare(rows)
-    return {"case": case, STEP: rows}
+        prepared[THEIRS] = _prepare_theirs(theirs, arrays)
+    return {"case": case, STEP: step.rows(prepared, flops, rounds, seconds, deadline, budget.clock)}
 
 
 def _ours(model: Model, directory: Path | None) -> Decoder:
@@ -204,68 +164,11 @@ def _ours(model: Model, directory: Path | None) -> Decoder:
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
 
 
-def batch() -> dict[str, np.ndarray]:
-    """Random tokens, as `research.training` takes them."""
-    ids = np.random.default_rng(0).integers(0, VOCAB, (BATCH, TIME + 1)).astype(np.int32)
-    shape = (BATCH, TIME)
-    return {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "positions": np.broadcast_to(np.arange(TIME, dtype=np.int32), shape),
-        "segment_ids": np.ones(shape, np.int32),
-        "weights": np.ones(shape, np.float32),
-    }
+def _prepare_theirs(model: Any, arrays: Mapping[str, Any]) -> measure.Prepared:
+    cross_entropy = importlib.import_module("torch").nn.functional.cross_entropy
 
-
-def _prepared(step: Callable[[], float], **about: Any) -> measure.Prepared:
-    """``step`` returns its loss: the first, and how far one update brings it down, must agree."""
-
-    def values(first: float) -> list[np.ndarray]:
-        return [np.array(first), np.array(first - step())]
-
-    return measure.Prepared(step, values, **about)
-
-
-def _prepare_ours(model: Decoder) -> measure.Prepared:
-    training = TrainingConfig(steps=1, optimizer=OPTIMIZER)
-    state = TrainState.begin(model, make_optimizer(OPTIMIZER, 1), 0)
-    arrays = jax.tree.map(jnp.asarray, batch())
-    begin = time.perf_counter()
-    compiled = make_step(training).lower(state, arrays).compile()
-    seconds = time.perf_counter() - begin
-    analysis = compiled.memory_analysis()
-    held = [state]
-
-    def step() -> float:
-        held[0], metrics = compiled(held[0], arrays)
-        return float(metrics["loss"])
-
-    temp = None if analysis is None else int(analysis.temp_size_in_bytes)
-    return _prepared(step, compile_seconds=seconds, temp_bytes=temp)
-
-
-def _prepare_theirs(model: Any) -> measure.Prepared:
-    torch = importlib.import_module("torch")
-    # as ours: no decay of biases and norms
-    groups = [
-        {
-            "params": [p for p in model.parameters() if (p.ndim > 1) == decays],
-            "weight_decay": OPTIMIZER.weight_decay if decays else 0.0,
-        }
-        for decays in (True, False)
-    ]
-    betas = OPTIMIZER.b1, OPTIMIZER.b2
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=betas, fused=True)
-    tokens, targets = (
-        torch.tensor(batch()[name], dtype=torch.long) for name in ("tokens", "targets")
-    )
-
-    def step() -> float:
+    def loss_of(tokens, targets):
         logits = model(tokens, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return _prepared(step)
+    return step.prepare_torch(loss_of, model.parameters(), arrays, OPTIMIZER)

@@ -18,6 +18,7 @@ RESULTS = Path(pallas_kernels.__file__).parent / "results"
 # Of the page; the terminal has room for the first eight.
 COLUMNS = ("who", "ms", "spread", "x peer", "x ref", "FLOP/s", "bytes/s", "temp MB",
            "quartiles ms", "rounds", "compile s")  # fmt: skip
+PEAK = "peak MB"  # of a process of its own, `research.benchmark.alone`
 LEGEND = (
     "ms: the median; spread: half the distance of the quartiles; x peer, x ref: times as fast as "
     "the best peer and as ours/reference, median over rounds; %: of this machine's matmul and copy"
@@ -60,11 +61,23 @@ def rows(found: dict[str, Any], case: str, which: str) -> Iterator[tuple[str, ..
             _times(row, REFERENCE),
             _rate(row, ceiling, "flops_per_second"),
             _rate(row, ceiling, "bytes_per_second"),
-            "" if temp is None else f"{temp / 1e6:.1f}",
+            _mb(temp),
             f"{1e3 * low:.2f}–{1e3 * high:.2f}",
             str(row["rounds"]),
             "" if seconds is None else f"{seconds:.1f}",
+            *([_mb(row.get("peak_bytes"))] if PEAK in columns(found) else []),
         )
+
+
+def columns(found: dict[str, Any]) -> tuple[str, ...]:
+    """`COLUMNS`, and `PEAK` where it was measured."""
+    timed = (row for case in found["cases"].values() for which in passes(found)
+             for row in case[which].values())  # fmt: skip
+    return (*COLUMNS, PEAK) if any("peak_bytes" in row for row in timed) else COLUMNS
+
+
+def _mb(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
 
 
 def _times(row: dict[str, Any], name: str | None) -> str:
@@ -161,7 +174,8 @@ def markdown(ops: dict[str, Any], stem: str) -> str:
         for case, which, title in headings(found):
             cells = list(rows(found, case, which))
             lines += ["", f"### {title}", ""]
-            lines += [_row(COLUMNS), "|---" + "|---:" * (len(COLUMNS) - 1) + "|"] if cells else []
+            heads = columns(found)
+            lines += [_row(heads), "|---" + "|---:" * (len(heads) - 1) + "|"] if cells else []
             lines += [_row(row) for row in cells]
             if not cells:
                 lines.append("Nothing was timed.")

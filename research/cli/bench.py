@@ -1,4 +1,4 @@
-"""``ablate bench``: kernels timed beside their peers, and whole models beside transformers."""
+"""``ablate bench``: kernels, whole models and the training loop, timed beside their peers."""
 
 import argparse
 from pathlib import Path
@@ -11,19 +11,20 @@ _BENCH = """examples:
   ablate bench wkv7 --tune                    # this chip's row of pallas_kernels/wkv/blocks.json
   ablate bench --all --record --budget=1800   # pallas_kernels/results: JSON, page and plots
   ablate bench models --cases=llama,mamba2    # a training step beside transformers', on a CPU
+  ablate bench train                          # the same decoder in plain PyTorch, and our loop
 """
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time a kernel, or models, beside peers on this machine",
+        help="time a kernel, models or training beside peers on this machine",
         epilog=_BENCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "op", metavar="OP", nargs="?", help="an op, e.g. flash_attention; or models"
+        "op", metavar="OP", nargs="?", help="an op, e.g. flash_attention; or models, or train"
     )
     parser.add_argument("--all", action="store_true", help="every op, one after the other")
     parser.add_argument("--cases", help="names with commas between; default: all")
@@ -44,10 +45,11 @@ def add(commands) -> None:
 def _bench(options) -> int:
     from rich.console import Console
 
-    from research.benchmark import measure, models, ops, run, tune
+    from research.benchmark import measure, models, ops, run, train, tune
 
+    whole = {module.NAME: module for module in (models, train)}
     if options.all == (options.op is not None):
-        known = ", ".join((*ops.known(), models.NAME))
+        known = ", ".join((*ops.known(), *whole))
         raise ConfigError(f"op={options.op!r}: name one of {known}, or give --all alone")
     narrowed = [
         f"--{field}"
@@ -57,8 +59,8 @@ def _bench(options) -> int:
     if narrowed and (options.all or options.record):
         given = "--all" if options.all else "--record"
         raise ConfigError(f"{given}: runs everything; leave out {', '.join(narrowed)}")
-    if options.op == models.NAME:
-        return _bench_models(options, narrowed)
+    if options.op in whole:
+        return _bench_whole(whole[options.op], options, narrowed)
     if options.tune and options.all:
         raise ConfigError("--all: name one op to --tune")
     run.check_effort(options.rounds, options.seconds, options.budget)
@@ -89,19 +91,20 @@ def _bench(options) -> int:
     return 0
 
 
-def _bench_models(options, narrowed: list[str]) -> int:
+def _bench_whole(module, options, narrowed: list[str]) -> int:
+    """Training steps of whole models: ``module`` is `models` or `train`."""
     from rich.console import Console
 
-    from research.benchmark import measure, models, run
+    from research.benchmark import measure, run, step
 
     refused = [flag for flag in narrowed if flag != "--cases"] + ["--tune"] * options.tune
     if refused:
-        raise ConfigError(f"op='models': knows nothing of {', '.join(refused)}")
+        raise ConfigError(f"op={options.op!r}: knows nothing of {', '.join(refused)}")
     run.check_effort(options.rounds, options.seconds, options.budget)
-    names = models.chosen(_names(options.cases))
+    names = module.chosen(_names(options.cases))
     if options.record:
-        models.check_quiet()
-    found = models.bench(
+        step.check_quiet()
+    found = module.bench(
         names,
         rounds=options.rounds,
         seconds=options.seconds,

@@ -79,11 +79,11 @@ def test_a_record_holds_both_sides_of_every_model(tmp_path, capsys):
 def test_one_that_learns_otherwise_has_no_speed(monkeypatch):
     prepare = models._prepare_theirs
 
-    def faster(model):
+    def faster(model, arrays):
         with monkeypatch.context() as patch:
             rate = dataclasses.replace(models.OPTIMIZER, learning_rate=2e-3)
             patch.setattr(models, "OPTIMIZER", rate)
-            return prepare(model)
+            return prepare(model, arrays)
 
     monkeypatch.setattr(models, "_prepare_theirs", faster)
     rows = bench(["llama"], rounds=1)["cases"]["llama"][STEP]

@@ -6,6 +6,7 @@ from research.benchmark import run
 from research.benchmark.models import MODELS
 from research.benchmark.ops import OPS
 from research.benchmark.targets import BOTH, FORWARD, TARGETS, judge
+from research.benchmark.train import CASES
 
 
 def row(milliseconds, flops=0.0, moved=0.0):
@@ -81,5 +82,6 @@ def test_bandwidth_and_what_is_absent():
 
 def test_every_target_is_of_a_case_that_is_measured():
     for target in TARGETS:
-        known = MODELS if target.op == "models" else OPS[target.op].cases[target.platform]
+        whole = {"models": MODELS, "train": CASES}
+        known = whole.get(target.op) or OPS[target.op].cases[target.platform]
         assert target.case in known
