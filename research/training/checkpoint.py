@@ -35,19 +35,22 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").addFilter(_is_not_a_write)
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: -metrics.get("loss", float("inf")),
+                            get_metric_fn=_goodness,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
+                # not consulted beside a policy, but without it Orbax writes no metrics, and a
+                # resumed run would not know which of its checkpoints was the best
+                best_fn=_goodness,
                 create=True,
             ),
             item_handlers={
@@ -152,6 +155,20 @@ class Checkpoints:
                 shutil.move(self.directory / str(step), place)
         multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
         self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which could not be made where a checkpoint's metrics are damaged."""
+
+    def metrics(self, step: int) -> Any:
+        try:
+            return super().metrics(step)
+        except Exception:  # JSON's, mostly; `restore` deals with the checkpoint
+            return None
+
+
+def _goodness(metrics: Mapping[str, float]) -> float:
+    return -metrics.get("loss", float("inf"))
 
 
 def _is_not_a_write(record: logging.LogRecord) -> bool:

@@ -2,15 +2,22 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from research.training.checkpoint import Checkpoints
 
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: None}  # step 5 was saved without an evaluation
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0, 5.0), 1):
-        checkpoints.save(step, {"w": jnp.full((3,), step, jnp.float32)}, {"data": step}, loss)
-    checkpoints.close()
+
+@pytest.mark.parametrize("runs", [[[1, 2, 3, 4, 5]], [[1, 2], [3], [4, 5]]])
+def test_the_newest_and_the_best_are_kept(tmp_path, runs):
+    """Of all runs in the workdir: a resumed one knows what its predecessors found best."""
+    for steps in runs:
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+        for step in steps:
+            state = {"w": jnp.full((3,), step, jnp.float32)}
+            checkpoints.save(step, state, {"data": step}, LOSSES[step])
+        checkpoints.close()
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 4, 5]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)

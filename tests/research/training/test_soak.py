@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import environment
 from tests.research.training.test_resume import assert_same
 
-# A step takes 20 ms at least, so that the moments fall on many steps and the run outlasts them.
+# Moments are counted in steps and saves, so that a busy machine comes as far as an idle one.
 SCRIPT = """
 import dataclasses, sys, time
 sys.path.insert(0, {here!r})
@@ -45,13 +45,14 @@ def saved(workdir):
     return [int(n) for n in names if n.isdigit()], [n for n in names if n.endswith("-tmp")]
 
 
-def wait_for_a_save(process, workdir, since):
-    """Until a save that began after ``since`` is under way."""
-    while process.poll() is None:
+def wait_for_saves(process, workdir, since, count):
+    """Until the ``count``-th save that began after ``since`` is under way."""
+    begun = set()
+    while process.poll() is None and len(begun) < count:
         for name in saved(workdir)[1]:
             with contextlib.suppress(FileNotFoundError):  # it has just been finished
                 if os.stat(workdir / "checkpoints" / name).st_mtime_ns >= since:
-                    return
+                    begun.add(name)
         time.sleep(0.0005)
 
 
@@ -65,7 +66,7 @@ def assert_every_second_is_charged(workdir, at_least_lost):
     assert spent["seconds_lost"] > at_least_lost
 
 
-@pytest.mark.parametrize("kills, steps", [(3, 40), pytest.param(50, 1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills, steps", [(3, 40), pytest.param(50, 800, marks=pytest.mark.soak)])
 def test_killed_at_any_moment(tmp_path, kills, steps):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(here=str(__file__).rpartition("/")[0]))
@@ -99,10 +100,11 @@ def test_killed_at_any_moment(tmp_path, kills, steps):
         first = process.stdout.readline()
         assert first == f"{newest + 1}\n", first + process.stderr.read()[-2000:]
         if number % 2:
-            time.sleep(moments.uniform(0, 0.5))
+            for _ in range(moments.randrange(20)):
+                process.stdout.readline()
         else:
-            wait_for_a_save(process, workdir, began)
-            time.sleep(moments.uniform(0, 0.02))
+            wait_for_saves(process, workdir, began, moments.choice((1, 2, 3)))
+        time.sleep(moments.uniform(0, 0.02))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the run is too short for so many kills"
         process.communicate()
@@ -114,4 +116,3 @@ def test_killed_at_any_moment(tmp_path, kills, steps):
     assert_same(workdir, alone)
     assert_every_second_is_charged(workdir, at_least_lost=kills)
     assert [sorted(found) for found in saved(workdir)] == [sorted(f) for f in saved(alone)]
-    print(f"{in_a_save} of {kills} kills were in a save")
