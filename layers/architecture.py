@@ -28,12 +28,24 @@ MIXERS = {
 }
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
+# what a block makes that is as wide as the model or its heads, by the names of `layers.hooks`
+NARROW = ("attention.query", "attention.key", "attention.value", "mixed", "mlp.output")
+_POLICIES = jax.checkpoint_policies
 # name → policy of jax.checkpoint; "none" keeps every activation
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _POLICIES.nothing_saveable,
+    "narrow": _POLICIES.save_only_these_names(*NARROW),
+    "dots": _POLICIES.dots_with_no_batch_dims_saveable,
+    "full_offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots_offload": _POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
+OFFLOADED = ("full_offload", "dots_offload")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,6 +71,15 @@ class DecoderConfig:
     ``circuits`` and ``microbatches`` are of a mesh that splits layers over stages
     (`layers.pipeline`): how often a batch goes round the stages, and in how many parts. Parameters
     are stacked a circuit apart; beside that neither changes the model.
+    ``remat``: what is kept for the backward pass, the rest being computed again. ``none``: all is
+    kept, nothing computed again. ``dots``: every product with a weight; attention, norms and
+    activations are computed again. ``narrow``: queries, keys, values and what mixers and MLPs add
+    to the residual; the MLP's hidden layer, which is most of ``dots``, is computed again as well.
+    ``full``: the input of each repeat of the pattern; every forward is computed twice.
+    ``dots_offload``: as ``dots``, kept in the host's memory: no product is computed again, and the
+    device has well under what ``dots`` leaves it. ``full_offload``: the input of each layer, in the
+    host's memory: the device has the activations of one repeat at a time, for deep models and the
+    longest sequences.
     ``dtype`` is what is computed in, ``param_dtype`` what is stored; norms, softmax and logits are
     float32 whatever they are. ``init_std``: of the embeddings; other weights are fan-in scaled, and
     residual outputs by ``1/sqrt(2·num_layers)`` more (GPT-2, §2.3).

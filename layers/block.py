@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from layers.architecture import DecoderConfig
 from layers.attention import Attention
@@ -95,8 +96,9 @@ class Block(nnx.Module):
                 y, new, values = self.mixer(
                     x, *where, mixer_state, tap, layer=first.layer, first_values_bthc=first.values
                 )
-                return y, new, First(first.layer, values)
-            return *self.mixer(x, *where, mixer_state, tap), first
+                return checkpoint_name(y, "mixed"), new, First(first.layer, values)
+            y, new = self.mixer(x, *where, mixer_state, tap)
+            return checkpoint_name(y, "mixed"), new, first
 
         def feed_forward(x):
             if isinstance(self.mlp, ChannelMix):

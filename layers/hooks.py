@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from layers.config import check_choice
 
@@ -68,4 +69,5 @@ class Tap:
             x = self._hooks.edit[name](x, self._layer)
         if name in self._hooks.capture:
             self.captured[name] = x
-        return x
+        # policies of `jax.checkpoint` know it by the same name
+        return checkpoint_name(x, name)

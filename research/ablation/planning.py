@@ -148,6 +148,8 @@ def lines(one: Planned) -> list[str]:
     share = {name: p.bytes[name] for name in p.bytes if name not in ("total", "memory")}
     said = [*head, "", "bytes a device"]
     said += [f"  {name:<14}{_bytes(size):>12}" for name, size in share.items()]
+    if p.host:
+        said += [f"  {'(on the host)':<14}{_bytes(p.host):>12}"]
     said += [f"  {'total':<14}{_bytes(p.bytes['total']):>12}  {_fits(p)}", ""]
     if p.collectives is None:
         said += ["collectives: not known, the compiler gave up"]
@@ -241,7 +243,9 @@ def describe(p: Plan) -> dict[str, Any]:
 def _mesh(p: Plan) -> str:
     stage = p.setup.mesh.zero
     axes = [f"{name}:{size}" for name, size in p.mesh.items()]
-    return ",".join(axes + ([f"zero:{stage}"] if stage else [])) or "one device"
+    strategies = [f"zero:{stage}"] if stage else []
+    strategies += ["offload:true"] if p.setup.mesh.offload else []
+    return ",".join(axes + strategies) or "one device"
 
 
 def _work(setup: Setup) -> str:

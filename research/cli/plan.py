@@ -34,7 +34,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--mesh",
         action="append",
-        help="axes and strategies, e.g. fsdp:16,tensor:4 or fsdp:64,zero:1; "
+        help="axes and strategies, e.g. fsdp:16,tensor:4 or fsdp:64,zero:1,offload:true; "
         "several to compare them; default: the configuration's",
     )
     parser.add_argument("--batch", type=int, help="rows of the whole batch")
@@ -106,7 +106,12 @@ def _mesh(text: str) -> dict[str, object]:
     pairs = [part.partition(":") for part in text.split(",")]
     if not all(name and colon and value for name, colon, value in pairs):
         raise ConfigError(f"--mesh={text}: write axis:size with commas between, e.g. fsdp:64")
-    return {name: int(value) if value.lstrip("-").isdigit() else value for name, _, value in pairs}
+    words: dict[str, object] = {"true": True, "false": False}
+
+    def read(value: str) -> object:
+        return int(value) if value.lstrip("-").isdigit() else words.get(value, value)
+
+    return {name: read(value) for name, _, value in pairs}
 
 
 def _decode(text: str | None) -> tuple[int, int] | None:

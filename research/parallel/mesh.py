@@ -22,7 +22,8 @@ class MeshConfig:
     ``expert``: batches and experts split. ``sequence``: time split. ``tensor``: heads, hidden units
     and vocabulary split. ``stage``: layers split, one group after the other, and batches outside
     them (`layers.pipeline`). ``zero``: the stage of ZeRO, which says what ``fsdp`` splits beside
-    batches: 1 optimiser moments, 2 gradients as well, 3 (None) parameters as well.
+    batches: 1 optimiser moments, 2 gradients as well, 3 (None) parameters as well. ``offload``:
+    optimiser moments rest in the memory of each device's host.
     """
 
     data: int = -1
@@ -32,6 +33,7 @@ class MeshConfig:
     tensor: int = 1
     stage: int = 1
     zero: int | None = None
+    offload: bool = False
 
     def __post_init__(self):
         check(self.zero in (None, 1, 2, 3), "zero", self.zero, "must be 1, 2 or 3")

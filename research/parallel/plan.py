@@ -9,7 +9,8 @@ floor of a step's time is the longest of three, each at the data sheet's peak:
 
 - compute: executed FLOPs;
 - memory: the state and the batch are read, the state is written, and whatever temporaries hold at
-  their peak and collectives bring is written and read once;
+  their peak and collectives bring is written and read once (the link to the host is not counted:
+  no data sheet gives its speed);
 - links: what collectives move, around rings, over all of a device's links at once.
 
 The program is no faster; how much slower it is, only the machine knows.
@@ -49,6 +50,7 @@ from research.training.flops import (
     recomputed_flops_per_token,
     train_flops_per_token,
 )
+from research.training.offload import HOST
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
 from research.training.step import make_step
@@ -80,7 +82,7 @@ class Plan:
     (activations and gradients, at their peak), with their ``total`` and the device's ``memory``.
     ``collectives``: kind → ``count`` and bytes ``moved`` a step; None if the program does not fit,
     for then there is none. ``flops`` of a step on all devices: ``model`` and ``executed``.
-    ``floor``: seconds, see above.
+    ``floor``: seconds, see above. ``host``: bytes of moments in the memory of the device's host.
     """
 
     setup: Setup
@@ -94,6 +96,7 @@ class Plan:
     floor: Mapping[str, float]
     intensity: float
     compile_seconds: float
+    host: int = 0
 
     @property
     def fits(self) -> bool:
@@ -140,6 +143,8 @@ def plan(setup: Setup) -> Plan:
     brought = sum(c.size * c.times for c in found or ())
     touched = sum(held.values()) - held["temporaries"] + state
     touched += 2 * (held["temporaries"] + brought)
+    host = sum(_bytes(tree, HOST) for tree in arguments.values())
+    touched += 2 * host  # what comes from there is read, what goes there is written
     executed = work["executed"] / mesh.size
     floor = {"compute": executed / chip.flops, "memory": touched / chip.memory_bandwidth}
     if found is not None:
@@ -156,6 +161,7 @@ def plan(setup: Setup) -> Plan:
         floor=floor,
         intensity=executed / touched,
         compile_seconds=seconds,
+        host=host,
     )
 
 
@@ -172,6 +178,8 @@ def check_setup(setup: Setup) -> None:
         _training(setup, mesh)  # refuses an optimiser whose moments do not divide
         return
     check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
+    offload = setup.mesh.offload
+    check(not offload, "mesh.offload", offload, "changes nothing: decoding has no moments")
     known = set(model.pattern) <= {"attention", "sliding"}
     check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")
     for axis, why in (("sequence", "a token cannot be split"), ("stage", "a pipeline trains")):
@@ -183,11 +191,12 @@ def _training(setup: Setup, mesh: Mesh):
     """The step, its arguments by name for their bytes, and the arguments themselves."""
     training, model, size = setup.training, setup.model, setup.batch_size
     assert training is not None
-    stage, optimizer = setup.mesh.zero_stage, make_optimizer(training.optimizer, training.steps)
-    state = abstract_state(model, optimizer, mesh, stage)
+    stage, offload = setup.mesh.zero_stage, setup.mesh.offload
+    optimizer = make_optimizer(training.optimizer, training.steps, offload=offload)
+    state = abstract_state(model, optimizer, mesh, stage, offload=offload)
     batch = abstract_batch(mesh, size, setup.sequence_length)
     named = {"parameters": state.model, "moments": state.optimizer, "batch": batch}
-    return make_step(training, stage=stage), named, (state, batch)
+    return make_step(training, stage=stage, offload=offload), named, (state, batch)
 
 
 def _decoding(setup: Setup, mesh: Mesh):
@@ -250,9 +259,9 @@ def _flops(setup: Setup, model: Decoder) -> dict[str, float]:
     return {"model": each * rows * length, "executed": (each + again) * rows * length}
 
 
-def _bytes(tree: Any) -> int:
-    """Of ``tree``'s arrays on one device."""
-    leaves = jax.tree.leaves(tree)
+def _bytes(tree: Any, memory: str = "device") -> int:
+    """Of ``tree``'s arrays on one device, or in a memory of its host."""
+    leaves = [a for a in jax.tree.leaves(tree) if (a.sharding.memory_kind or "device") == memory]
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
     sizes = [math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True)]
     return sum(sizes)

@@ -24,7 +24,8 @@ def candidates(setup: Setup) -> list[MeshConfig]:
     """Meshes worth comparing for ``setup`` on its slice: those of `_shapes` that divide it."""
     size = topology_mesh(setup.topology).size
     found = []
-    for config in _shapes(size, setup.model):
+    for shape in _shapes(size, setup.model):
+        config = dataclasses.replace(shape, offload=setup.mesh.offload)
         try:
             check_setup(dataclasses.replace(setup, mesh=config))
         except ConfigError:

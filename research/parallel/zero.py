@@ -86,11 +86,19 @@ def differentiated(
 
 
 def settle(tree: Any, *, split: bool = True) -> Any:
-    """Every leaf where the rules say that it rests, summed over all devices; see `specs`."""
+    """Every leaf where the rules say that it rests, summed over all devices; see `specs`.
+
+    What lies in the host's memory rests already.
+    """
     if spec() is None:
         return tree
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.tree.map(scatter, tree, specs(tree, mesh, split=split))
+
+    def one(a, target):
+        on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
+        return a if on_host else scatter(a, target)
+
+    return jax.tree.map(one, tree, specs(tree, mesh, split=split))
 
 
 def can_wait(config: DecoderConfig, sizes: dict[str, int]) -> bool:

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 
+from layers.attention import Attention
 from layers.decoder import Decoder
+from layers.latent_attention import LatentAttention
 from layers.mlp import Mlp
 from research.parallel import chips
 
@@ -34,23 +36,43 @@ def forward_flops_per_token(model: Decoder, sequence_length: int, *, cached: boo
 def recomputed_flops_per_token(model: Decoder, sequence_length: int) -> float:
     """What ``remat`` computes again in the backward pass.
 
-    Not the last product of a repeat, whose result the backward pass does not ask for.
+    Not the last product of what is kept as a whole, a repeat or a layer, whose result the backward
+    pass does not ask for.
     """
-    weights, attended = _multiplied(model, model.blocks), _attended(model, sequence_length, False)
-    if isinstance(last := model.blocks[-1].mlp, Mlp):
-        weights -= math.prod(last.down.weight.shape)
-    again = {
-        "none": (0, 0), "dots": (0, 4), "full": (2, 4)
-    }[model.config.remat]  # fmt: skip
-    return float(again[0] * weights + again[1] * attended)
+    remat, blocks = model.config.remat, list(model.blocks)
+    if remat == "none":
+        return 0.0
+    attended = 4.0 * _attended(model, sequence_length, False)
+    if remat in ("dots", "dots_offload"):
+        return attended
+    weights = _multiplied(model, model.blocks)
+    for block in blocks if remat != "full" else blocks[-1:]:
+        weights -= _size(block.mlp.down) if isinstance(block.mlp, Mlp) else 0
+    if remat == "narrow":
+        weights -= sum(_size(_kept(block.mixer)) for block in blocks)
+    return 2.0 * weights + attended
+
+
+def _kept(mixer: Any) -> Any:
+    """The parts of ``mixer`` whose products ``narrow`` keeps."""
+    if isinstance(mixer, LatentAttention):
+        return mixer
+    if not isinstance(mixer, Attention):
+        return mixer.out
+    # what is normalised is not what is kept
+    first = [] if mixer.query_norm is not None else [mixer.query, mixer.key]
+    return [*first, mixer.value, mixer.out]
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _multiplied(model: Decoder, tree: Any) -> float:
     """Weights of ``tree``, all of ``model`` or its blocks, without experts not gone to."""
-    weights = float(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)))
+    weights = float(_size(tree))
     for moe in model.mixtures:
-        experts = jax.tree.leaves([moe.gate, moe.up, moe.down])
-        held = sum(math.prod(leaf.shape) for leaf in experts)
+        held = _size([moe.gate, moe.up, moe.down])
         weights -= held * (1 - moe.config.experts_per_token / moe.config.num_experts)
     return weights
 

@@ -37,6 +37,7 @@ from research.training.feed import Feed
 from research.training.flops import peak_flops, train_flops_per_token
 from research.training.goodput import Clock
 from research.training.metrics import Metrics
+from research.training.offload import check_host
 from research.training.optimizers import make_optimizer
 from research.training.profile import Trace
 from research.training.progress import bar
@@ -106,6 +107,7 @@ def train(
     the_mesh = make_mesh(mesh, devices)
     validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
     check_stage(mesh.zero, model, dict(the_mesh.shape))
+    check_host(model, mesh, the_mesh)
     _check_parts(model, data, training, the_mesh)
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
@@ -121,7 +123,7 @@ def train(
     if workdir is not None:
         begin(workdir, configuration, seed, lead)
 
-    optimizer = make_optimizer(training.optimizer, training.steps)
+    optimizer = make_optimizer(training.optimizer, training.steps, offload=mesh.offload)
 
     def fresh_state(model: Decoder) -> TrainState:
         return TrainState.begin(model, optimizer, seed)
@@ -129,7 +131,7 @@ def train(
     def fresh_model() -> Decoder:
         return Decoder(model, rngs=nnx.Rngs(seed))
 
-    abstract = abstract_state(model, optimizer, the_mesh, mesh.zero_stage)
+    abstract = abstract_state(model, optimizer, the_mesh, mesh.zero_stage, offload=mesh.offload)
     placed = jax.tree.map(lambda a: a.sharding, abstract)
     checkpoints = Checkpoints(workdir / "checkpoints", training.keep) if workdir else None
     with contextlib.ExitStack() as stack:
@@ -163,7 +165,7 @@ def train(
         stack.enter_context(dataset.watched())
         run = _Run(
             data, training, the_mesh, dataset, checkpoints, log, workdir, progress, stopped,
-            loss_fn, mesh.zero_stage, clock, trace,
+            loss_fn, mesh, clock, trace,
         )  # fmt: skip
         stack.enter_context(clock.during("step"))
         return run.go(state, dict(position.get("metrics", {})))
@@ -178,12 +180,12 @@ class _Run:
 
     def __init__(
         self, data, training, mesh, dataset, checkpoints, log, workdir, progress, stopped, loss_fn,
-        stage, clock, trace,
+        strategy, clock, trace,
     ):  # fmt: skip
         self.data, self.training, self.mesh = data, training, mesh
         self.dataset, self.checkpoints, self.log = dataset, checkpoints, log
         self.workdir, self.progress, self.stopped = workdir, progress, stopped
-        self.loss_fn, self.stage = loss_fn, stage
+        self.loss_fn, self.strategy = loss_fn, strategy
         self.clock, self.trace = clock, trace
         self.metrics: dict[str, float] = {}
         self.saved = -1
@@ -191,7 +193,8 @@ class _Run:
     def go(self, state: TrainState, metrics: dict[str, float]) -> TrainResult:
         training, steps = self.training, self.training.steps
         self.metrics = metrics
-        step_fn = make_step(training, self.loss_fn, self.stage)
+        strategy: MeshConfig = self.strategy
+        step_fn = make_step(training, self.loss_fn, strategy.zero_stage, offload=strategy.offload)
         tokens = self.data.batch_size * self.data.sequence_length
         flops = train_flops_per_token(state.model, self.data.sequence_length) * tokens
         peak = peak_flops()

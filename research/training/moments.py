@@ -21,6 +21,7 @@ from flax import nnx
 
 from layers.config import ConfigError
 from research.parallel.rules import RULES
+from research.training.layerwise import between
 
 BLOCK = 256
 SMALLEST_BLOCK = 16  # numbers; a scale is four bytes
@@ -141,66 +142,18 @@ def with_8bit_moments(optimizer: optax.GradientTransformation) -> optax.Gradient
     Raises:
       ConfigError: on ``init``, if every moment would stay as it is.
     """
+    packed = between(optimizer, unpack, pack)
 
     def init(params):
-        state = pack(optimizer.init(params))
-        if not any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(state, is_leaf=_is)):
+        state = packed.init(params)
+        if not any(map(_is, jax.tree.leaves(state, is_leaf=_is))):
             raise ConfigError(
                 "optimizer.moments='8bit': changes nothing: no weight besides embeddings has "
                 f"{SMALLEST_WEIGHT} numbers in blocks of {SMALLEST_BLOCK} or more"
             )
         return state
 
-    def once(updates, state, params):
-        wide = jax.tree.map(lambda a: dequantize(a) if _is(a) else a, state, is_leaf=_is)
-        found, wide = optimizer.update(updates, wide, params)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), found, updates), pack(wide)
-
-    def update(updates, state, params=None):
-        given = updates, state, params
-        found, stacks = once(*given), _stacks(given)
-        leaves = zip(jax.tree.leaves(updates), jax.tree.leaves(stacks[0]), strict=True)
-        layers = {a.shape[0] for a, is_one in leaves if is_one}
-        if not layers:
-            return found
-
-        # Layer by layer and in place, for XLA keeps whole moments in float32 on the way from codes
-        # to codes. It drops what is not asked for: of `found` the stacks, in the loop all else.
-        def layer(i, kept):
-            cut = jax.tree.map(
-                lambda a, is_one: jax.lax.dynamic_slice_in_dim(a, i, 1) if is_one else a,
-                (*kept, params),
-                stacks,
-            )
-            return jax.tree.map(
-                lambda a, new, is_one: (
-                    jax.lax.dynamic_update_slice_in_dim(a, new, i, 0) if is_one else a
-                ),
-                kept,
-                once(*cut),
-                stacks[:2],
-            )
-
-        (number,) = layers
-        each = jax.lax.fori_loop(0, number, layer, given[:2])
-        return jax.tree.map(lambda a, b, is_one: b if is_one else a, found, each, stacks[:2])
-
-    return optax.GradientTransformation(init, update)
-
-
-def _stacks(tree: Any) -> Any:
-    """The tree with True for arrays of stacked layers, unless a mesh splits the stack."""
-
-    def of(leaf):
-        axes = leaf.axes if isinstance(leaf, nnx.Variable) else None
-
-        def is_stack(a):
-            split = (*jax.typeof(a).sharding.spec, None)[0]
-            return axes is not None and a.ndim > len(axes) and split is None
-
-        return jax.tree.map(is_stack, leaf)
-
-    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return optax.GradientTransformation(init, packed.update)
 
 
 def pack(state: Any) -> Any:
@@ -219,6 +172,11 @@ def pack(state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         of, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
+
+
+def unpack(state: Any) -> Any:
+    """The inverse of `pack`, but for what was rounded."""
+    return jax.tree.map(lambda a: dequantize(a) if _is(a) else a, state, is_leaf=_is)
 
 
 def _is(leaf: Any) -> bool:

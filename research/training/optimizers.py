@@ -12,6 +12,7 @@ from flax import nnx
 from layers.config import check, check_choice
 from research.training.factored import scale_by_factored_rms, sides
 from research.training.moments import with_8bit_moments
+from research.training.offload import with_moments_on_host
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 MOMENTS = ("full", "8bit")
@@ -100,8 +101,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then the optimiser called ``config.name`` with its schedule over ``steps``."""
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, offload: bool = False
+) -> optax.GradientTransformation:
+    """Clipping, then the optimiser called ``config.name`` with its schedule over ``steps``.
+
+    ``offload``: its moments rest in the host's memory (`research.training.offload`).
+    """
     rate = make_schedule(config, steps)
     decay: dict[str, Any] = dict(weight_decay=config.weight_decay)
     match config.name:
@@ -137,9 +143,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             )
     if config.moments == "8bit":
         optimizer = with_8bit_moments(optimizer)
-    if config.clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return with_master(optimizer) if config.master else optimizer
+    if config.master:
+        optimizer = with_master(optimizer)
+    if offload:
+        optimizer = with_moments_on_host(optimizer)
+    if config.clip_norm is None:
+        return optimizer
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    # in as many bits as the update
+    first = (optax.stateless(lambda updates, _: wide(updates)),) if config.master else ()
+    return optax.chain(*first, clip, optimizer)
 
 
 class MasterState(NamedTuple):
@@ -155,9 +168,6 @@ def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     Steps too small for their own precision add up there (Micikevicius 2018, 1710.03740, §3.1).
     """
 
-    def wide(tree):
-        return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-
     def init(params):
         return MasterState(wide(params), optimizer.init(wide(params)))
 
@@ -168,6 +178,11 @@ def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransf
         return jax.tree.map(jnp.subtract, master, wide(params)), MasterState(master, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def wide(tree: Any) -> Any:
+    """The arrays of ``tree`` in float32."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
 
 
 def decayed(params: Any) -> Any:

@@ -15,6 +15,7 @@ from layers.sharding import named_axes
 from research.parallel import shardings
 from research.parallel.rules import placed
 from research.parallel.zero import settle
+from research.training.offload import place_on_host
 
 
 @jax.tree_util.register_dataclass
@@ -50,11 +51,17 @@ class TrainState:
 
 
 def abstract_state(
-    model: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh, stage: int = 3
+    model: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    stage: int = 3,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """The state of training ``model`` as `jax.ShapeDtypeStruct` with resting places on ``mesh``.
 
-    Nothing is allocated, and ``mesh`` may be of devices that are not here. ``stage`` is of ZeRO.
+    Nothing is allocated, and ``mesh`` may be of devices that are not here. ``stage`` is of ZeRO,
+    ``offload`` that of ``optimizer``.
 
     Raises:
       ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits, or 8-bit moments
@@ -71,7 +78,10 @@ def abstract_state(
         "changes nothing: fsdp splits none of the optimiser's moments",
     )
     model_rests = shardings(state.model, mesh, split=stage == 3)
-    return placed(state, dataclasses.replace(shardings(state, mesh), model=model_rests))
+    if offload:
+        moments = place_on_host(moments, state.optimizer)
+    rests = dataclasses.replace(shardings(state, mesh), model=model_rests, optimizer=moments)
+    return placed(state, rests)
 
 
 def _check_blocks(moments: Any, rests: Any) -> None:

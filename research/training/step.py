@@ -147,14 +147,19 @@ def make_gradients(
 
 @functools.lru_cache(maxsize=64)
 def make_step(
-    config: TrainingConfig, loss_fn: LossFn = next_token_loss, stage: int = 3
+    config: TrainingConfig,
+    loss_fn: LossFn = next_token_loss,
+    stage: int = 3,
+    *,
+    offload: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A compiled ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
     The same ``config`` gives the same function, so that a second run of the same shapes compiles
-    nothing. ``stage`` is of ZeRO and of no consequence on one device.
+    nothing. ``stage`` is of ZeRO and of no consequence on one device. ``offload``: moments come
+    from the host's memory and go there.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, offload=offload)
     schedule = make_schedule(config.optimizer, config.steps)
     of_batch = make_gradients(config, loss_fn, stage)
 

@@ -210,7 +210,11 @@ def test_scanned_and_unrolled_agree_in_value_and_gradient(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("full", False), ("dots", True)])
+@pytest.mark.parametrize(
+    ("remat", "scan"),
+    [("full", True), ("full", False), ("dots", True), ("narrow", True), ("narrow", False)]
+    + [("dots_offload", True), ("full_offload", True), ("full_offload", False)],
+)
 def test_recomputing_activations_changes_no_gradient(remat, scan):
     model = make()
     want = jax.tree.leaves(gradients(model, TOKENS))
@@ -225,7 +229,8 @@ def test_full_recomputing_saves_less():
         _, back = jax.eval_shape(lambda m: jax.vjp(lambda m: logits(m, TOKENS), m), model)
         return sum(a.size for a in jax.tree.leaves(back))
 
-    assert residuals("full") < residuals("dots") < residuals("none")
+    kept = [residuals(remat) for remat in ("full", "narrow", "dots", "none")]
+    assert kept == sorted(set(kept))
 
 
 @pytest.mark.parametrize(("name", "scan"), [(n, False) for n in CONFIGS] + [("llama", True)])

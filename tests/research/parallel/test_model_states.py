@@ -30,7 +30,7 @@ MASTERS = TrainingConfig(steps=2, optimizer=OptimizerConfig(master=True))
 for stage, sizes in ((0, dict(data=2)), (2, dict(data=1, fsdp=2, zero=2))):
     config = MeshConfig(**sizes)
     mesh = make_mesh(config, devices[:2])
-    found = model_states(MODEL, MASTERS, mesh, config.stage, batch_size=2, sequence_length=16)
+    found = model_states(MODEL, MASTERS, mesh, config.zero_stage, batch_size=2, sequence_length=16)
     want = bytes_per_parameter(stage, 2, *MIXED)
     assert abs(found.held / found.parameters / want - 1) < 0.02, (stage, found, want)
     assert found.sent is None, "a CPU's collectives are not those meant"

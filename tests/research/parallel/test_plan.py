@@ -1,12 +1,14 @@
 """Plans for slices that are not here: what they say, what they refuse, and where the edge is."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import pytest
 from flax import nnx
 
+from layers.architecture import REMAT
 from layers.attention import AttentionConfig
 from layers.config import ConfigError, from_mapping
 from layers.decoder import Decoder, DecoderConfig
@@ -17,7 +19,7 @@ from research.ablation.files import plain, read_json
 from research.ablation.report import RESULTS
 from research.parallel import MeshConfig, sweep
 from research.parallel.plan import Plan, Setup, plan
-from research.training import TrainingConfig
+from research.training import OptimizerConfig, TrainingConfig
 from research.training.flops import (
     forward_flops_per_token,
     recomputed_flops_per_token,
@@ -147,7 +149,7 @@ def _dots(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_flops_are_those_of_the_traced_program(remat):
     """Attention by its equation makes every score, so the reach is the whole length."""
     attention = dataclasses.replace(MODEL.attention, implementation="reference")
@@ -159,9 +161,46 @@ def test_flops_are_those_of_the_traced_program(remat):
     traced = jax.make_jaxpr(jax.grad(lambda m, b: next_token_loss(m, b)[0]))(model, batch)
     counted = _dots(traced.jaxpr) / (b * t)
     half = 4 * config.num_layers * 4 * 128 * (t - (t + 1) / 2)  # scores that causality masks
-    forwards = {"none": 3, "dots": 4, "full": 4}[remat]
+    forwards = 3 if remat == "none" else 4
     found = train_flops_per_token(model, t) + recomputed_flops_per_token(model, t)
     assert found + forwards * half == pytest.approx(counted, rel=0.01)
+
+
+def _remat(name: str, layers: int) -> Plan:
+    """Of activations that are most of what the program has, gathered weights being none of it."""
+    model = dataclasses.replace(MODEL, num_layers=layers, mlp=MlpConfig(1024), remat=name)
+    found = plan(dataclasses.replace(SETUP, model=model, batch_size=16, sequence_length=1024))
+    # seven weights a layer, in both passes: ZeRO-3 keeps none whatever is kept beside
+    assert found.collectives["all-gather"]["count"] >= 2 * 7 * layers
+    return found
+
+
+@pytest.mark.slow
+def test_a_tpu_holds_of_activations_what_remat_says():
+    names = ("full", "narrow", "dots", "none")
+    sizes = {name: _remat(name, 8).bytes["temporaries"] for name in names}
+    for less, more in itertools.pairwise(names):
+        assert 1.5 * sizes[less] < sizes[more], sizes
+    assert 1.5 * _remat("dots_offload", 8).bytes["temporaries"] < sizes["dots"]
+    # a few layers are on their way at a time, however many there are
+    deep = [_remat(name, 32).bytes["temporaries"] for name in ("full_offload", "full")]
+    assert 1.2 * deep[0] < deep[1], deep
+
+
+def test_8bit_moments_are_a_quarter_and_the_update_makes_no_others():
+    model = dataclasses.replace(MODEL, width=1024, mlp=MlpConfig(4096), remat="full", scan=True)
+    full, packed = (
+        plan(
+            dataclasses.replace(
+                SETUP, model=model, training=TrainingConfig(10, OptimizerConfig(moments=moments))
+            )
+        )
+        for moments in ("full", "8bit")
+    )
+    # blocks of 16, 32 and 64 numbers
+    assert 0.25 < packed.bytes["moments"] / full.bytes["moments"] < 0.31
+    saved = full.bytes["moments"] - packed.bytes["moments"]
+    assert full.bytes["total"] - packed.bytes["total"] > 0.5 * saved
 
 
 def _stand_in(setup: Setup, memory=1000, base=100, slope=7) -> Plan:

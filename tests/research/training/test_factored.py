@@ -121,7 +121,7 @@ for config in (MeshConfig(data=1, fsdp=8, zero=1), MeshConfig(data=2, fsdp=2, te
     np.testing.assert_allclose(losses(config), want, rtol=2e-5, err_msg=str(config))
     mesh = make_mesh(config)
     optimizer = make_optimizer(TRAINING.optimizer, 3)
-    state = abstract_state(MODEL, optimizer, mesh, config.stage).optimizer
+    state = abstract_state(MODEL, optimizer, mesh, config.zero_stage).optimizer
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith(("rows", "columns")):

@@ -275,9 +275,9 @@ for config in (
     # a rounding that tips over moves a moment by a code, and Adam's step is as large
     np.testing.assert_allclose(got, want, rtol=2e-4, err_msg=str(config))
     mesh = make_mesh(config)
-    state, batch = abstract_state(MODEL, optimizer, mesh, config.stage), abstract_batch(mesh, 8, 16)
+    state, batch = abstract_state(MODEL, optimizer, mesh, config.zero_stage), abstract_batch(mesh, 8, 16)
     with use_mesh(mesh):
-        compiled = make_step(TRAINING, stage=config.stage).lower(state, batch).compile()
+        compiled = make_step(TRAINING, stage=config.zero_stage).lower(state, batch).compile()
     new = compiled.output_shardings[0].optimizer
     found = [q for q in jax.tree.leaves(state.optimizer, is_leaf=lambda q: isinstance(q, Quantized))
              if isinstance(q, Quantized)]

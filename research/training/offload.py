@@ -1,0 +1,66 @@
+"""Moments that rest in the host's memory (ZeRO-Offload, Ren 2021, arXiv:2101.06840, §3).
+
+They are brought to the device for the update, a layer at a time, and put back; unlike there, the
+device computes the update.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from layers.architecture import OFFLOADED, DecoderConfig
+from layers.config import ConfigError, check
+from research.parallel.mesh import MeshConfig
+from research.parallel.zero import settle
+from research.training.layerwise import between
+
+HOST = "pinned_host"
+
+
+def with_moments_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``optimizer`` whose moments lie in the host's memory between updates.
+
+    Raises:
+      ConfigError: on ``init``, if it has none.
+    """
+    moved = between(optimizer, _to(jax.memory.Space.Device), _to(jax.memory.Space.Host))
+
+    def init(params):
+        # where they are to lie, `abstract_state` says
+        state = optimizer.init(params)
+        if not any(map(rests_on_host, jax.tree.leaves(state))):
+            raise ConfigError("mesh.offload=True: changes nothing: the optimiser has no moments")
+        return state
+
+    return optax.GradientTransformation(init, moved.update)
+
+
+def check_host(model: DecoderConfig, strategy: MeshConfig, mesh: Mesh) -> None:
+    """Raise `ConfigError` for what is moved to the host where devices have no other memory."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return
+    nothing = "changes nothing: a CPU's memory is the host's"
+    check(not strategy.offload, "mesh.offload", True, nothing)
+    check(model.remat not in OFFLOADED, "model.remat", model.remat, nothing)
+
+
+def rests_on_host(moment: Any) -> bool:
+    """Whether an array of the optimiser's state is moved: all but counters."""
+    return moment.ndim > 0
+
+
+def place_on_host(rests: Any, state: Any) -> Any:
+    """The shardings ``rests`` of an optimiser's ``state``, its moments in the host's memory."""
+    return jax.tree.map(
+        lambda a, rest: rest.with_memory_kind(HOST) if rests_on_host(a) else rest, state, rests
+    )
+
+
+def _to(space: jax.memory.Space):
+    def move(state):
+        settled = settle(state) if space == jax.memory.Space.Host else state
+        return jax.tree.map(lambda a: jax.device_put(a, space) if rests_on_host(a) else a, settled)
+
+    return move
