@@ -52,8 +52,7 @@ def _shapes(size: int, model: DecoderConfig) -> Iterator[MeshConfig]:
         if left or rest == 1:
             continue
         for zero in (1, 2, None) if shape == (1, 1, 1) else (None,):
-            ways = dict(data=data, expert=expert, sequence=sequence, tensor=tensor, stage=stage)
-            yield MeshConfig(fsdp=rest, zero=zero, **ways)
+            yield MeshConfig(data, rest, expert, sequence, tensor, stage, zero)
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:

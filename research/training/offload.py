@@ -58,7 +58,7 @@ def place_on_host(rests: Any, state: Any) -> Any:
     )
 
 
-def _to(space: jax.memory.Space):
+def _to(space: Any):
     def move(state):
         settled = settle(state) if space == jax.memory.Space.Host else state
         return jax.tree.map(lambda a: jax.device_put(a, space) if rests_on_host(a) else a, settled)

@@ -31,7 +31,7 @@ from research.training.moments import (
 )
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
-from tests.research.training.goldens.bitsandbytes_8bit import OPTIONS, RATE, STEPS, numbers
+from tests.research.training.goldens.bitsandbytes_8bit import BETAS, DECAY, RATE, STEPS, numbers
 
 GOLDEN = Path(__file__).parent / "goldens" / "bitsandbytes_8bit.npz"
 QUANTIZE = jax.jit(quantize, static_argnums=(1, 2, 3))
@@ -66,9 +66,9 @@ def test_blocks_are_quantised_as_by_bitsandbytes(golden, signed):
 @SIGNED
 def test_every_number_gets_the_nearest_code(signed):
     x = np.random.default_rng(0).uniform(-1 if signed else 0, 1, 4000)
-    x = np.float32(np.sign(x) * np.abs(x) ** np.linspace(1, 12, x.size))
-    codes = np.float64(decode(jnp.arange(256, dtype=jnp.uint8), signed))
-    distance = np.abs(codes - np.float64(x)[:, None])
+    x = (np.sign(x) * np.abs(x) ** np.linspace(1, 12, x.size)).astype(np.float32)
+    codes = np.asarray(decode(jnp.arange(256, dtype=jnp.uint8), signed), np.float64)
+    distance = np.abs(codes - x.astype(np.float64)[:, None])
     got = np.take_along_axis(distance, np.asarray(encode(jnp.asarray(x), signed))[:, None], 1)[:, 0]
     np.testing.assert_allclose(got, distance.min(axis=1), rtol=1e-6, atol=1e-9)
 
@@ -88,9 +88,8 @@ def test_blocks_along_any_dimension_are_those_of_a_turned_array(axis):
 
 @pytest.mark.parametrize("name", ["AdamW", "Lion"])
 def test_updates_are_those_of_bitsandbytes(golden, name):
-    b1, b2 = OPTIONS["betas"]
     make = {"AdamW": optax.adamw, "Lion": optax.lion}[name]
-    optimizer = with_8bit_moments(make(RATE, b1, b2, weight_decay=OPTIONS["weight_decay"]))
+    optimizer = with_8bit_moments(make(RATE, *BETAS, weight_decay=DECAY))
     weight = jnp.asarray(numbers(102))
     state = optimizer.init(weight)
     update = jax.jit(optimizer.update)
@@ -275,7 +274,8 @@ for config in (
     # a rounding that tips over moves a moment by a code, and Adam's step is as large
     np.testing.assert_allclose(got, want, rtol=2e-4, err_msg=str(config))
     mesh = make_mesh(config)
-    state, batch = abstract_state(MODEL, optimizer, mesh, config.zero_stage), abstract_batch(mesh, 8, 16)
+    state = abstract_state(MODEL, optimizer, mesh, config.zero_stage)
+    batch = abstract_batch(mesh, 8, 16)
     with use_mesh(mesh):
         compiled = make_step(TRAINING, stage=config.zero_stage).lower(state, batch).compile()
     new = compiled.output_shardings[0].optimizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 SHAPE, STEPS, RATE = (20, 256), 12, 1e-2
-OPTIONS = dict(betas=(0.9, 0.95), weight_decay=0.1)
+BETAS, DECAY = (0.9, 0.95), 0.1
 
 
 def numbers(seed: int, decades: float = 3) -> np.ndarray:
@@ -43,7 +43,8 @@ def main():
         found |= {f"{name}/back": back}
     for name in ("AdamW", "Lion"):
         weight = torch.nn.Parameter(torch.tensor(numbers(102)))
-        optimizer = getattr(bitsandbytes.optim, f"{name}8bit")([weight], lr=RATE, **OPTIONS)
+        options = dict(lr=RATE, betas=BETAS, weight_decay=DECAY)
+        optimizer = getattr(bitsandbytes.optim, f"{name}8bit")([weight], **options)
         for step in range(STEPS):
             weight.grad = torch.tensor(numbers(step))
             optimizer.step()
