@@ -96,7 +96,6 @@ from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig, make_mesh
 from research.training import OptimizerConfig, TrainingConfig, train
-import research.training.loop as loop
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
 
@@ -107,16 +106,14 @@ DATA = DataConfig(source="synthetic", sequence_length=16, batch_size=8,
 TRAINING = TrainingConfig(3, OptimizerConfig("adafactor", learning_rate=1e-2), eval_batches=0)
 
 
-def losses(mesh):
+def losses(mesh, devices=None):
     seen = []
-    result = train(MODEL, DATA, TRAINING, mesh=mesh,
+    result = train(MODEL, DATA, TRAINING, mesh=mesh, devices=devices,
                    progress=lambda step, steps, metrics: seen.append(metrics["loss"]))
     return [*seen[1:], result.metrics["loss"], result.metrics["gradient_norm"]]
 
 
-loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:1])
-want = losses(MeshConfig(data=1))
-loop.make_mesh = make_mesh
+want = losses(MeshConfig(data=1), jax.devices()[:1])
 for config in (MeshConfig(data=1, fsdp=8, zero=1), MeshConfig(data=2, fsdp=2, tensor=2)):
     np.testing.assert_allclose(losses(config), want, rtol=2e-5, err_msg=str(config))
     mesh = make_mesh(config)

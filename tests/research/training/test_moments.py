@@ -245,7 +245,6 @@ os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from research.parallel import MeshConfig, abstract_batch, make_mesh, shardings, use_mesh
 from research.training import OptimizerConfig, TrainingConfig, train
-import research.training.loop as loop
 from research.training.moments import Quantized
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
@@ -255,16 +254,14 @@ from tests.research.training.test_moments import DATA, MODEL, quiet
 TRAINING = TrainingConfig(3, OptimizerConfig(learning_rate=3e-3, moments="8bit"), eval_batches=0)
 
 
-def losses(mesh):
+def losses(mesh, devices=None):
     seen = []
-    result = train(MODEL, DATA, TRAINING, mesh=mesh,
+    result = train(MODEL, DATA, TRAINING, mesh=mesh, devices=devices,
                    progress=lambda step, steps, metrics: seen.append(metrics["loss"]))
     return [*seen[1:], result.metrics["loss"], result.metrics["gradient_norm"]], result.model
 
 
-loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:1])
-want, reference = losses(MeshConfig(data=1))
-loop.make_mesh = make_mesh
+want, reference = losses(MeshConfig(data=1), jax.devices()[:1])
 optimizer = make_optimizer(TRAINING.optimizer, TRAINING.steps)
 for config in (
     MeshConfig(data=1, fsdp=8, zero=1), MeshConfig(data=1, fsdp=2, tensor=4),
