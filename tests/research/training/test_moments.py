@@ -148,10 +148,10 @@ def quiet(step, steps, metrics):
 
 
 def trained(steps=4, model=MODEL, workdir=None, progress=quiet, accumulation=1, **options):
-    options = dict(learning_rate=3e-3, warmup_steps=min(steps, 10), **options)
+    start = OptimizerConfig(learning_rate=3e-3, warmup_steps=min(steps, 10))
     training = TrainingConfig(
         steps,
-        OptimizerConfig(**options),
+        dataclasses.replace(start, **options),
         accumulation,
         eval_batches=int(steps > 4),
         checkpoint_every=2,
@@ -179,6 +179,7 @@ def test_a_decoder_learns_as_with_float32_moments():
     assert losses["8bit"] != losses["full"]
 
 
+@pytest.mark.slow
 def test_micro_batches_and_a_master_copy_change_little():
     whole = trained(moments="8bit")
     parts = trained(moments="8bit", accumulation=2)

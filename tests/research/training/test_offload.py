@@ -47,7 +47,11 @@ def run(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("options", [dict(), dict(moments="8bit")], ids=["full", "8bit"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), pytest.param(dict(moments="8bit"), marks=pytest.mark.slow)],
+    ids=["full", "8bit"],
+)
 def test_the_numbers_are_those_of_moments_on_the_device(run, options):
     want, got = run(3, False, **options), run(3, True, **options)
     assert got.metrics["loss"] == pytest.approx(want.metrics["loss"], rel=1e-6)
