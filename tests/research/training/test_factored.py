@@ -114,7 +114,7 @@ def losses(mesh, devices=None):
 
 
 want = losses(MeshConfig(data=1), jax.devices()[:1])
-for config in [MeshConfig(data=1, fsdp=4, tensor=2, zero=1)]:
+for config in (MeshConfig(data=1, fsdp=8, zero=1), MeshConfig(data=2, fsdp=2, tensor=2)):
     np.testing.assert_allclose(losses(config), want, rtol=2e-5, err_msg=str(config))
     mesh = make_mesh(config)
     optimizer = make_optimizer(TRAINING.optimizer, 3)
