@@ -3,6 +3,9 @@
 import dataclasses
 import gzip
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -39,6 +42,30 @@ def traced(folder):
     return steps, [name for name, _ in events]
 
 
+# Where the TPU's compiler has been loaded, as other tests do, JAX's profiler crashes the process.
+ALONE = "TRACES_IN_A_PROCESS_OF_THEIR_OWN"
+traces = pytest.mark.skipif(ALONE not in os.environ, reason="run by test_traces")
+
+
+def test_traces():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not test_traces",
+            __file__,
+        ],
+        env={**os.environ, ALONE: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:]
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("plain")
@@ -46,6 +73,7 @@ def plain(tmp_path_factory):
     return workdir
 
 
+@traces
 def test_the_steps_asked_for_and_no_others(plain, tmp_path):
     run(tmp_path, profile=(3, 6))
     steps, names = traced(tmp_path / "profile")
@@ -57,6 +85,7 @@ def test_the_steps_asked_for_and_no_others(plain, tmp_path):
     assert not (plain / "profile").exists()
 
 
+@traces
 def test_from_the_first_step_to_the_last(tmp_path):
     run(tmp_path, profile=(1, 9))
     assert traced(tmp_path / "profile")[0] == list(range(1, 9))
@@ -75,6 +104,7 @@ def test_without_a_workdir_there_is_nowhere_to_write():
         run(None, profile=(1, 2))
 
 
+@traces
 def test_a_run_that_stops_in_the_middle_of_it(tmp_path):
     """What was traced is written; started again, the run traces what is left, and says so."""
 
