@@ -80,6 +80,6 @@ def test_a_source_that_hangs_is_told_and_waited_for(tmp_path, monkeypatch, capsy
         assert line.startswith("data.source='synthetic': no batch for step 6 after ")
     # and it is seen in the record, as long as it is part of the average
     rows = [json.loads(row) for row in (tmp_path / "timing.jsonl").read_text().splitlines()]
-    waits = {row["step"]: row["data_wait"] for row in rows}
+    waits = {row["step"]: row["data_wait"] for row in rows if row["step"] > 1}
     assert all(0 <= wait <= 1 for wait in waits.values())
     assert waits[5] < 0.5 < waits[6]

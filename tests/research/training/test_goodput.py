@@ -66,8 +66,8 @@ def hands(monkeypatch):
             hands.now += 1
             return next(self.iterator)
 
-    def make_step(*arguments):
-        step, calls = make(*arguments), []
+    def make_step(*arguments, **options):
+        step, calls = make(*arguments, **options), []
 
         def slow(state, batch):
             hands.now += 10 if calls else 100
