@@ -41,6 +41,16 @@ def test_a_checkpoint_directory_that_is_lost_in_a_run(tmp_path, at):
     assert_same(tmp_path / "run", tmp_path / "uninterrupted")
 
 
+def test_what_tensorstore_says_without_a_code(tmp_path):
+    text = 'NOT_FOUND: Error writing "model/a" in OCDBT database: Error reading ByteRange'
+    with pytest.raises(WriteError, match="cannot be written: not found; once it can"):
+        with writing(tmp_path):
+            raise ValueError(text)
+    with pytest.raises(ValueError, match="^another$"):
+        with writing(tmp_path):
+            raise ValueError("another")
+
+
 # Nothing but checkpoints is written after the start, and at the last step nothing can be.
 FULL = """
 import dataclasses, resource, signal, sys
