@@ -91,8 +91,11 @@ def _number(name: str, default: str = "") -> int:
 
 
 def is_lead() -> bool:
-    """Whether this is the process that writes what one of them has to: the first."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes what one of them has to: the first.
+
+    A process that is alone asks no device for it: an experiment may still choose how many.
+    """
+    return not _name or jax.process_index() == 0
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from research.parallel import initialize
 initialize()
 indices = multihost_utils.process_allgather(jnp.asarray(jax.process_index()))
 gpus = jax.config._read("jax_cuda_visible_devices")
-print(jax.process_index(), jax.process_count(), jax.device_count(), int(indices.sum()), gpus,
-      *sys.argv[1:], flush=True)
+told = [jax.process_index(), jax.process_count(), jax.device_count(), int(indices.sum()), gpus]
+# in one write: the processes share a pipe, and print writes the end of its line apart
+sys.stdout.write(" ".join(map(str, [*told, *sys.argv[1:]])) + "\\n")
 """
 
 

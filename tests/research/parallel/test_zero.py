@@ -280,7 +280,7 @@ RECURRENT = DecoderConfig(
 
 @pytest.mark.tpu_compile
 def test_a_stage_that_changes_nothing_or_cannot_be_is_refused():
-    sizes = dict(data=1, fsdp=2, expert=1, sequence=2, tensor=1)
+    sizes = dict(stage=1, data=1, fsdp=2, expert=1, sequence=2, tensor=1)
     with pytest.raises(ConfigError, match="^zero=4: must be 1, 2 or 3"):
         MeshConfig(zero=4)
     with pytest.raises(ConfigError, match="^mesh.zero=1: changes nothing: mesh.fsdp=1 splits noth"):
