@@ -18,6 +18,13 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
+# Compiling is most of the time, and how good the code is that XLA makes for the CPU is not tested.
+HASTE = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):  # newer ones have no other emitters
+    HASTE += " --xla_cpu_use_fusion_emitters=false"
+if os.environ["JAX_PLATFORMS"] == "cpu":  # read when something first asks for a device
+    os.environ["XLA_FLAGS"] = f"{HASTE} {os.environ.get('XLA_FLAGS', '')}"
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
@@ -56,7 +63,7 @@ def run_script(tmp_path):
 
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process with ``devices`` virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {HASTE}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 

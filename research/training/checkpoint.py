@@ -4,10 +4,12 @@ Arrays are saved under their path in the state, so a checkpoint outlives a chang
 restored straight into the sharding asked for, whatever mesh wrote them.
 """
 
+import functools
 import logging
 import shutil
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from layers.config import ConfigError
 from research.training.disk import writing
 
 Tree = TypeVar("Tree")
+_WRITE = "async_serialize"  # how the names of Orbax's coroutines that write arrays begin
 
 
 class Checkpoints:
@@ -34,6 +37,9 @@ class Checkpoints:
         # before it raises; a write that it gave up with it is told by asyncio once more
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").addFilter(_is_not_a_write)
+        # and by Python, whose loop is closed when TensorStore comes back to it
+        if getattr(sys.unraisablehook, "func", None) is not _of_others:
+            sys.unraisablehook = functools.partial(_of_others, sys.unraisablehook)
         self.directory = directory.absolute()
         self._manager = _Manager(
             self.directory,
@@ -171,8 +177,15 @@ def _goodness(metrics: Mapping[str, float]) -> float:
     return -metrics.get("loss", float("inf"))
 
 
+def _of_others(tell: Callable[[Any], Any], report: Any, name: str = _WRITE) -> None:
+    # at the interpreter's end there is no `_WRITE` any more
+    hanging = name in getattr(report.object, "__qualname__", "")
+    if not hanging and str(report.exc_value) != "Event loop is closed":
+        tell(report)
+
+
 def _is_not_a_write(record: logging.LogRecord) -> bool:
-    return "async_serialize" not in record.getMessage()
+    return _WRITE not in record.getMessage()
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -38,6 +38,6 @@ def _reason(error: Exception) -> str | None:
         return error.strerror or str(error)
     if code := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
         return os.strerror(int(code[1]))
-    if status := re.match(r"([A-Z_]+): Error writing", str(error)):
+    if status := re.match(r"([A-Z_]+): .*\bError writing", str(error)):
         return status[1].lower().replace("_", " ")  # what it wrote into has gone meanwhile
     return None

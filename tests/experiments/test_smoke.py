@@ -10,11 +10,8 @@ from research.cli import main
 
 EXPERIMENTS = discover()
 
-# A process each: compiling is most of the time, and the compiler's optimisations, which are set for
-# a process, are not what is tested.
+# A process each, for one may choose its number of devices.
 SCRIPT = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import contextlib
 import sys
 from pathlib import Path

@@ -150,8 +150,6 @@ def test_sharded_over_8_devices_it_is_the_same_and_rests_where_the_table_says(ru
         np.save(tmp_path / f"{name}.npy", logits_of(theirs))
     np.save(tmp_path / "tokens.npy", TOKENS)
     run_script(f"""
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import json, weakref
 from pathlib import Path
 import jax, numpy as np

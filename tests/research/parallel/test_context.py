@@ -69,8 +69,6 @@ def test_gradients_through_some_of_the_keys_add_up(implementation):
 # The operation on 8 devices, 4 along time: packed segments, grouped heads, windows, padding, ALiBi,
 # caps, sinks; values and every gradient.
 OPERATION = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P

@@ -1,8 +1,6 @@
 """Caches on meshes of eight devices: prefill and decode give the logits of one device."""
 
 SCRIPT = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig

@@ -1,8 +1,6 @@
 """Experts split over devices: tokens travel by all-to-all, and nothing else changes."""
 
 SCRIPT = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import dataclasses
 import jax, numpy as np
 from flax import nnx

@@ -1,8 +1,6 @@
 """Model states of a compiled step against the paper's formula, on devices made for it."""
 
 SCRIPT = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, pytest
 from layers.attention import AttentionConfig
 from layers.config import ConfigError

@@ -15,8 +15,7 @@ from research.training import TrainingConfig
 from tests.research.parallel.test_training import MODEL as TRAINING
 
 GRADIENTS = """
-import dataclasses, os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import dataclasses
 import jax, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig

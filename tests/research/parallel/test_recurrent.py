@@ -1,8 +1,7 @@
 """Recurrent layers on meshes of eight devices: the loss and gradients of one device."""
 
 SCRIPT = """
-import dataclasses, os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import dataclasses
 import jax, numpy as np
 from flax import nnx
 from layers.config import ConfigError

@@ -2,10 +2,8 @@
 
 import pytest
 
-# Compiling is most of the time; the compiler's optimisations are not what is tested.
 MODEL = """
-import dataclasses, itertools, math, os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import dataclasses, itertools, math
 import jax, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig

@@ -33,8 +33,7 @@ def test_the_formula_gives_figure_1():
 
 # Bytes, and where everything lies, at 2, 4 and 8 devices of one process.
 BYTES = """
-import math, os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+import math
 import jax
 from layers.attention import AttentionConfig
 from layers.decoder import DecoderConfig
@@ -136,8 +135,6 @@ def test_every_stage_trains_as_one_device(run_script):
 
 # Gradients of every kind of layer, at every stage, as far as it can be on a split sequence.
 LAYERS = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig

@@ -242,8 +242,6 @@ def test_what_changes_nothing_or_cannot_be_split_is_refused():
 
 
 SHARDED = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from research.parallel import MeshConfig, abstract_batch, make_mesh, shardings, use_mesh
 from research.training import OptimizerConfig, TrainingConfig, train

@@ -60,8 +60,6 @@ def test_the_numbers_are_those_of_moments_on_the_device(run, options):
 
 
 SHARDED = """
-import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from research.parallel import MeshConfig
 from research.training import OptimizerConfig, TrainingConfig, loop, train
