@@ -15,15 +15,28 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one for each of pyte
 
 import jax  # noqa: E402  after what it reads
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from jaxlib.xla_client import CompileOptions  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
 # Compiling is most of the time, and how good the code is that XLA makes for the CPU is not tested.
 HASTE = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # newer ones have no other emitters
-    HASTE += " --xla_cpu_use_fusion_emitters=false"
-if os.environ["JAX_PLATFORMS"] == "cpu":  # read when something first asks for a device
-    os.environ["XLA_FLAGS"] = f"{HASTE} {os.environ.get('XLA_FLAGS', '')}"
+
+
+def compile_in_haste() -> None:
+    """Set XLA's flags for this process, before anything asks for a device.
+
+    It reads them once, and libtpu must not find them: at one of the CPU's it ends the process.
+    """
+    before = os.environ.get("XLA_FLAGS", "")
+    emitters = "" if jax.__version_info__ >= (0, 11) else "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{before} {HASTE} {emitters}"
+    _ = CompileOptions().executable_build_options.debug_options
+    os.environ["XLA_FLAGS"] = before
+
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    compile_in_haste()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,7 +60,7 @@ def run_script(tmp_path):
 
     def run(source: str, *arguments, devices: int = 8, timeout: float = 600) -> str:
         script = tmp_path / "script.py"
-        script.write_text(source)
+        script.write_text(f"import tests.conftest  # compiles in haste\n{source}")
         done = subprocess.run(
             [sys.executable, script, *map(str, arguments)],
             env=environment(devices),
