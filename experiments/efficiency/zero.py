@@ -47,7 +47,7 @@ CODE = ("research/parallel/zero.py", "research/training/state.py")
 MATCHED = "model, initial weights, data and optimiser; only where things lie differs"
 SEEDS = (0, 1, 2)
 TOPOLOGY = "v5p:8x8x1"  # of paper scale
-TOO_LARGE = ("one", "data")  # at paper scale for that slice, which is what the stages are for
+PAPER_ARMS = ("zero1", "zero2", "zero3")  # copies of the model do not fit, which is the point
 FIGURE_1 = {"data": 120.0, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9}  # GB, 7.5B, 64 devices
 
 # what is compiled for TPUs: slice, width, layers, vocabulary. 12 · 36 · 4096² and two tables are

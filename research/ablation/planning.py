@@ -41,6 +41,12 @@ def topology(experiment: Experiment, scale: str) -> str:
     return str(named)
 
 
+def paper_arms(experiment: Experiment) -> list[str]:
+    """The arms that ``experiment`` runs at paper scale: all, unless it names some (`PAPER_ARMS`)."""
+    named = getattr(experiment.module, "PAPER_ARMS", None)
+    return [arm.name for arm in experiment.arms] if named is None else list(named)
+
+
 def setups(
     experiment: Experiment,
     scale: str,

@@ -42,7 +42,7 @@ def add(commands) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fit", action="store_true", help="the largest batch that fits")
     what.add_argument("--sweep", action="store_true", help="compare meshes and strategies")
-    what.add_argument("--record", action="store_true", help="all arms, into the plans' records")
+    what.add_argument("--record", action="store_true", help="all that run, into the plans' records")
     parser.add_argument_group("configuration").add_argument(
         "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
     )
@@ -62,7 +62,9 @@ def _plan(options) -> int:
         raise ConfigError("--record: plans paper scale as declared; it takes no other choice")
     topology = options.topology or planning.topology(experiment, options.scale)
     arms = [arm.name for arm in experiment.arms]
-    if not (options.record or options.arms == "all"):
+    if options.record:
+        arms = planning.paper_arms(experiment)
+    elif options.arms != "all":
         arms = options.arms.split(",") if options.arms else arms[:1]
     setups = planning.setups(
         experiment,
