@@ -42,7 +42,7 @@ def topology(experiment: Experiment, scale: str) -> str:
 
 
 def paper_arms(experiment: Experiment) -> list[str]:
-    """The arms that ``experiment`` runs at paper scale: all, unless it names some (`PAPER_ARMS`)."""
+    """The arms that ``experiment`` runs at paper scale: all, unless `PAPER_ARMS` names some."""
     named = getattr(experiment.module, "PAPER_ARMS", None)
     return [arm.name for arm in experiment.arms] if named is None else list(named)
 
