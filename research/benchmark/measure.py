@@ -150,10 +150,12 @@ def interleave(
     seconds: float,
     deadline: float = math.inf,
     clock: Clock = time.perf_counter,
+    *,
+    ahead: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times of each of ``runs`` in turn, and why those without any have none.
 
-    One whose times add up to ``seconds`` sits out, and so does one that, by its longest time, would
+    ``ahead``: how often one runs untimed right before it is timed. One whose times add up to ``seconds`` sits out, and so does one that, by its longest time, would
     end after ``deadline``.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -163,9 +165,12 @@ def interleave(
             if name in failed or (taken and sum(taken) >= seconds):
                 continue
             begin = clock()
-            if begin + max(taken, default=0.0) >= deadline:
+            if begin + (ahead + 1) * max(taken, default=0.0) >= deadline:
                 continue
             try:
+                for _ in range(ahead):
+                    runs[name]()
+                    begin = clock()
                 runs[name]()
             except Exception as error:  # also in a late round: the others go on
                 failed[name] = f"failed: {reason(error)}"

@@ -135,11 +135,13 @@ def rows(
 ) -> dict[str, dict[str, Any]]:
     """A row of the record for each that was ``prepared``: its times, or why it has none.
 
-    ``flops``: of a step, by the model's equations.
+    ``flops``: of a step, by the model's equations. What is timed is a step after one of the same
+    contestant's, as in training: memory that it gave back while others ran can cost it as much as
+    the step, where the machine lends pages to others meanwhile.
     """
     absent = measure.warm(prepared, measure.Agreement(), deadline, clock)
     runs = {who: one.run for who, one in prepared.items() if who not in absent}
-    times, failed = measure.interleave(runs, rounds, seconds, deadline, clock)
+    times, failed = measure.interleave(runs, rounds, seconds, deadline, clock, ahead=1)
     absent |= failed
     found: dict[str, dict[str, Any]] = {}
     for who, one in prepared.items():

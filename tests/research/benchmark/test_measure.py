@@ -20,6 +20,16 @@ def test_each_runs_in_turn_and_one_whose_time_is_spent_sits_out(ticks):
     assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_what_runs_ahead_is_not_timed_but_counts_against_the_deadline(ticks):
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times, _ = measure.interleave(runs, 2, 100.0, clock=ticks, ahead=2)
+    assert "".join(calls) == "aaabbb" * 2 and times == {"a": [1.0] * 2, "b": [1.0] * 2}
+    # ends at 3; the next would begin at 4 and end at 7
+    times, _ = measure.interleave({"a": lambda: None}, 9, 100.0, ticks() + 7.0, ticks, ahead=2)
+    assert times == {"a": [1.0]}
+
+
 def test_one_that_fails_in_a_late_round_is_named_and_the_others_go_on(ticks):
     left = [1, 1]
 
