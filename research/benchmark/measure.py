@@ -155,8 +155,8 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times of each of ``runs`` in turn, and why those without any have none.
 
-    ``ahead``: how often one runs untimed right before it is timed. One whose times add up to ``seconds`` sits out, and so does one that, by its longest time, would
-    end after ``deadline``.
+    ``ahead``: how often one runs untimed right before it is timed. One whose times add up to
+    ``seconds`` sits out, and so does one that, by its longest time, would end after ``deadline``.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
