@@ -136,8 +136,7 @@ def rows(
     """A row of the record for each that was ``prepared``: its times, or why it has none.
 
     ``flops``: of a step, by the model's equations. What is timed is a step after one of the same
-    contestant's, as in training: memory that it gave back while others ran can cost it as much as
-    the step, where the machine lends pages to others meanwhile.
+    contestant's, as in training: right after another's it can take half as long again.
     """
     absent = measure.warm(prepared, measure.Agreement(), deadline, clock)
     runs = {who: one.run for who, one in prepared.items() if who not in absent}

@@ -24,10 +24,10 @@ What profiles of a CPU showed, op by op (`jax.profiler`, of the two cores the re
   8%, the gradient of rotary's halves 4%, the argmax of the reported accuracy 2%.
 - Splitting instead of slicing rotary's halves, and two maxima instead of the argmax, changed the
   step's time by less than its spread: left as they were.
-- A step's temporaries (0.3 and 1.1 GB) are mapped anew each time: 0.03 to 0.1 s back to back, with
-  huge pages, and up to 1.2 s after others' steps, while which the host lends the pages on; so each
-  is timed after a step of its own. To keep them (``glibc.malloc.arena_max=1``, no trimming) took
-  twice the memory at width 512 and was slower there.
+- A step's temporaries (0.3 and 1.1 GB) are mapped anew each time. Our steps took longer between
+  PyTorch's than back to back, at width 512 by half; that pages given back are slow to get again is
+  likely and was not shown. So each is timed after a step of its own, as in training. To keep them
+  (``glibc.malloc.arena_max=1``, no trimming) took twice the memory at width 512 and gained nothing.
 """
 
 import contextlib

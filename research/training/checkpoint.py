@@ -178,7 +178,8 @@ def _goodness(metrics: Mapping[str, float]) -> float:
 
 
 def _of_others(tell: Callable[[Any], Any], report: Any, name: str = _WRITE) -> None:
-    # at the interpreter's end there is no `_WRITE` any more
+    # all of a closed loop, whose it is Python does not say; `name`, for at the interpreter's end
+    # there is no `_WRITE` any more
     hanging = name in getattr(report.object, "__qualname__", "")
     if not hanging and str(report.exc_value) != "Event loop is closed":
         tell(report)
