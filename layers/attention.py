@@ -1,8 +1,7 @@
 """Attention: multi-head, grouped-query and multi-query in one function, and the layer around it.
 
 Multi-head attention (Vaswani 2017, eq. 1) when ``k == h``; multi-query (Shazeer 2019) when
-``k == 1``; grouped-query (Ainslie 2023, arXiv:2305.13245) between. Keys and values are never
-repeated in memory. The equation itself is `pallas_kernels.flash_attention.reference`.
+``k == 1``; grouped-query (Ainslie 2023, arXiv:2305.13245) between.
 """
 
 import dataclasses
@@ -15,98 +14,76 @@ from flax import nnx
 
 from layers import alibi
 from layers.config import check, check_choice
-from layers.context import CONTEXTS, Keys, ring_attention, ulysses_attention
+from layers.context_parallel import CONTEXTS, sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
-from layers.sharding import gather, island, mesh_axis, spec
+from layers.sharding import gather, island
 from layers.state import KVCache
 from pallas_kernels.dispatch import IMPLEMENTATIONS
-from pallas_kernels.flash_attention import attention_weights, flash_attention
-from pallas_kernels.flash_attention.reference import mix
+from pallas_kernels.mask import CAUSAL, Mask
 
 
 def attention(
+    q_bthc: jax.Array, k_bskc: jax.Array, v_bskc: jax.Array, mask: Mask = CAUSAL, **options: Any
+) -> jax.Array:
+    """``softmax(q kᵀ / √c) v`` (Vaswani 2017, eq. 1) over the keys that ``mask`` lets a query see.
+
+    This is the equation, with every score in memory, on one device; the layer runs its fused form,
+    `pallas_kernels.flash_attention`. ``options`` are those of `attention_weights`.
+    """
+    weights_bhts = attention_weights(q_bthc, k_bskc, mask, **options)
+    return weighted_sum(weights_bhts, v_bskc)
+
+
+def attention_weights(
     q_bthc: jax.Array,
     k_bskc: jax.Array,
-    v_bskc: jax.Array,
+    mask: Mask = CAUSAL,
     *,
-    q_positions_bt: jax.Array | None = None,
-    k_positions_bs: jax.Array | None = None,
-    q_segments_bt: jax.Array | None = None,
-    k_segments_bs: jax.Array | None = None,
-    causal: bool = True,
-    window: int | None = None,
+    scale: float | None = None,
     alibi_slopes_h: jax.Array | np.ndarray | None = None,
     soft_cap: float | None = None,
     sinks_h: jax.Array | None = None,
-    scale: float | None = None,
-    implementation: str | None = None,
-    context: str = "gather",
-    tap: Tap | None = None,
 ) -> jax.Array:
-    """`pallas_kernels.flash_attention` on whatever mesh is in force; see there for the arguments.
+    """The softmax's weights ``[b, h, t, s]``, float32 (float64 if ``q`` is).
 
-    Rows of the batch, heads and queries may lie on different devices; ``context`` says how queries
-    meet keys along a split time (`layers.context`). A ``tap`` that wants ``attention.weights`` gets
-    them, which takes the square of the length in memory, gathers keys, and leaves
-    ``implementation`` without a say.
+    ``scale``: of scores, default ``1 / √c``. ``alibi_slopes_h``: subtracts ``slope · distance``
+    (ALiBi). ``soft_cap``: ``cap · tanh(score / cap)`` (Gemma 2). ``sinks_h``: a logit a head that
+    joins the denominator and has no value (gpt-oss). A query that sees nothing has weights of 0.
     """
-    names = (
-        "q_positions_bt", "k_positions_bs", "q_segments_bt", "k_segments_bs",
-        "alibi_slopes_h", "sinks_h",
-    )  # fmt: skip
-    options = dict(causal=causal, window=window, soft_cap=soft_cap, scale=scale)
-    b, t, s = *q_bthc.shape[:2], k_bskc.shape[1]
-    if spec() is not None:
-        # each device has its own share of the queries and must be told where they stand
-        q_positions_bt = _rows(jnp.arange(t) if q_positions_bt is None else q_positions_bt, b)
-        k_positions_bs = _rows(jnp.arange(s) if k_positions_bs is None else k_positions_bs, b)
-    slopes_h = None if alibi_slopes_h is None else jnp.asarray(alibi_slopes_h)
-    biases = (q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs, slopes_h, sinks_h)
-    axis = mesh_axis("time")
-    split = None if context == "gather" or axis is None or _wants_weights(tap) else "time"
-    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", split, "kv_heads", None)
-    q_row, k_row = ("batch", "time"), ("batch", split)
-    bias_axes = (q_row, k_row, q_row, k_row, ("heads",), ("heads",))
+    (b, t, h, c), (s, k) = q_bthc.shape, k_bskc.shape[1:3]
+    exact = jnp.promote_types(jnp.float32, q_bthc.dtype)
+    # scores: query heads in k groups, each of which shares one key head
+    q_btkgc = q_bthc.reshape(b, t, k, h // k, c)
+    scores = jnp.einsum("btkgc,bskc->bkgts", q_btkgc, k_bskc, preferred_element_type=exact)
+    scores_bhts = scores.reshape(b, h, t, s) * (c**-0.5 if scale is None else scale)
+    if alibi_slopes_h is not None:
+        scores_bhts -= jnp.asarray(alibi_slopes_h)[:, None, None] * mask.distance(t, s)[:, None]
+    if soft_cap is not None:
+        scores_bhts = soft_cap * jnp.tanh(scores_bhts / soft_cap)
+    # mask
+    seen = mask.visible(t, s)[:, None]
+    scores_bhts = jnp.where(seen, scores_bhts, -jnp.inf)
+    # softmax, less the maximum: exp does not overflow
+    sink = -jnp.inf if sinks_h is None else sinks_h.astype(exact)[:, None, None]
+    top = jnp.maximum(jnp.max(scores_bhts, axis=-1, keepdims=True), sink)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+    weights_bhts = jnp.exp(scores_bhts - top)
+    total = jnp.sum(weights_bhts, axis=-1, keepdims=True) + jnp.exp(sink - top)
+    return weights_bhts / jnp.where(total > 0, total, 1)
 
-    if tap is not None and _wants_weights(tap):
 
-        def see(q, k, *biases):
-            return attention_weights(q, k, **options, **dict(zip(names, biases, strict=True)))
-
-        weight_axes = ("batch", "heads", "time", None)
-        weights_bhts = island(
-            see, (q_bthc, k_bskc, *biases), (q_axes, k_axes, *bias_axes), weight_axes
-        )
-        weights_bhts = tap("attention.weights", weights_bhts)
-        return island(mix, (weights_bhts, v_bskc), (weight_axes, k_axes), q_axes)
-
-    def attend(q, k, v, *biases):
-        if split:
-            q_at, k_at, q_segments, k_segments, slopes, sinks = biases
-            keys = Keys(k, v, k_at, k_segments)
-            own: dict[str, Any] = dict(axis=axis, implementation=implementation, **options)
-            if context == "ulysses":
-                return ulysses_attention(q, keys, q_at, q_segments, slopes, sinks, **own)
-            own["contiguous"] = context == "ring"
-            return ring_attention(q, keys, q_at, q_segments, slopes, sinks, **own)
-        named = dict(zip(names, biases, strict=True))
-        return flash_attention(q, k, v, **options, **named, implementation=implementation)
-
-    return island(
-        attend, (q_bthc, k_bskc, v_bskc, *biases), (q_axes, k_axes, k_axes, *bias_axes), q_axes
+def weighted_sum(weights_bhts: jax.Array, v_bskc: jax.Array) -> jax.Array:
+    """``Σ_s weights · v`` as ``[b, t, h, c]`` in ``v``'s dtype; heads in groups as the scores."""
+    b, h, t, s = weights_bhts.shape
+    k, c = v_bskc.shape[2:]
+    weights_bkgts = weights_bhts.reshape(b, k, h // k, t, s)
+    y_btkgc = jnp.einsum(
+        "bkgts,bskc->btkgc", weights_bkgts, v_bskc, preferred_element_type=weights_bhts.dtype
     )
-
-
-def _wants_weights(tap: Tap | None) -> bool:
-    return tap is not None and tap.wants("attention.weights")
-
-
-def _rows(a: jax.Array, batch: int) -> jax.Array:
-    """One row, or one for each of the batch, as one for each."""
-    return jnp.broadcast_to(a, (batch, a.shape[-1]))
+    return y_btkgc.reshape(b, t, h, c).astype(v_bskc.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +96,7 @@ class AttentionConfig:
     over each head's channels (Henry 2020; Qwen3), ``qk_norm_across_heads``: over those of all heads
     together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform. ``context``:
-    how queries meet keys on a mesh that splits time, one of `layers.context.CONTEXTS`.
+    how queries meet keys on a mesh that shards time, one of `layers.context_parallel.CONTEXTS`.
     """
 
     num_heads: int
@@ -291,29 +268,61 @@ class Attention(nnx.Module):
                 )
             k, v = held.keys_bskc.astype(self.dtype), held.values_bskc.astype(self.dtype)
             k_positions, k_segments = held.positions_bs, held.segments_bs
-        k_positions = jnp.broadcast_to(k_positions, k.shape[:2])
-        slopes_h = alibi.slopes(self.config.num_heads) if self.use_alibi else None
-        sinks_h = self.sinks
-        if sinks_h is not None:
-            sinks_h = gather(sinks_h[...], sinks_h.axes, rows=("batch", "time"))
-        y = attention(
-            q,
-            k,
-            v,
-            q_positions_bt=positions_bt,
-            k_positions_bs=k_positions,
-            q_segments_bt=segments_bt,
-            k_segments_bs=k_segments,
-            window=self.window,
-            alibi_slopes_h=slopes_h,
-            soft_cap=self.config.soft_cap,
-            sinks_h=sinks_h,
-            scale=self.config.scale,
-            implementation=self.config.implementation,
-            context=self.config.context if state is None else "gather",
-            tap=tap,
+        mask = Mask(
+            positions_bt, k_positions, segments_bt, k_segments, causal=True, window=self.window
         )
+        options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
+        if self.use_alibi:
+            options["alibi_slopes_h"] = alibi.slopes(self.config.num_heads)
+        if self.sinks is not None:
+            options["sinks_h"] = gather(self.sinks[...], self.sinks.axes, rows=("batch", "time"))
+        if tap.wants("attention.weights"):
+            y = observed_attention(q, k, v, mask, tap, **options)
+        else:
+            y = sharded_attention(
+                q,
+                k,
+                v,
+                mask,
+                implementation=self.config.implementation,
+                context=self.config.context if state is None else "gather",
+                **options,
+            )
         return self.out(tap("attention.output", y)), state
+
+
+def observed_attention(
+    q_bthc: jax.Array,
+    k_bskc: jax.Array,
+    v_bskc: jax.Array,
+    mask: Mask,
+    tap: Tap,
+    *,
+    alibi_slopes_h: np.ndarray | None = None,
+    sinks_h: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`attention` on whatever mesh is in force, its weights shown to ``tap``.
+
+    Takes the square of the length in memory, and every device has all keys.
+    """
+    row, k_row = ("batch", "time"), ("batch", None)
+    q_axes, k_axes = (*row, "heads", None), (*k_row, "kv_heads", None)
+    weights_axes = ("batch", "heads", "time", None)
+    slopes_h = None if alibi_slopes_h is None else jnp.asarray(alibi_slopes_h)
+    mask = mask.whole(q_bthc.shape[0], q_bthc.shape[1], k_bskc.shape[1])
+
+    def weights(q, k, mask, slopes, sinks):
+        return attention_weights(q, k, mask, alibi_slopes_h=slopes, sinks_h=sinks, **options)
+
+    weights_bhts = island(
+        weights,
+        (q_bthc, k_bskc, mask, slopes_h, sinks_h),
+        (q_axes, k_axes, mask.sides(row, k_row), ("heads",), ("heads",)),
+        weights_axes,
+    )
+    weights_bhts = tap("attention.weights", weights_bhts)
+    return island(weighted_sum, (weights_bhts, v_bskc), (weights_axes, k_axes), q_axes)
 
 
 def _append(old: jax.Array, new: jax.Array) -> jax.Array:

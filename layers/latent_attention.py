@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.attention import attention
+from layers.attention import observed_attention
 from layers.config import check, check_choice
+from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, einsum, fan_in_normal
 from layers.norm import Norm
@@ -22,6 +23,7 @@ from layers.rotary import RotaryConfig, rotated_channels
 from layers.sharding import place
 from layers.state import KVCache
 from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.mask import Mask
 
 LATENT = ("batch", "time", None)
 
@@ -134,9 +136,7 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(self.latent_down(x_btd))
         turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions_bt)
         scale = (c + p) ** -0.5 if config.scale is None else config.scale
-        options: dict[str, Any] = dict(
-            scale=scale, implementation=config.implementation, tap=tap, q_positions_bt=positions_bt
-        )
+        options: dict[str, Any] = dict(scale=scale, implementation=config.implementation, tap=tap)
         if state is None:
             keys = self.key(latent_btr)
             shared = jnp.broadcast_to(turned_btkp, (*keys.shape[:3], p))
@@ -144,14 +144,7 @@ class LatentAttention(nnx.Module):
             k = jnp.concatenate((keys, shared), axis=-1)
             q = tap("attention.query", jnp.concatenate((q_own, q_turned), axis=-1))
             k, v = tap("attention.key", k), tap("attention.value", self.value(latent_btr))
-            y = _attend(
-                q,
-                k,
-                v,
-                segments=(segment_ids_bt, segment_ids_bt),
-                k_positions=positions_bt,
-                **options,
-            )
+            y = _attend(q, k, v, Mask.of_tokens(positions_bt, segment_ids_bt), **options)
             return self.out(tap("attention.output", y)), None
 
         positions_bt = jnp.broadcast_to(positions_bt, x_btd.shape[:2])
@@ -164,12 +157,8 @@ class LatentAttention(nnx.Module):
         q = jnp.concatenate((self._through("bthc,rhc->bthr", q_own, self.key), q_turned), axis=-1)
         q, k = tap("attention.query", q), tap("attention.key", k)
         v = tap("attention.value", k[..., : config.rank])
-        y = _attend(
-            q, k, v,
-            segments=(segment_ids_bt, state.segments_bs),
-            k_positions=state.positions_bs,
-            **options,
-        )  # fmt: skip
+        mask = Mask(positions_bt, state.positions_bs, segment_ids_bt, state.segments_bs)
+        y = _attend(q, k, v, mask, **options)
         y = self._through("bthr,rhc->bthc", y, self.value)
         return self.out(tap("attention.output", y)), state
 
@@ -192,24 +181,18 @@ class LatentAttention(nnx.Module):
         )
 
 
-def _attend(q, k, v, *, segments, k_positions, **options):
-    """`attention` with values of fewer channels than the keys have (or more)."""
+def _attend(q, k, v, mask: Mask, *, tap: Tap, implementation: str | None, scale: float):
+    """Attention with values of fewer channels than the keys have (or more)."""
     k, v = (place(a, "batch", None, "kv_heads", None) for a in (k, v))
-    k_positions = place(jnp.broadcast_to(k_positions, k.shape[:2]), "batch", None)
-    q_segments, k_segments = segments
-    if k_segments is not None:
-        k_segments = place(k_segments, "batch", None)
     channels = v.shape[-1]
 
     def widen(a):
         more = max(k.shape[-1], channels) - a.shape[-1]
         return jnp.pad(a, ((0, 0),) * 3 + ((0, more),)) if more else a
 
-    y = attention(
-        widen(q), widen(k), widen(v),
-        k_positions_bs=k_positions,
-        q_segments_bt=q_segments,
-        k_segments_bs=k_segments,
-        **options,
-    )  # fmt: skip
+    q, k, v = widen(q), widen(k), widen(v)
+    if tap.wants("attention.weights"):
+        y = observed_attention(q, k, v, mask, tap, scale=scale)
+    else:
+        y = sharded_attention(q, k, v, mask, implementation=implementation, scale=scale)
     return y[..., :channels]

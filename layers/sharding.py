@@ -162,42 +162,45 @@ _scattered.defvjp(
 
 
 def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):
-    """``function(*arguments)``, each device with its own share of every argument.
+    """``function(*arguments)``, each device with its own share of every array.
 
     For what explicit sharding cannot follow: kernels, sorts, scatters. ``axes`` are the logical
-    axes of each argument (those of None arguments are not looked at), ``out_axes`` of the result, a
-    list of them where the function returns a tuple. Other devices' shares are had by collectives
-    over a `mesh_axis` alone.
+    axes of each argument: a tuple of names for an array, and for a pytree the same pytree with such
+    a tuple at each array (those of None are not looked at). ``out_axes``: of the result, a list of
+    them where the function returns a tuple. Shares of other devices are reached by collectives over
+    a `mesh_axis` alone.
     """
     if spec() is None:
         return function(*arguments)
     several = isinstance(out_axes, list)
     out_spec = tuple(spec(*axes) for axes in out_axes) if several else spec(*out_axes)
-    given = [i for i, a in enumerate(arguments) if a is not None]
+    arrays, structure = jax.tree.flatten(arguments, is_leaf=lambda a: a is None)
+    names = structure.flatten_up_to(axes)
+    given = [i for i, a in enumerate(arrays) if a is not None]
     # one copy a device along a dimension in front, so that the gradient is one as well
-    copied = {i: tuple(sorted(axes_of(arguments[i]).reduced)) for i in given}
+    copied = {i: tuple(sorted(axes_of(arrays[i]).reduced)) for i in given}
 
     def local(*shares):
-        every: list = [None] * len(arguments)
+        every: list = [None] * len(arrays)
         for i, share in zip(given, shares, strict=True):
             every[i] = share[0] if copied[i] else share
-        return function(*every)
+        return function(*jax.tree.unflatten(structure, every))
 
     def enter(i):
-        target = spec(*axes[i])
+        target = spec(*names[i])
         assert target is not None
         if not copied[i]:
-            return jax.sharding.reshard(arguments[i], target), target
+            return jax.sharding.reshard(arrays[i], target), target
         marked = PartitionSpec(*target, reduced=frozenset(copied[i]))
-        share = jax.sharding.reshard(arguments[i], marked)
+        share = jax.sharding.reshard(arrays[i], marked)
         target = PartitionSpec(copied[i], *target)
         return copies(share, target), target
 
     entering, in_specs = zip(*map(enter, given), strict=True)
     mesh = jax.sharding.get_abstract_mesh()
-    names = set(mesh.axis_names) - set(mesh.manual_axes)  # a pipeline is an island already
+    free = set(mesh.axis_names) - set(mesh.manual_axes)  # a pipeline has taken the others
     run = jax.shard_map(
-        local, in_specs=in_specs, out_specs=out_spec, axis_names=names, check_vma=False
+        local, in_specs=in_specs, out_specs=out_spec, axis_names=free, check_vma=False
     )
     return run(*entering)
 

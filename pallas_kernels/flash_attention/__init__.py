@@ -43,8 +43,8 @@ number of times. The kernels have been run interpreted, and compiled for TPUs an
 """
 
 import functools
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ from pallas_kernels.blocks import block_sizes
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.flash_attention import gpu, gpu_backward, reference, tpu, tpu_backward, xla
 from pallas_kernels.flash_attention.spec import Spec
+from pallas_kernels.mask import CAUSAL, Mask
 
 OP = "flash_attention"
 
@@ -71,13 +72,8 @@ def flash_attention(
     q_bthc: jax.Array,
     k_bskc: jax.Array,
     v_bskc: jax.Array,
+    mask: Mask = CAUSAL,
     *,
-    causal: bool = True,
-    window: int | None = None,
-    q_positions_bt: jax.Array | None = None,
-    k_positions_bs: jax.Array | None = None,
-    q_segments_bt: jax.Array | None = None,
-    k_segments_bs: jax.Array | None = None,
     alibi_slopes_h: jax.Array | np.ndarray | None = None,
     soft_cap: float | None = None,
     sinks_h: jax.Array | None = None,
@@ -86,18 +82,14 @@ def flash_attention(
     implementation: str | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of each query over the keys it may see.
+    """Attention of each query over the keys that ``mask`` lets it see.
 
-    A key is seen when both positions are ≥ 0, its segment is the query's, it is not in the future
-    (``causal``) and it is nearer than ``window``: ``|q_position − k_position| < window``. A query
-    that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
+    A query that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
 
     Args:
       q_bthc: queries, ``h`` heads of ``c`` channels.
       k_bskc, v_bskc: ``k`` heads, ``h % k == 0``. Query head ``i`` uses key head ``i // (h / k)``.
-      q_positions_bt, k_positions_bs: int32, one row or one a batch row; default ``0, 1, 2, …``.
-        −1 marks padding, which sees nothing and is seen by nobody.
-      q_segments_bt, k_segments_bs: int32; both or neither.
+      mask: default causal over positions ``0, 1, 2, …``.
       alibi_slopes_h: subtracts ``slope · |q_position − k_position|`` (Press 2022, 2108.12409, §3).
       soft_cap: ``cap · tanh(score / cap)`` before masking (Gemma 2, 2408.00118, §2).
       sinks_h: a logit a head that joins the softmax's denominator but brings no value, so that a
@@ -115,15 +107,9 @@ def flash_attention(
         implementation that cannot serve, with the reason.
     """
     spec, arrays = _checked(
-        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
-        k_segments_bs, alibi_slopes_h, soft_cap, sinks_h, scale,
-    )  # fmt: skip
-    check_array("v", v_bskc, k_bskc.shape)
-    check(
-        v_bskc.dtype == q_bthc.dtype, "v.dtype", str(v_bskc.dtype), f"must be q's, {q_bthc.dtype}"
+        q_bthc, k_bskc, v_bskc, mask, alibi_slopes_h, sinks_h, scale=scale, soft_cap=soft_cap
     )
-    arrays = (q_bthc, k_bskc, v_bskc, *arrays)
-    chosen = choose(OP, implementation, _refusals(arrays))
+    chosen = choose(OP, implementation, _refusals(q_bthc))
     if chosen == ["reference"]:
         y, lse = reference.attention(spec, *arrays)
     else:
@@ -138,13 +124,8 @@ def attention_gradients(
     y_bthc: jax.Array,
     lse_bht: jax.Array,
     dy_bthc: jax.Array,
+    mask: Mask = CAUSAL,
     *,
-    causal: bool = True,
-    window: int | None = None,
-    q_positions_bt: jax.Array | None = None,
-    k_positions_bs: jax.Array | None = None,
-    q_segments_bt: jax.Array | None = None,
-    k_segments_bs: jax.Array | None = None,
     alibi_slopes_h: jax.Array | np.ndarray | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
@@ -160,17 +141,14 @@ def attention_gradients(
     Raises:
       ValueError: as `flash_attention`.
     """
-    spec, rest = _checked(
-        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
-        k_segments_bs, alibi_slopes_h, soft_cap, None, scale,
-    )  # fmt: skip
-    check_array("v", v_bskc, k_bskc.shape)
+    spec, arrays = _checked(
+        q_bthc, k_bskc, v_bskc, mask, alibi_slopes_h, None, scale=scale, soft_cap=soft_cap
+    )
     for name, array in (("y", y_bthc), ("dy", dy_bthc)):
         check_array(name, array, q_bthc.shape)
     b, t, h, _ = q_bthc.shape
     check_array("lse", lse_bht, (b, h, t))
-    arrays = (q_bthc, k_bskc, v_bskc, *rest)
-    chosen = choose(OP, implementation, _refusals(arrays))
+    chosen = choose(OP, implementation, _refusals(q_bthc))
     exact = lse_bht.dtype
     delta_bht = jnp.einsum("bthc,bthc->bht", dy_bthc.astype(exact), y_bthc.astype(exact))
     if chosen == ["reference"]:
@@ -179,35 +157,9 @@ def attention_gradients(
     return per_platform(chosen, table, *arrays, lse_bht, delta_bht, dy_bthc)
 
 
-def attention_weights(
-    q_bthc: jax.Array,
-    k_bskc: jax.Array,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    q_positions_bt: jax.Array | None = None,
-    k_positions_bs: jax.Array | None = None,
-    q_segments_bt: jax.Array | None = None,
-    k_segments_bs: jax.Array | None = None,
-    alibi_slopes_h: jax.Array | np.ndarray | None = None,
-    soft_cap: float | None = None,
-    sinks_h: jax.Array | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """The softmax's weights ``[b, h, t, s]``, float32, to see or to edit; cf. `flash_attention`.
-
-    ``reference.mix(weights_bhts, v_bskc)`` goes on from them.
-    """
-    spec, arrays = _checked(
-        q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt,
-        k_segments_bs, alibi_slopes_h, soft_cap, sinks_h, scale,
-    )  # fmt: skip
-    return reference.weights(spec, q_bthc, k_bskc, *arrays)[0]
-
-
-def _refusals(arrays) -> dict[str, str | None]:
-    """Why each implementation cannot serve a call of ``arrays``, if it cannot."""
-    return {"xla": None, "tpu": tpu.refusal(*arrays), "gpu": gpu.refusal(*arrays)}
+def _refusals(q_bthc: jax.Array) -> dict[str, str | None]:
+    """Why each implementation cannot serve a call of these queries, if it cannot."""
+    return {"xla": None, "tpu": tpu.refusal(q_bthc), "gpu": gpu.refusal(q_bthc)}
 
 
 def _sizes(chosen: list[str], blocks: Mapping[str, int] | None):
@@ -216,10 +168,9 @@ def _sizes(chosen: list[str], blocks: Mapping[str, int] | None):
 
 
 def _checked(
-    q_bthc, k_bskc, causal, window, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs,
-    alibi_slopes_h, soft_cap, sinks_h, scale,
-):  # fmt: skip
-    """The call's `Spec`, and its positions, segments, slopes and sinks, whole and checked."""
+    q_bthc, k_bskc, v_bskc, mask: Mask, alibi_slopes_h, sinks_h, *, scale, soft_cap
+) -> tuple[Spec, tuple[Any, Any, Any, Mask, Any, Any]]:
+    """The call's `Spec`, and its arrays: ``q, k, v, mask, slopes, sinks``, whole and checked."""
     check(q_bthc.ndim == 4, "q.shape", q_bthc.shape, "must be [batch, time, heads, channels]")
     check(k_bskc.ndim == 4, "k.shape", k_bskc.shape, "must be [batch, time, heads, channels]")
     b, t, h, c = q_bthc.shape
@@ -229,45 +180,19 @@ def _checked(
     )
     check(h % k == 0, "num_heads", h, f"must be a multiple of num_kv_heads={k}")
     check_array("q", q_bthc, (b, t, h, c))
-    check_array("k", k_bskc, (b, s, k, c))
-    check(
-        k_bskc.dtype == q_bthc.dtype, "k.dtype", str(k_bskc.dtype), f"must be q's, {q_bthc.dtype}"
-    )
-    check(window is None or window > 0, "window", window, "must be > 0")
+    for name, array in (("k", k_bskc), ("v", v_bskc)):
+        check_array(name, array, (b, s, k, c))
+        allowed = f"must be q's, {q_bthc.dtype}"
+        check(array.dtype == q_bthc.dtype, f"{name}.dtype", str(array.dtype), allowed)
     check(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "must be > 0")
-    check(
-        (q_segments_bt is None) == (k_segments_bs is None),
-        "segments",
-        "one of two",
-        "queries and keys both have segment ids, or neither",
-    )
-
-    def rows(name, given, length, default):
-        if given is None:
-            given = default
-        batch = given.shape[0] if given.ndim == 2 and given.shape[0] == 1 else b
-        check_array(name, given, (batch, length), "integer")
-        return jnp.broadcast_to(given.astype(jnp.int32), (b, length))
-
-    q_positions = rows("q_positions", q_positions_bt, t, jnp.arange(t)[None])
-    k_positions = rows("k_positions", k_positions_bs, s, jnp.arange(s)[None])
-    q_segments = rows("q_segments", q_segments_bt, t, jnp.zeros((1, t), jnp.int32))
-    k_segments = rows("k_segments", k_segments_bs, s, jnp.zeros((1, s), jnp.int32))
+    mask = mask.whole(b, t, s)
     slopes = None
     if alibi_slopes_h is not None:
         slopes = jax.lax.stop_gradient(jnp.asarray(alibi_slopes_h))
         check_array("alibi_slopes", slopes, (h,))
     if sinks_h is not None:
         check_array("sinks", sinks_h, (h,))
-
-    spec = Spec(
-        causal=causal,
-        window=window,
-        scale=1 / math.sqrt(c) if scale is None else scale,
-        soft_cap=soft_cap,
-        packed=q_segments_bt is not None,
-    )
-    return spec, (q_positions, k_positions, q_segments, k_segments, slopes, sinks_h)
+    return Spec.of(mask, c, scale, soft_cap), (q_bthc, k_bskc, v_bskc, mask, slopes, sinks_h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -301,7 +226,7 @@ def _backward(spec, chosen, sizes, residuals, cotangents):
         # a sink is a key whose value is 0
         weight = jnp.exp(sinks.astype(exact)[:, None] - lse)
         d_sinks = -jnp.sum(weight * delta_bht, (0, 2)).astype(sinks.dtype)
-    return dq, dk, dv, None, None, None, None, None, d_sinks
+    return dq, dk, dv, None, None, d_sinks
 
 
 _attention.defvjp(_forward, _backward)

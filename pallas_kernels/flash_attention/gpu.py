@@ -13,6 +13,7 @@ Triton want them. Float32 is multiplied as such: see `triton_kernels`.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.flash_attention import gpu_hopper
-from pallas_kernels.flash_attention.ranges import (
-    Extremes,
-    Visit,
-    all_see,
-    extremes,
-    may_see,
-)
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, visible
+from pallas_kernels.flash_attention.ranges import Visit, all_see, extremes, may_see
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.mask import Mask, sees
 from pallas_kernels.triton_kernels import LAST, PLAIN, dot, named
 
 # the least side of a tensor core's product
 LEAST = 16
 
 
-def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks):
-    """Why the kernels cannot serve this call, or None."""
-    del k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks
+def refusal(q) -> str | None:
+    """Why the kernels cannot serve a call of the queries ``q``, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype}: it takes bfloat16, float16 and float32"
     if q.shape[-1] > 256:
@@ -44,15 +39,36 @@ def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, s
     return None
 
 
-def scores(spec: Spec, q, k, q_at, k_at, q_in, k_in, slope, masked: bool):
+class Side(NamedTuple):
+    """Positions, segments and limits of one side, as references or as a block's numbers."""
+
+    at: Any
+    inside: Any
+    until: Any = None
+
+    def read(self, here: Any = ...) -> "Side":
+        """The numbers ``here``, where these are references."""
+        return Side(*(None if ref is None else ref[here] for ref in self))
+
+
+def sides(refs) -> tuple[Side, Side]:
+    """Queries and keys, of references in the order of `Mask.arrays`."""
+    q_at, k_at, q_in, k_in, *until = refs
+    return Side(q_at, q_in, *until), Side(k_at, k_in)
+
+
+def scores(spec: Spec, q, k, q_side: Side, k_side: Side, slope, masked: bool):
     """``[queries, keys]`` scores, and which are seen (None: all)."""
-    q_at, k_at = q_at[:, None], k_at[None, :]
+    q_at, k_at = q_side.at[:, None], k_side.at[None, :]
     found = biased(spec, dot(q, k, LAST), q_at - k_at, slope)
     if not masked:
         return found, None
+    q_in = k_in = until = None
     if spec.packed:
-        q_in, k_in = q_in[:, None], k_in[None, :]
-    return found, visible(spec, q_at, k_at, q_in, k_in)
+        q_in, k_in = q_side.inside[:, None], k_side.inside[None, :]
+    if spec.limits:
+        until = q_side.until[:, None]
+    return found, sees(spec, q_at, k_at, q_in, k_in, until)
 
 
 def visits(row, meet, carry, cleared: bool = False):
@@ -65,18 +81,18 @@ def visits(row, meet, carry, cleared: bool = False):
 
 
 def _forward_kernel(spec: Spec, key: int, has, *refs):
-    visit, slopes, sinks, q_ref, k_ref, v_ref, *begun, q_at, k_at, q_in, k_in, y_ref, lse_ref = refs
+    count = 5 if spec.limits else 4  # of the mask's arrays
+    visit, slopes, sinks, q_ref, k_ref, v_ref, *begun, y_ref, lse_ref = refs
+    begun, (q_side, k_side) = begun[:-count], sides(begun[-count:])
     h = pl.program_id(1)
-    q, at, inside = q_ref[...], q_at[...], q_in[...]
+    q, q_side = q_ref[...], q_side.read()
     slope = slopes[h] if has[0] else None
 
     def meet(masked):
         def block(j, carry):
             top, total, y = carry
             here = pl.ds(j * key, key)
-            s, seen = scores(
-                spec, q, k_ref[here, :], at, k_at[here], inside, k_in[here], slope, masked
-            )
+            s, seen = scores(spec, q, k_ref[here, :], q_side, k_side.read(here), slope, masked)
             if seen is not None:
                 s = jnp.where(seen, s, MASKED)
             new_top = jnp.maximum(top, s.max(1))
@@ -119,29 +135,16 @@ class Call:
     q_bthc: jax.Array
     k_bskc: jax.Array
     v_bskc: jax.Array
-    places: tuple[jax.Array, ...]
+    mask: Mask
     slopes: jax.Array | None
     sinks: jax.Array | None
 
     @classmethod
-    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, q_at, k_at, q_in, k_in, slopes, sinks):
+    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, mask: Mask, slopes, sinks):
         query, key = (_block(sizes[side], a) for side, a in (("query", q_bthc), ("key", k_bskc)))
-        return cls(
-            spec,
-            query,
-            key,
-            whole(q_bthc, query),
-            whole(k_bskc, key),
-            whole(v_bskc, key),
-            (
-                pad(q_at, 1, query, -1),
-                pad(k_at, 1, key, -1),
-                pad(q_in, 1, query),
-                pad(k_in, 1, key),
-            ),
-            slopes,
-            sinks,
-        )
+        q, k, v = whole(q_bthc, query), whole(k_bskc, key), whole(v_bskc, key)
+        mask = mask.padded(q.shape[1], k.shape[1])
+        return cls(spec, query, key, q, k, v, mask, slopes, sinks)
 
     @property
     def group(self) -> int:
@@ -149,11 +152,12 @@ class Call:
 
     def visits(self, by: str) -> jax.Array:
         """The other side's blocks that each block of ``by`` visits: ``[b, blocks, 4]``."""
-        q_at, k_at, q_in, k_in = self.places
-        q, k = extremes(q_at, q_in, self.query), extremes(k_at, k_in, self.key)
+        mask = self.mask
+        q = extremes(mask.q_positions_bt, mask.q_segments_bt, self.query, mask.until_bt)
+        k = extremes(mask.k_positions_bs, mask.k_segments_bs, self.key)
 
         def of_row(q, k):
-            q, k = Extremes(*(a[:, None] for a in q)), Extremes(*(a[None] for a in k))
+            q, k = jax.tree.map(lambda a: a[:, None], q), jax.tree.map(lambda a: a[None], k)
             see, clear = may_see(self.spec, q, k), all_see(self.spec, q, k)
             if by == "key":
                 see, clear = see.T, clear.T
@@ -211,7 +215,7 @@ class Call:
                 pl.BlockSpec((None, None, 4), visit),
                 *(pl.BlockSpec(a.shape, lambda *ids: (0,)) for a in by_head),
                 *(spec(side, a) for side, a in arrays),
-                *(place(side, a) for side, a in zip("qkqk", self.places, strict=True)),
+                *(place(side, a) for side, a in self.mask.arrays()),
             ],
             out_specs=[spec(side, a) for side, a in zip(out, out_shape, strict=True)],
             out_shape=out_shape,
@@ -219,7 +223,7 @@ class Call:
                 num_warps=4 if max(self.query, self.key) <= 64 else 8, num_stages=2
             ),
             name=name,
-        )(self.visits(by), *by_head, *(a for _, a in arrays), *self.places)
+        )(self.visits(by), *by_head, *(a for _, a in (*arrays, *self.mask.arrays())))
 
 
 def _block(size: int, a_blhc: jax.Array) -> int:
@@ -248,7 +252,7 @@ def whole(a_blhc, block: int):
 
 def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
     """``y_bthc, lse_bht``; ``arrays`` as in `reference.attention`."""
-    q_bthc, k_bskc, *_, slopes, _ = arrays
+    q_bthc, k_bskc, _, _, slopes, _ = arrays
     in_two = sizes["kernels"] > 1 and gpu_hopper.serves(q_bthc, k_bskc, slopes)
     if in_two:
         sizes = dict(query=gpu_hopper.QUERY, key=gpu_hopper.KEY)

@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.flash_attention.gpu import Call, pad, scores, visits, whole
+from pallas_kernels.flash_attention.gpu import Call, pad, scores, sides, visits, whole
 from pallas_kernels.flash_attention.spec import Spec, biased_gradient
 from pallas_kernels.triton_kernels import FIRST, LAST, PLAIN, dot
 
 
-def _gradients(spec, q, k, v, dy, lse, delta, places, slope, masked):
+def _gradients(spec, q, k, v, dy, lse, delta, q_side, k_side, slope, masked):
     """Weights and the gradient of scores, ``[queries, keys]`` both."""
-    q_at, k_at, q_in, k_in = places
-    s, seen = scores(spec, q, k, q_at, k_at, q_in, k_in, slope, masked)
+    s, seen = scores(spec, q, k, q_side, k_side, slope, masked)
     # ≤ 0 but for the rounding of scores made twice, which must not overflow
     weights = jnp.exp(jnp.minimum(s - lse[:, None], 0.0))
     if seen is not None:
@@ -30,18 +29,17 @@ def _gradients(spec, q, k, v, dy, lse, delta, places, slope, masked):
 
 def _dq_kernel(spec: Spec, key: int, has, *refs):
     visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places, dq_ref = refs
-    q_at, k_at, q_in, k_in = places
+    q_side, k_side = sides(places)
     slope = slopes[pl.program_id(1)] if has[0] else None
     q, dy, lse, delta = q_ref[...], dy_ref[...], lse_ref[...], delta_ref[...]
-    at, inside = q_at[...], q_in[...]
+    q_side = q_side.read()
 
     def meet(masked):
         def block(j, dq):
             here = pl.ds(j * key, key)
             k = k_ref[here, :]
-            between = (at, k_at[here], inside, k_in[here])
             _, d_scores = _gradients(
-                spec, q, k, v_ref[here, :], dy, lse, delta, between, slope, masked
+                spec, q, k, v_ref[here, :], dy, lse, delta, q_side, k_side.read(here), slope, masked
             )
             return dq + dot(d_scores.astype(k.dtype), k, PLAIN)
 
@@ -53,8 +51,8 @@ def _dq_kernel(spec: Spec, key: int, has, *refs):
 def _dkv_kernel(spec: Spec, query: int, has, *refs):
     visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places = refs
     *places, dk_ref, dv_ref = places
-    q_at, k_at, q_in, k_in = places
-    k, v, at, inside = k_ref[...], v_ref[...], k_at[...], k_in[...]
+    q_side, k_side = sides(places)
+    k, v, k_side = k_ref[...], v_ref[...], k_side.read()
     group = q_ref.shape[1]
     first = pl.program_id(1) * group
 
@@ -68,7 +66,7 @@ def _dkv_kernel(spec: Spec, query: int, has, *refs):
                 q, dy = q_ref[here, g, :], dy_ref[here, g, :]
                 weights, d_scores = _gradients(
                     spec, q, k, v, dy, lse_ref[g, here], delta_ref[g, here],
-                    (q_at[here], at, q_in[here], inside), slope, masked,
+                    q_side.read(here), k_side, slope, masked,
                 )  # fmt: skip
                 dv += dot(weights.astype(dy.dtype), dy, FIRST)
                 dk += dot(d_scores.astype(q.dtype), q, FIRST)

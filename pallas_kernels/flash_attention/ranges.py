@@ -3,7 +3,7 @@
 A block is summed up by the least and greatest position and segment in it. From two such sums it is
 known that no query of one sees any key of the other (it is skipped), or that every one sees every
 one (no mask is needed), in O(1) for a pair of blocks whatever the positions are: packing, windows,
-chunks of a longer sequence, a rolling cache.
+prefixes, chunks of a longer sequence, a rolling cache.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from pallas_kernels.flash_attention.spec import Spec
 class Extremes(NamedTuple):
     """Least and greatest position (of those ≥ 0) and segment in each block: int32 ``[..., n]``.
 
-    A block of padding alone has ``low`` > ``high``. ``lowest`` counts padding, −1, too.
+    A block of padding alone has ``low`` > ``high``. ``lowest`` counts padding, −1, too. ``reach``
+    and ``least_reach``, of queries whose mask has limits: the greatest and least position that one
+    of them sees, by its own position or its limit; −1 of padding.
     """
 
     low: jax.Array
@@ -25,13 +27,21 @@ class Extremes(NamedTuple):
     lowest: jax.Array
     first_segment: jax.Array
     last_segment: jax.Array
+    reach: jax.Array | None = None
+    least_reach: jax.Array | None = None
 
 
-def extremes(positions: jax.Array, segments: jax.Array, block: int) -> Extremes:
+def extremes(
+    positions: jax.Array, segments: jax.Array, block: int, until: jax.Array | None = None
+) -> Extremes:
     """Of ``[..., length]`` int32 arrays whose length is a multiple of ``block``."""
     by_block = (*positions.shape[:-1], -1, block)
     positions, segments = positions.reshape(by_block), segments.reshape(by_block)
     real = positions >= 0
+    reach = least_reach = None
+    if until is not None:
+        limits = jnp.where(real, jnp.maximum(positions, until.reshape(by_block)), -1)
+        reach, least_reach = limits.max(-1), limits.min(-1)
     big = jnp.iinfo(jnp.int32).max
     return Extremes(
         jnp.where(real, positions, big).min(-1),
@@ -39,6 +49,8 @@ def extremes(positions: jax.Array, segments: jax.Array, block: int) -> Extremes:
         positions.min(-1),
         jnp.where(real, segments, big).min(-1),
         jnp.where(real, segments, -big).max(-1),
+        reach,
+        least_reach,
     )
 
 
@@ -46,7 +58,7 @@ def may_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
     """Whether some query of ``q``'s block may see some key of ``k``'s; the two broadcast."""
     seen = (k.high >= 0) & (q.high >= 0)
     if spec.causal:
-        seen &= q.high >= k.low
+        seen &= (q.high if q.reach is None else q.reach) >= k.low
     if spec.window is not None:
         seen &= q.low - k.high < spec.window
         seen &= k.low - q.high < spec.window
@@ -59,7 +71,7 @@ def all_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
     """Whether every query of ``q``'s block sees every key of ``k``'s; the two broadcast."""
     seen = (k.lowest >= 0) & (q.lowest >= 0)
     if spec.causal:
-        seen &= q.lowest >= k.high
+        seen &= (q.lowest if q.least_reach is None else q.least_reach) >= k.high
     if spec.window is not None:
         seen &= q.high - k.lowest < spec.window
         seen &= k.high - q.lowest < spec.window

@@ -1,9 +1,12 @@
-"""What a call of flash attention fixes before it is traced, and which keys a query sees."""
+"""What a call of flash attention fixes before it is traced, and how it changes scores."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.mask import Mask
 
 # Not −inf: differences of two of these are 0, not NaN. The log-sum-exp of a row that sees nothing.
 MASKED = -1e30
@@ -13,31 +16,27 @@ MASKED = -1e30
 class Spec:
     """The static half of a call; the arrays are the other.
 
-    ``packed``: segments matter.
+    ``packed``: the mask has segments. ``limits``: it has ``until``.
     """
 
     causal: bool
     window: int | None
+    packed: bool
+    limits: bool
     scale: float
     soft_cap: float | None
-    packed: bool
 
-
-def visible(spec: Spec, q_positions, k_positions, q_segments, k_segments) -> jax.Array:
-    """Which keys each query sees, from positions and segments that broadcast.
-
-    A key is seen when both positions are ≥ 0, its segment is the query's, it is not in the future
-    (``causal``) and ``|q_position − k_position| < window``.
-    """
-    distance = q_positions - k_positions
-    seen = jnp.broadcast_to(k_positions >= 0, distance.shape)
-    # causal: q ≥ k ≥ 0
-    seen &= distance >= 0 if spec.causal else q_positions >= 0
-    if spec.window is not None:
-        seen &= jnp.abs(distance) < spec.window
-    if spec.packed:
-        seen &= q_segments == k_segments
-    return seen
+    @classmethod
+    def of(cls, mask: Mask, channels: int, scale: float | None, soft_cap: float | None) -> "Spec":
+        """``scale`` None: ``1 / sqrt(channels)``."""
+        return cls(
+            causal=mask.causal,
+            window=mask.window,
+            packed=mask.q_segments_bt is not None,
+            limits=mask.until_bt is not None,
+            scale=1 / math.sqrt(channels) if scale is None else scale,
+            soft_cap=soft_cap,
+        )
 
 
 def biased(spec: Spec, scores, distance, slopes) -> jax.Array:

@@ -13,7 +13,7 @@ masked.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from pallas_kernels.flash_attention.ranges import (
     first_and_last,
     may_see,
 )
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, visible
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.mask import Mask, sees
 
 LANES = 128
 # contraction of the first or of the last axes
@@ -35,9 +36,8 @@ FIRST, LAST = (((0,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 PLAIN = (((1,), (0,)), ((), ()))
 
 
-def refusal(q, k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks):
-    """Why the kernels cannot serve this call, or None."""
-    del k, v, q_positions, k_positions, q_segments, k_segments, slopes, sinks
+def refusal(q) -> str | None:
+    """Why the kernels cannot serve a call of the queries ``q``, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {q.dtype}: the matrix unit takes bfloat16 and float32"
     if q.shape[-1] > 256:
@@ -90,40 +90,44 @@ class Scalars:
     """What programs know before they begin: flat int32 arrays in SMEM.
 
     ``first`` and ``last``: which blocks of keys each block of queries visits, or the other way
-    round. ``q`` and ``k``: the extremes of all blocks.
+    round. ``k`` and ``q``: the extremes of all blocks.
     """
 
     first: Any
     last: Any
-    q: Extremes
     k: Extremes
+    q: Extremes
 
-    COUNT: ClassVar[int] = 12
+    @staticmethod
+    def count(spec: Spec) -> int:
+        """How many arrays there are."""
+        return 14 if spec.limits else 12
 
     @classmethod
-    def compute(cls, spec: Spec, shape: Shape, places, by: str) -> "Scalars":
+    def compute(cls, spec: Spec, shape: Shape, mask: Mask, by: str) -> "Scalars":
         """For a kernel that visits the other side of each block of ``by``: query or key."""
-        q_positions, k_positions, q_segments, k_segments = places
-        q = extremes(q_positions, q_segments, shape.query)
-        k = extremes(k_positions, k_segments, shape.key)
+        q = extremes(mask.q_positions_bt, mask.q_segments_bt, shape.query, mask.until_bt)
+        k = extremes(mask.k_positions_bs, mask.k_segments_bs, shape.key)
         each_q, each_k = (
-            Extremes(*(jnp.expand_dims(a, axis) for a in side)) for side, axis in ((q, 2), (k, 1))
+            jax.tree.map(functools.partial(jnp.expand_dims, axis=axis), side)
+            for side, axis in ((q, 2), (k, 1))
         )
         see = may_see(spec, each_q, each_k)
         first, last = first_and_last(see if by == "query" else jnp.swapaxes(see, 1, 2))
-        return jax.tree.map(lambda a: a.reshape(-1), cls(first, last, q, k))
+        return jax.tree.map(lambda a: a.reshape(-1), cls(first, last, k, q))
 
     @classmethod
     def of(cls, refs) -> "Scalars":
-        """From what a kernel or an index map is given."""
-        return cls(refs[0], refs[1], Extremes(*refs[2:7]), Extremes(*refs[7:12]))
+        """From what a kernel or an index map is given: `count` arrays."""
+        return cls(refs[0], refs[1], Extremes(*refs[2:7]), Extremes(*refs[7:]))
 
     def visit(self, spec: Spec, shape: Shape, b, i, j, inside, meet):
         """Do ``meet(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
         # a step beyond the last block must read no extremes beyond the end
         q_at = b * shape.q_blocks + jnp.minimum(i, shape.q_blocks - 1)
         k_at = b * shape.k_blocks + jnp.minimum(j, shape.k_blocks - 1)
-        q, k = Extremes(*(a[q_at] for a in self.q)), Extremes(*(a[k_at] for a in self.k))
+        q = jax.tree.map(lambda a: a[q_at], self.q)
+        k = jax.tree.map(lambda a: a[k_at], self.k)
         see = may_see(spec, q, k) & inside
         clear = all_see(spec, q, k)
 
@@ -136,6 +140,12 @@ class Scalars:
             meet(True)
 
 
+def split_scalars(spec: Spec, refs) -> tuple[Scalars, Any]:
+    """The `Scalars` that a kernel's arguments begin with, and the others."""
+    count = Scalars.count(spec)
+    return Scalars.of(refs[:count]), refs[count:]
+
+
 def nearest(first, last, step):
     """The block of a step: beyond the last it stays there, so that nothing is copied."""
     return jnp.maximum(jnp.minimum(first + step, last), 0)
@@ -143,7 +153,7 @@ def nearest(first, last, step):
 
 def scores(spec: Spec, shape: Shape, q, k, places, slope, i, j, masked: bool):
     """``[keys, queries]`` scores, and which are seen (None: all)."""
-    q_positions, k_positions, q_segments, k_segments = places
+    q_positions, k_positions, q_segments, k_segments, *until = places
     scores = dot(k, q, LAST)
     size = (shape.key, shape.query)
     q_at = jnp.broadcast_to(q_positions[0], size)
@@ -151,15 +161,17 @@ def scores(spec: Spec, shape: Shape, q, k, places, slope, i, j, masked: bool):
     scores = biased(spec, scores, q_at - k_at, slope)
     if not masked:
         return scores, None
-    q_in = k_in = None
+    q_in = k_in = limit = None
     if spec.packed:
         q_in = jnp.broadcast_to(q_segments[0], size)
         k_in = jnp.broadcast_to(column(k_segments[0]), size)
-    return scores, visible(spec, q_at, k_at, q_in, k_in)
+    if spec.limits:
+        limit = jnp.broadcast_to(until[0][0], size)
+    return scores, sees(spec, q_at, k_at, q_in, k_in, limit)
 
 
 def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
-    scalars, refs = Scalars.of(refs), refs[Scalars.COUNT :]
+    scalars, refs = split_scalars(spec, refs)
     slopes, sinks, q_ref, k_ref, v_ref, *places, y_ref, lse_ref, top_ref, total_ref, acc_ref = refs
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     row = b * shape.q_blocks + i
@@ -213,21 +225,20 @@ class Call:
     q_bhtc: jax.Array
     k_bksc: jax.Array
     v_bksc: jax.Array
-    places: tuple[jax.Array, ...]
+    mask: Mask
     slopes: jax.Array | None
     sinks: jax.Array | None
 
     @classmethod
-    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, q_at, k_at, q_in, k_in, slopes, sinks):
+    def of(cls, spec, sizes, q_bthc, k_bskc, v_bskc, mask: Mask, slopes, sinks):
         h, k = q_bthc.shape[2], k_bskc.shape[2]
         shape = Shape.of(sizes, q_bthc.shape[1], k_bskc.shape[1], h // k)
         t, s = shape.q_blocks * shape.query, shape.k_blocks * shape.key
-        places = (pad(q_at, 1, t, -1), pad(k_at, 1, s, -1), pad(q_in, 1, t), pad(k_in, 1, s))
         q_bhtc, k_bksc, v_bksc = (
             pad(jnp.swapaxes(a, 1, 2), 2, length)
             for a, length in ((q_bthc, t), (k_bskc, s), (v_bskc, s))
         )
-        return cls(spec, shape, q_bhtc, k_bksc, v_bksc, places, slopes, sinks)
+        return cls(spec, shape, q_bhtc, k_bksc, v_bksc, mask.padded(t, s), slopes, sinks)
 
     def run(self, kernel, name, by, grid, q_block, k_block, arrays, out_shape, out, scratch):
         """One kernel over ``grid``, whose first three axes are independent.
@@ -237,7 +248,8 @@ class Call:
         ``[b, heads, length, c]`` or of numbers ``[b, heads, 1, length]``; ``out``: sides of the
         results.
         """
-        scalars = jax.tree.leaves(Scalars.compute(self.spec, self.shape, self.places, by))
+        scalars = jax.tree.leaves(Scalars.compute(self.spec, self.shape, self.mask, by))
+        places = self.mask.arrays()
         size = {"q": self.shape.query, "k": self.shape.key}
         where = {"q": q_block, "k": k_block}
 
@@ -270,12 +282,12 @@ class Call:
             functools.partial(kernel, self.spec, self.shape, has),
             out_shape=out_shape,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=Scalars.COUNT,
+                num_scalar_prefetch=len(scalars),
                 grid=grid,
                 in_specs=[
                     *(whole for _ in by_head),
                     *(block(side, a) for side, a in arrays),
-                    *(place(side) for side in ("q", "k", "q", "k")),
+                    *(place(side) for side, _ in places),
                 ],
                 out_specs=[block(side, a) for side, a in zip(out, out_shape, strict=True)],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -284,7 +296,7 @@ class Call:
                 dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
             ),
             name=name,
-        )(*scalars, *by_head, *(a for _, a in arrays), *(a[:, None] for a in self.places))
+        )(*scalars, *by_head, *(a for _, a in arrays), *(a[:, None] for _, a in places))
 
 
 def forward(spec: Spec, sizes: Mapping[str, int], *arrays):

@@ -16,12 +16,12 @@ from pallas_kernels.flash_attention.tpu import (
     LAST,
     PLAIN,
     Call,
-    Scalars,
     Shape,
     dot,
     nearest,
     pad,
     scores,
+    split_scalars,
 )
 
 
@@ -38,7 +38,7 @@ def _gradients(spec, shape, refs, places, slope, i, j, masked):
 
 
 def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
-    scalars, refs = Scalars.of(refs), refs[Scalars.COUNT :]
+    scalars, refs = split_scalars(spec, refs)
     slopes, _, *block, dq_ref, acc_ref = refs
     block, places = block[:6], block[6:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
@@ -63,7 +63,7 @@ def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
 
 
 def _dkv_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
-    scalars, refs = Scalars.of(refs), refs[Scalars.COUNT :]
+    scalars, refs = split_scalars(spec, refs)
     slopes, _, *block, dk_ref, dv_ref, dk_acc, dv_acc = refs
     block, places = block[:6], block[6:]
     b, k, j, head, step = (pl.program_id(axis) for axis in range(5))

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.ranges import Extremes, Visit, all_see, extremes, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient, visible
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient
+from pallas_kernels.mask import Mask, sees
 
 # Numbers in a block of scores, of all heads and of as many rows of the batch as are taken at once.
 # More of it would not stay in the last cache between the products.
@@ -28,13 +29,30 @@ class _Blocks(NamedTuple):
 
     positions: jax.Array  # [n, rows, block]
     segments: jax.Array
+    until: jax.Array | None
     see: Extremes  # over all rows, [n]
 
 
-def _blocks(positions, segments, size: int) -> _Blocks:
-    low, high, lowest, first, last = extremes(positions, segments, size)  # [rows, n]
-    see = Extremes(low.min(0), high.max(0), lowest.min(0), first.min(0), last.max(0))
-    return _Blocks(_split(positions, size, 1), _split(segments, size, 1), see)
+def _blocks(positions, segments, until, size: int) -> _Blocks:
+    each = extremes(positions, segments, size, until)  # [rows, n]
+    see = Extremes(
+        each.low.min(0),
+        each.high.max(0),
+        each.lowest.min(0),
+        each.first_segment.min(0),
+        each.last_segment.max(0),
+        None if each.reach is None else each.reach.max(0),
+        None if each.least_reach is None else each.least_reach.min(0),
+    )
+    until = None if until is None else _split(until, size, 1)
+    return _Blocks(_split(positions, size, 1), _split(segments, size, 1), until, see)
+
+
+def _sides(mask: Mask, plan: "_Plan") -> tuple[_Blocks, _Blocks]:
+    """Blocks of queries and of keys of a `_padded` mask."""
+    q = mask.q_positions_bt, mask.q_segments_bt, mask.until_bt
+    k = mask.k_positions_bs, mask.k_segments_bs, None
+    return _blocks(*q, plan.query), _blocks(*k, plan.key)
 
 
 def _split(a: jax.Array, size: int, axis: int) -> jax.Array:
@@ -83,22 +101,19 @@ def _heads_first(plan, q_bthc, k_bskc, v_bskc):
     return q, *(jnp.swapaxes(_pad(a, 1, plan.key), 1, 2) for a in (k_bskc, v_bskc))
 
 
-def _places(plan, q_positions, k_positions, q_segments, k_segments):
-    return (
-        _pad(q_positions, 1, plan.query, -1),
-        _pad(k_positions, 1, plan.key, -1),
-        _pad(q_segments, 1, plan.query),
-        _pad(k_segments, 1, plan.key),
-    )
+def _padded(plan: "_Plan", mask: Mask) -> Mask:
+    """``mask`` of whole blocks."""
+    t, s = mask.q_positions_bt.shape[1], mask.k_positions_bs.shape[1]
+    return mask.padded(t + -t % plan.query, s + -s % plan.key)
 
 
-def _by_rows(plan: _Plan, function, *arrays):
+def _by_rows(plan: _Plan, function, *arguments):
     """``function`` of ``plan.rows`` rows of the batch at a time."""
-    b = arrays[0].shape[0]
+    b = jax.tree.leaves(arguments)[0].shape[0]
     if plan.rows == b:
-        return function(*arrays)
-    parts = [a.reshape(-1, plan.rows, *a.shape[1:]) for a in arrays]
-    done = jax.lax.map(lambda a: function(*a), tuple(parts))
+        return function(*arguments)
+    parts = jax.tree.map(lambda a: a.reshape(-1, plan.rows, *a.shape[1:]), arguments)
+    done = jax.lax.map(lambda a: function(*a), parts)
     return jax.tree.map(lambda a: a.reshape(b, *a.shape[2:]), done)
 
 
@@ -114,14 +129,13 @@ def _scores(spec, exact, slopes, q_rkgtc, k_rksc, q: _Blocks, k: _Blocks, i, j, 
     scores = biased(spec, scores, q_at - k_at, slopes)
     if not masked:
         return scores, None
-    seen = visible(
-        spec,
-        q_at,
-        k_at,
-        q.segments[i][:, None, None, :, None],
-        k.segments[j][:, None, None, None, :],
-    )
-    return scores, seen
+    q_in = k_in = until = None
+    if spec.packed:
+        q_in = q.segments[i][:, None, None, :, None]
+        k_in = k.segments[j][:, None, None, None, :]
+    if q.until is not None:
+        until = q.until[i][:, None, None, :, None]
+    return scores, sees(spec, q_at, k_at, q_in, k_in, until)
 
 
 def forward(
@@ -130,10 +144,7 @@ def forward(
     q_bthc,
     k_bskc,
     v_bskc,
-    q_positions_bt,
-    k_positions_bs,
-    q_segments_bt,
-    k_segments_bs,
+    mask: Mask,
     slopes_h,
     sinks_h,
 ):
@@ -145,9 +156,8 @@ def forward(
     slopes = _slopes(slopes_h, k, exact)
     sinks = None if sinks_h is None else sinks_h.astype(exact).reshape(k, h // k)[..., None]
 
-    def rows(q_rkgtc, k_rksc, v_rksc, q_positions, k_positions, q_segments, k_segments):
-        q_side = _blocks(q_positions, q_segments, plan.query)
-        k_side = _blocks(k_positions, k_segments, plan.key)
+    def rows(q_rkgtc, k_rksc, v_rksc, mask):
+        q_side, k_side = _sides(mask, plan)
         q_n, k_n, v_n = (
             _split(q_rkgtc, plan.query, 3),
             _split(k_rksc, plan.key, 2),
@@ -206,7 +216,7 @@ def forward(
         plan,
         rows,
         *_heads_first(plan, q_bthc, k_bskc, v_bskc),
-        *_places(plan, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs),
+        _padded(plan, mask),
     )
     y_bthc = jnp.swapaxes(y_bkgtc.reshape(b, h, -1, c), 1, 2)[:, :t]
     return y_bthc, lse_bkgt.reshape(b, h, -1)[..., :t]
@@ -218,10 +228,7 @@ def backward(
     q_bthc,
     k_bskc,
     v_bskc,
-    q_positions_bt,
-    k_positions_bs,
-    q_segments_bt,
-    k_segments_bs,
+    mask: Mask,
     slopes_h,
     sinks_h,
     lse_bht,
@@ -236,20 +243,8 @@ def backward(
     plan = _plan(spec, sizes, b, t, h, s)
     slopes = _slopes(slopes_h, k, exact)
 
-    def rows(
-        q_rkgtc,
-        k_rksc,
-        v_rksc,
-        dy_rkgtc,
-        lse,
-        delta,
-        q_positions,
-        k_positions,
-        q_segments,
-        k_segments,
-    ):
-        q_side = _blocks(q_positions, q_segments, plan.query)
-        k_side = _blocks(k_positions, k_segments, plan.key)
+    def rows(q_rkgtc, k_rksc, v_rksc, dy_rkgtc, lse, delta, mask):
+        q_side, k_side = _sides(mask, plan)
         q_n, dy_n = (_split(a, plan.query, 3) for a in (q_rkgtc, dy_rkgtc))
         k_n, v_n = (_split(a, plan.key, 2) for a in (k_rksc, v_rksc))
         lse_n, delta_n = (_split(a, plan.query, 3) for a in (lse, delta))
@@ -303,7 +298,7 @@ def backward(
     q, k_bksc, v_bksc = _heads_first(plan, q_bthc, k_bskc, v_bskc)
     dy = jnp.swapaxes(_pad(dy_bthc, 1, plan.query), 1, 2).reshape(q.shape)
     by_row = [_pad(a, 2, plan.query).reshape(b, k, h // k, -1) for a in (lse_bht, delta_bht)]
-    places = _places(plan, q_positions_bt, k_positions_bs, q_segments_bt, k_segments_bs)
-    dq, dk, dv = _by_rows(plan, rows, q, k_bksc, v_bksc, dy, *by_row, *places)
+    mask = _padded(plan, mask)
+    dq, dk, dv = _by_rows(plan, rows, q, k_bksc, v_bksc, dy, *by_row, mask)
     dq_bthc = jnp.swapaxes(dq.reshape(b, h, -1, c), 1, 2)[:, :t]
     return dq_bthc, *(jnp.swapaxes(a, 1, 2)[:, :length] for a, length in ((dk, s), (dv, s)))

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import check
-from layers.context import zigzag_order
+from layers.context_parallel import zigzag_order
 from layers.decoder import DecoderConfig
 
 Tree = TypeVar("Tree")

@@ -10,17 +10,23 @@ import pytest
 from layers import alibi
 from layers.attention import Attention, AttentionConfig, attention
 from layers.config import ConfigError
+from layers.context_parallel import sharded_attention
 from layers.rotary import RotaryConfig
+from pallas_kernels.mask import Mask
+
+FUNCTIONS = {"equation": attention, "layer's": sharded_attention}
 
 
-def seen(q_positions, k_positions, q_segments, k_segments, causal, window):
+def seen(q_positions, k_positions, q_segments, k_segments, causal, window, until=None):
     """``[b, t, s]`` bool, a query and a key at a time."""
     b, t, s = len(q_positions), q_positions.shape[1], k_positions.shape[1]
     mask = np.zeros((b, t, s), bool)
     for n, i, j in np.ndindex(b, t, s):
         distance = q_positions[n, i] - k_positions[n, j]
-        ok = k_positions[n, j] >= 0
-        ok &= not causal or distance >= 0
+        ok = k_positions[n, j] >= 0 and q_positions[n, i] >= 0
+        ok &= (
+            not causal or distance >= 0 or (until is not None and k_positions[n, j] <= until[n, i])
+        )
         ok &= window is None or abs(distance) < window
         ok &= q_segments is None or q_segments[n, i] == k_segments[n, j]
         mask[n, i, j] = ok
@@ -29,7 +35,7 @@ def seen(q_positions, k_positions, q_segments, k_segments, causal, window):
 
 def reference(
     q, k, v, q_positions, k_positions, q_segments=None, k_segments=None, causal=True, window=None,
-    slopes=None, soft_cap=None, sinks=None, scale=None,
+    slopes=None, soft_cap=None, sinks=None, scale=None, until=None,
 ):  # fmt: skip
     """The equation in float64 NumPy, keys repeated for each head; ``[b, t, h, c]``."""
     b, t, h, c = q.shape
@@ -40,7 +46,7 @@ def reference(
         scores = scores - slopes[None, :, None, None] * distance[:, None]
     if soft_cap is not None:
         scores = soft_cap * np.tanh(scores / soft_cap)
-    mask = seen(q_positions, k_positions, q_segments, k_segments, causal, window)
+    mask = seen(q_positions, k_positions, q_segments, k_segments, causal, window, until)
     y = np.zeros((b, t, h, c))
     for n, i, j in np.ndindex(b, h, t):
         visible = mask[n, j]
@@ -56,6 +62,9 @@ def reference(
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 3, 3, 0]], np.int32)
 RESTARTED = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1, -1]], np.int32)
 SINKS = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
+# the first 4 and 6 tokens see one another; in the second row the last one is told less than it sees
+PREFIX = np.array([[3, 3, 3, 3, -1, -1, -1], [5, 5, 5, 5, 5, 5, 0]], np.int32)
+IMAGES = np.array([[1, 1, 2, 0, 2, 2, 3], [1, 1, 1, 1, 1, 1, 5]], np.int32)
 # name: (t, s, query heads, key heads, keyword arguments)
 CASES = {
     "multi-head": (7, 7, 4, 4, {}),
@@ -78,10 +87,13 @@ CASES = {
     "sinks": (7, 7, 4, 2, dict(sinks=SINKS)),
     "scale": (7, 7, 4, 2, dict(scale=0.3)),
     "padded keys": (5, 5, 4, 2, dict(positions=[[0, 1, 2, -1, -1], [-1, -1, 0, 1, 2]])),
+    "prefix": (7, 7, 4, 2, dict(until=PREFIX)),
+    "prefix window": (7, 7, 4, 2, dict(until=PREFIX, window=3, slopes=alibi.slopes(4))),
+    "images": (7, 7, 4, 1, dict(until=IMAGES, segments=SEGMENTS, positions=RESTARTED, window=2)),
     "everything": (
         7, 7, 4, 2,
         dict(segments=SEGMENTS, positions=RESTARTED, window=3, slopes=alibi.slopes(4),
-             soft_cap=2.0, sinks=SINKS, scale=0.5),
+             soft_cap=2.0, sinks=SINKS, scale=0.5, until=IMAGES),
     ),
 }  # fmt: skip
 
@@ -104,25 +116,25 @@ def inputs(case, channels=6):
     return qkv, [a.astype(np.int32) for a in where], segments, options
 
 
-def ours(case):
+def ours(case, function="layer's"):
     """``(f(q, k, v, sinks) jitted, arguments)`` for one case."""
     qkv, (q_positions, k_positions), segments, options = inputs(case)
     sinks = options.pop("sinks", None)
     slopes = options.pop("slopes", None)
+    static = {name: options.pop(name) for name in ("causal", "window") if name in options}
+    until = options.pop("until", None)
+    mask = Mask(q_positions, k_positions, segments, segments, until, **static)
 
     def f(q, k, v, sinks):
-        return attention(
-            q, k, v, q_positions_bt=q_positions, k_positions_bs=k_positions,
-            q_segments_bt=segments, k_segments_bs=segments, alibi_slopes_h=slopes,
-            sinks_h=sinks, **options,
-        )  # fmt: skip
+        return FUNCTIONS[function](q, k, v, mask, alibi_slopes_h=slopes, sinks_h=sinks, **options)
 
     return f, (*qkv, sinks)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_match_float64(case):
-    f, arguments = ours(case)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_value_and_gradient_match_float64(function, case):
+    f, arguments = ours(case, function)
     qkv, (q_positions, k_positions), segments, options = inputs(case)
 
     def exact(q, k, v, sinks):
@@ -159,7 +171,7 @@ def test_value_and_gradient_match_float64(case):
 
 @pytest.mark.parametrize(
     "case", ["multi-head", "grouped", "multi-query", "bidirectional", "more keys", "window",
-             "packed window", "alibi", "alibi both ways"],
+             "packed window", "alibi", "alibi both ways", "prefix", "prefix window"],
 )  # fmt: skip
 def test_value_and_gradient_match_torch(case):
     torch = pytest.importorskip("torch")
@@ -167,7 +179,7 @@ def test_value_and_gradient_match_torch(case):
     qkv, (q_positions, k_positions), segments, options = inputs(case)
     mask = seen(
         q_positions, k_positions, segments, segments,
-        options.get("causal", True), options.get("window"),
+        options.get("causal", True), options.get("window"), options.get("until"),
     )  # fmt: skip
     bias = np.where(mask, 0.0, -np.inf)[:, None]
     if "slopes" in options:
@@ -189,13 +201,14 @@ def test_value_and_gradient_match_torch(case):
         np.testing.assert_allclose(got, tensor.grad.numpy(), atol=2e-5)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("sinks", [None, SINKS])
-def test_rows_that_see_nothing_give_zero_and_a_finite_gradient(sinks):
+def test_rows_that_see_nothing_give_zero_and_a_finite_gradient(function, sinks):
     (q, k, v), _, _, _ = inputs("grouped")
-    nothing = np.full((2, 7), -1, np.int32)
+    nothing = Mask(k_positions_bs=np.full((2, 7), -1, np.int32))
 
     def f(q, k, v):
-        return attention(q, k, v, k_positions_bs=nothing, sinks_h=sinks)
+        return FUNCTIONS[function](q, k, v, nothing, sinks_h=sinks)
 
     y, back = jax.vjp(f, q, k, v)
     assert not np.any(y)
@@ -203,11 +216,12 @@ def test_rows_that_see_nothing_give_zero_and_a_finite_gradient(sinks):
         assert not np.any(gradient)
 
 
-def test_extreme_scores_stay_finite():
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_extreme_scores_stay_finite(function):
     (q, k, v), _, _, _ = inputs("grouped")
 
     def f(q, k, v):
-        return attention(q * 1e6, k * 1e6, v)
+        return FUNCTIONS[function](q * 1e6, k * 1e6, v, Mask())
 
     y, back = jax.vjp(f, q, k, v)
     want = reference(q * 1e6, k * 1e6, v, *inputs("grouped")[1])
@@ -215,10 +229,11 @@ def test_extreme_scores_stay_finite():
     assert all(np.all(np.isfinite(g)) for g in back(jnp.ones_like(y)))
 
 
-def test_bfloat16_inputs_keep_float32_scores():
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_bfloat16_inputs_keep_float32_scores(function):
     (q, k, v), where, _, _ = inputs("grouped")
     q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
-    y = attention(q, k, v)
+    y = FUNCTIONS[function](q, k, v, Mask())
     assert y.dtype == jnp.bfloat16
     want = reference(*(np.asarray(a, np.float64) for a in (q, k, v)), *where)
     np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=2e-2)
@@ -228,13 +243,15 @@ def test_refuses_shapes_that_do_not_go_together():
     (q, k, v), _, _, _ = inputs("grouped")
     ids = np.ones((2, 7), np.int32)
     with pytest.raises(ValueError, match="num_heads=3: must be a multiple of num_kv_heads=2"):
-        attention(q[:, :, :3], k, v)
+        sharded_attention(q[:, :, :3], k, v, Mask())
     with pytest.raises(ValueError, match=r"v.shape=\(2, 7, 2, 5\): must be \(2, 7, 2, 6\)"):
-        attention(q, k, v[..., :5])
+        sharded_attention(q, k, v[..., :5], Mask())
     with pytest.raises(ValueError, match="window=0: must be > 0"):
-        attention(q, k, v, window=0)
+        sharded_attention(q, k, v, Mask(window=0))
     with pytest.raises(ValueError, match="segments='one of two'"):
-        attention(q, k, v, q_segments_bt=ids)
+        sharded_attention(q, k, v, Mask(q_segments_bt=ids))
+    with pytest.raises(ValueError, match="until='given': changes nothing: the mask is not causal"):
+        sharded_attention(q, k, v, Mask(until_bt=ids, causal=False))
 
 
 @pytest.mark.parametrize(

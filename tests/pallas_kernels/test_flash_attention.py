@@ -1,5 +1,6 @@
 """Every implementation against the reference in float64; the reference against NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.flash_attention import attention_weights, flash_attention, gpu_hopper, xla
-from pallas_kernels.flash_attention.reference import mix
+from layers.attention import attention
+from pallas_kernels.flash_attention import flash_attention, gpu_hopper, xla
 from pallas_kernels.flash_attention.spec import Spec
+from pallas_kernels.mask import Mask
 from tests.layers.test_attention import CASES as SMALL
 from tests.layers.test_attention import inputs, reference
 from tests.pallas_kernels.conftest import (
@@ -26,6 +28,16 @@ from tests.pallas_kernels.conftest import (
     topology_mesh,
     triton_kernels,
 )
+
+MASK = {field.name for field in dataclasses.fields(Mask)}
+
+
+def attend(q, k, v, *, function=flash_attention, **options):
+    """``function`` with those of ``options`` that are a mask's fields as its `Mask`."""
+    mask = Mask(**{name: value for name, value in options.items() if name in MASK})
+    rest = {name: value for name, value in options.items() if name not in MASK}
+    return function(q, k, v, mask, **rest)
+
 
 SLOPES = np.array([0.5, 0.25, 0.1, 0.0], np.float32)
 
@@ -45,6 +57,12 @@ def packed(b, t):
     )
 
 
+def images(t):
+    """``until`` of images of 7 tokens, every other seven; the others see no further than before."""
+    first = np.arange(t) // 7 * 7
+    return np.where(first // 7 % 2 == 0, first + 6, -1)[None].astype(np.int32)
+
+
 # name: (batch, t, s, query heads, key heads, channels, options)
 CASES = {
     "causal": (2, 300, 300, 4, 4, 16, {}),
@@ -57,7 +75,11 @@ CASES = {
     "packed, everything": (
         1, 300, 300, 4, 1, 8,
         dict(packed(1, 300), window=60, alibi_slopes_h=SLOPES, soft_cap=3.0, scale=0.4,
-             sinks_h=np.array([1.0, -2.0, 0.0, 5.0], np.float32)),
+             sinks_h=np.array([1.0, -2.0, 0.0, 5.0], np.float32), until_bt=images(300)),
+    ),
+    "a prefix of blocks": (
+        1, 300, 300, 4, 2, 8,
+        dict(until_bt=np.where(np.arange(300) < 150, 149, 0)[None].astype(np.int32)),
     ),
     "a chunk of a longer sequence": (
         2, 5, 290, 4, 2, 8, dict(q_positions_bt=np.arange(100, 105)[None]),
@@ -88,7 +110,7 @@ def value_and_gradients(operands, options, implementation, blocks=None):
     @jax.jit
     def run(qkv, sinks):
         def weighed(qkv, sinks):
-            y, lse = flash_attention(
+            y, lse = attend(
                 *qkv, **options, sinks_h=sinks, return_lse=True,
                 implementation=implementation, blocks=blocks,
             )  # fmt: skip
@@ -123,17 +145,17 @@ def test_reference_is_the_equation(case):
         *(a.astype(np.float64) for a in qkv),
         q_positions, k_positions, segments, segments, **options,
     )  # fmt: skip
-    names = {"slopes": "alibi_slopes_h", "sinks": "sinks_h"}
+    names = {"slopes": "alibi_slopes_h", "sinks": "sinks_h", "until": "until_bt"}
     options = {names.get(name, name): value for name, value in options.items()}
-    places = dict(q_positions_bt=q_positions, k_positions_bs=k_positions)
-    ids = {} if segments is None else dict(q_segments_bt=segments, k_segments_bs=segments)
+    options |= dict(q_positions_bt=q_positions, k_positions_bs=k_positions)
+    options |= dict(q_segments_bt=segments, k_segments_bs=segments)
     with jax.enable_x64(True):
         qkv = [jnp.asarray(a, jnp.float64) for a in qkv]
-        got = flash_attention(*qkv, **places, **ids, **options, implementation="reference")
-        weights = attention_weights(*qkv[:2], **places, **ids, **options)
-        assert got.dtype == jnp.float64
-        np.testing.assert_allclose(got, want, atol=1e-6 if "slopes" in names else 1e-12)
-        np.testing.assert_array_equal(mix(weights, qkv[2]), got)
+        got = attend(*qkv, **options, implementation="reference")
+        layers = attend(*qkv, **options, function=attention)
+        assert got.dtype == layers.dtype == jnp.float64
+        np.testing.assert_allclose(got, want, atol=1e-6 if "alibi_slopes_h" in options else 1e-12)
+        np.testing.assert_allclose(layers, got, atol=1e-12)
 
 
 # interpreting is slow: those that differ in what the kernels do
@@ -200,6 +222,8 @@ def test_any_shape(data):
     causal = data.draw(st.booleans())
     offset = data.draw(st.integers(-5, 45))
     options = dict(causal=causal, window=window, q_positions_bt=np.arange(t)[None] + max(offset, 0))
+    if causal and data.draw(st.booleans()):
+        options["until_bt"] = np.arange(t)[None] // 4 * 4 + max(offset, 0)
     rng = np.random.default_rng(0)
     operands = [
         rng.normal(size=shape).astype(np.float32)
@@ -232,7 +256,7 @@ def test_rows_of_a_batch_taken_in_turns(monkeypatch):
     ],
 )
 def test_short_causal_calls_are_cut_into_quarters(causal, t, s, block):
-    spec = Spec(causal, window=None, scale=1.0, soft_cap=None, packed=False)
+    spec = Spec.of(Mask(causal=causal), 1, None, None)
     plan = xla._plan(spec, {"query": 512, "key": 512}, 1, t, 1, s)
     assert (plan.query, plan.key) == (min(block, t), min(block, s))
 
@@ -271,6 +295,8 @@ def test_refuses():
         (dict(q_positions_bt=np.zeros((2, 7), int)), r"q_positions.shape=\(2, 7\): must be"),
         (dict(q_positions_bt=np.zeros((2, 8))), "q_positions.dtype='float.*': must be an integer"),
         (dict(k_segments_bs=np.zeros((2, 9), int)), "segments='one of two'"),
+        (dict(until_bt=np.zeros((2, 9), int)), r"until.shape=\(2, 9\): must be"),
+        (dict(until_bt=np.zeros((2, 8), int), causal=False), "until='given': changes nothing"),
         (dict(implementation="tpus"), r"implementation='tpus': must be .*did you mean 'tpu'"),
         (dict(implementation="xla", blocks=dict(rows=3)), "blocks.rows=3: no such size"),
         (dict(implementation="xla", blocks=dict(key=0)), "blocks.key=0: must be > 0"),
@@ -278,7 +304,7 @@ def test_refuses():
         arguments = dict(q=q, k=k, v=k) | change
         operands = [arguments.pop(name) for name in "qkv"]
         with pytest.raises(ValueError, match=f"^{message}") as caught:
-            flash_attention(*operands, **arguments)
+            attend(*operands, **arguments)
         assert "\n" not in str(caught.value)
     half = q.astype(jnp.float16)
     with pytest.raises(ValueError, match="implementation='tpu': .* dtype float16: the matrix"):
@@ -299,7 +325,7 @@ def gradients(q, k, v, **options):
     """Of all three operands; the kernel is chosen by the platform it is lowered for."""
 
     def total(q, k, v):
-        y, lse = flash_attention(q, k, v, return_lse=True, **options)
+        y, lse = attend(q, k, v, return_lse=True, **options)
         return y.astype(jnp.float32).sum() + lse.sum()
 
     return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
@@ -317,7 +343,7 @@ FEATURES = {
     "bfloat16 80": (
         jnp.bfloat16, 80,
         dict(packed(2, 2000), alibi_slopes_h=np.ones(8, np.float32),
-             sinks_h=np.ones(8, np.float32)),
+             sinks_h=np.ones(8, np.float32), until_bt=images(2000)),
     ),
 }  # fmt: skip
 
@@ -335,7 +361,7 @@ def run_in_two(dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
     shapes = ((b, t, h, c), (b, s, k, c), (b, s, k, c))
     qkv = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    run = functools.partial(flash_attention, **options, return_lse=True)
+    run = functools.partial(attend, **options, return_lse=True)
     got = run(*qkv, implementation="gpu", blocks=dict(kernels=2))
     return got, run(*(a.astype(jnp.float32) for a in qkv), implementation="reference")
 
@@ -431,7 +457,7 @@ def test_the_hopper_kernel_on_a_gpu(dtype, gpu):
     for name, (_, c, options) in FEATURES.items():
         rng = np.random.default_rng(0)
         qkv = [jnp.asarray(rng.normal(size=(2, 2000, n, c)), dtype) for n in (8, 2, 2)]
-        run = functools.partial(flash_attention, **options, implementation="gpu")
+        run = functools.partial(attend, **options, implementation="gpu")
         one, two = (np.float32(run(*qkv, blocks=dict(kernels=n))) for n in (1, 2))
         np.testing.assert_allclose(two, one, atol=2e-2, err_msg=name)
 

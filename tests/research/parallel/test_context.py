@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from layers.attention import AttentionConfig, attention
+from layers.attention import AttentionConfig
 from layers.config import ConfigError
-from layers.context import zigzag_order
+from layers.context_parallel import sharded_attention, zigzag_order
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
+from pallas_kernels.mask import Mask
 from research.parallel import MeshConfig, use_mesh, validate
 from research.parallel.program import collectives
 from research.parallel.topology import compile_for_tpu, topology_mesh
@@ -43,22 +44,23 @@ def test_gradients_through_some_of_the_keys_add_up(implementation):
     keys, values = (jnp.asarray(rng.normal(size=(b, t, k, c)), jnp.float32) for _ in range(2))
     at = jnp.asarray(np.tile(np.r_[0:7, 0:4, -1], (b, 1)), jnp.int32)
     segments = jnp.asarray(np.tile(np.r_[[1] * 7, [2] * 5], (b, 1)), jnp.int32)
+    until = jnp.where(at >= 0, at // 3 * 3 + 2, -1)
+    mask = Mask.of_tokens(at, segments, until, window=5)
     options = dict(
-        window=5, soft_cap=3.0, alibi_slopes_h=np.linspace(0.1, 0.4, h).astype(np.float32),
-        implementation=implementation, q_positions_bt=at, q_segments_bt=segments,
+        soft_cap=3.0, alibi_slopes_h=np.linspace(0.1, 0.4, h).astype(np.float32),
+        implementation=implementation,
     )  # fmt: skip
-    places = dict(k_positions_bs=at, k_segments_bs=segments)
 
     def run(q, k, v):
-        return flash_attention(q, k, v, **options, **places, return_lse=True)
+        return flash_attention(q, k, v, mask, **options, return_lse=True)
 
     (y, lse), pull = jax.vjp(run, q, keys, values)
     want = pull((dy, jnp.zeros_like(lse)))
     halves = []
     for part in (slice(0, 6), slice(6, 12)):
-        here = {name: a[:, part] for name, a in places.items()}
+        here = mask.with_keys(at[:, part], segments[:, part])
         halves.append(
-            attention_gradients(q, keys[:, part], values[:, part], y, lse, dy, **options, **here)
+            attention_gradients(q, keys[:, part], values[:, part], y, lse, dy, here, **options)
         )
     (dq, *first), (more, *second) = halves
     joined = [jnp.concatenate(pair, axis=1) for pair in zip(first, second, strict=True)]
@@ -72,8 +74,8 @@ OPERATION = """
 import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from layers.attention import attention
-from layers.context import zigzag_order
+from layers.context_parallel import sharded_attention, zigzag_order
+from pallas_kernels.mask import Mask
 from research.parallel import MeshConfig, make_mesh, use_mesh
 
 rng = np.random.default_rng(0)
@@ -84,24 +86,26 @@ keys, values = (jnp.asarray(rng.normal(size=(b, t, k, c)), jnp.float32) for _ in
 # three documents and padding in one row, one document in the other
 at = np.stack([np.r_[0:11, 0:13, 0:5, [-1] * 3], np.arange(t)]).astype(np.int32)
 segments = np.stack([np.r_[[1] * 11, [2] * 13, [3] * 5, [0] * 3], np.ones(t)]).astype(np.int32)
+# images of four tokens in the second row
+until = np.stack([np.full(t, -1), np.arange(t) // 4 * 4 + 3]).astype(np.int32)
 slopes = np.linspace(0.05, 0.4, h).astype(np.float32)
 sinks = jnp.asarray(rng.normal(size=h), jnp.float32)
 
 
-def run(context, options, mesh=None):
+def run(context, static, options, mesh=None):
     order = np.arange(t) if context != "zigzag" else zigzag_order(t, 4)
     back = np.argsort(order)
     place = lambda a: a
     if mesh is not None:
         place = lambda a: jax.device_put(a, NamedSharding(mesh, P("data", "sequence")))
     arrays = [place(a[:, order]) for a in (q, keys, values, dy)]
-    where = [place(jnp.asarray(a)[:, order]) for a in (at, segments)]
+    limited = [until] if static.pop("limited", False) else []
+    where = [place(jnp.asarray(a)[:, order]) for a in (at, segments, *limited)]
 
-    def both(q, k, v, sinks, dy, at, segments):
+    def both(q, k, v, sinks, dy, *where):
         def f(q, k, v, sinks):
-            return attention(
-                q, k, v, q_positions_bt=at, k_positions_bs=at, q_segments_bt=segments,
-                k_segments_bs=segments, context=context,
+            return sharded_attention(
+                q, k, v, Mask.of_tokens(*where, **static), context=context,
                 **{**options, **({"sinks_h": sinks} if "sinks_h" in options else {})},
             )
         y, pull = jax.vjp(f, q, k, v, sinks)
@@ -113,17 +117,17 @@ def run(context, options, mesh=None):
     return [np.asarray(a)[:, back] for a in (y, dq, dk, dv)] + [np.asarray(d_sinks)], program
 
 
-for options in (
-    dict(window=6, alibi_slopes_h=slopes),
-    dict(soft_cap=2.0, sinks_h=sinks, implementation="reference"),
-    dict(causal=False, window=19, implementation="reference"),
+for static, options in (
+    (dict(window=6), dict(alibi_slopes_h=slopes)),
+    (dict(window=10, limited=True), dict(soft_cap=2.0, sinks_h=sinks, implementation="reference")),
+    (dict(causal=False, window=19), dict(implementation="reference")),
 ):
-    want, _ = run("gather", options)
+    want, _ = run("gather", dict(static), options)
     for context in ("ring", "zigzag", "ulysses"):
         with use_mesh(mesh):
-            got, program = run(context, options, mesh)
+            got, program = run(context, dict(static), options, mesh)
         for name, a, w in zip(("y", "dq", "dk", "dv", "d_sinks"), got, want, strict=True):
-            np.testing.assert_allclose(a, w, atol=1e-5, err_msg=f"{context} {options} {name}")
+            np.testing.assert_allclose(a, w, atol=1e-5, err_msg=f"{context} {static} {name}")
         text = program.as_text()
         gathers = [line for line in re.findall(r"= (\\S+) all-gather\\(", text)]
         if context == "ulysses":
@@ -176,7 +180,8 @@ def test_four_tpus_pass_keys_round_and_gather_none():
     k = jax.ShapeDtypeStruct((1, 2048, 2, 128), jnp.bfloat16, sharding=place)
 
     def both(q, k, v, dy):
-        y, pull = jax.vjp(functools.partial(attention, context="ring"), q, k, v)
+        run = functools.partial(sharded_attention, mask=Mask(), context="ring")
+        y, pull = jax.vjp(run, q, k, v)
         return y, pull(dy)
 
     with use_mesh(mesh):
