@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.sharding import island, mesh_axis, spec
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
 from pallas_kernels.mask import Mask
 
@@ -114,7 +115,7 @@ def ring_attention(
         # tokens of one segment are as far apart in the sequence as their positions say
         rounds = min(ways, 1 + -(-(mask.window - 1) // q_bthc.shape[1]))
     ring = _Ring(axis, ways, rounds, tuple(sorted(options.items())))
-    return _ring(ring, q_bthc, keys, mask, slopes_h, sinks_h)
+    return _op(ring)(q_bthc, keys, mask, slopes_h, sinks_h)
 
 
 class _Ring(NamedTuple):
@@ -131,9 +132,14 @@ class _Ring(NamedTuple):
         return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, pairs), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ring, q, keys, mask, slopes, sinks):
-    return _forward(ring, q, keys, mask, slopes, sinks)[0]
+@functools.lru_cache(maxsize=256)
+def _op(ring: _Ring):
+    def reference(*arguments):
+        return _forward(ring, *arguments)[0]
+
+    return differentiable(
+        functools.partial(_forward, ring), functools.partial(_backward, ring), reference
+    )
 
 
 def _forward(ring: _Ring, q, keys, mask, slopes, sinks):
@@ -165,11 +171,12 @@ def _forward(ring: _Ring, q, keys, mask, slopes, sinks):
 
     (y, lse_bht, _), _ = jax.lax.scan(step, (y, lse_bht, keys), length=ring.rounds - 1)
     y = y.astype(q.dtype)
-    return y, (q, keys, mask, slopes, sinks, y, lse_bht)
+    return y, (y, lse_bht)
 
 
-def _backward(ring: _Ring, residuals, dy):
-    q, held, mask, slopes, sinks, y, lse = residuals
+def _backward(ring: _Ring, arguments, saved, dy):
+    q, held, mask, slopes, sinks = arguments
+    y, lse = saved
     exact = lse.dtype
 
     def gradients(keys):
@@ -207,9 +214,6 @@ def _backward(ring: _Ring, residuals, dy):
         d_sinks = -jnp.sum(weight * delta, (0, 2)).astype(sinks.dtype)
     d_keys = Keys(dk, dv, None, None)  # type: ignore[arg-type]
     return dq.astype(q.dtype), d_keys, None, None, d_sinks
-
-
-_ring.defvjp(_forward, _backward)
 
 
 def ulysses_attention(

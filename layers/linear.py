@@ -4,16 +4,16 @@ A weight leaf is an array today; tree rewrites (LoRA, int8, int4) replace it by 
 this one function learns to multiply by, so that no layer has a quantised twin.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from layers.sharding import gather, place, spec, spread
+from layers.weight_gradient import product
 
 Initializer = Callable[..., jax.Array]
 
@@ -42,66 +42,12 @@ def einsum(
         zip(output, out_axes, strict=True)
     )
     rows = tuple(named[letter] for letter in output if letter not in weight_letters)
-    return product(
-        subscripts,
-        place(x.astype(dtype), *(named[letter] for letter in x_letters)),
-        gather(jnp.asarray(weight, dtype), weight_axes, rows=rows),
-        preferred_element_type=preferred_element_type,
-        out_sharding=spec(*out_axes),
-    )
-
-
-def product(
-    subscripts: str,
-    x: jax.Array,
-    weight: jax.Array,
-    *,
-    preferred_element_type: jnp.dtype | None,
-    out_sharding: PartitionSpec | None,
-) -> jax.Array:
-    """`jnp.einsum`, whose gradient by ``weight`` turns the smaller of its two factors in memory.
-
-    XLA:CPU multiplies along the last axis of the left side only. So one factor of that gradient,
-    ``x`` or what came back, is turned, together with all that is fused into it: activations, norms,
-    gates and convolutions, or their backward passes, are computed once more, and across memory.
-    JAX's own rule always turns what came back, which costs a training step 5 to 25% more.
-    """
-    if out_sharding is None:
-        return _product(subscripts, preferred_element_type, x, weight)
-    return jnp.einsum(
-        subscripts,
-        x,
-        weight,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(subscripts, preferred, x, weight):
-    return jnp.einsum(subscripts, x, weight, preferred_element_type=preferred)
-
-
-def _product_forward(subscripts, preferred, x, weight):
-    # the product itself, which policies of `jax.checkpoint` look for
-    return jnp.einsum(subscripts, x, weight, preferred_element_type=preferred), (x, weight)
-
-
-def _product_backward(subscripts, preferred, factors, dy):
-    del preferred
-    x, weight = factors
-    inputs, output = subscripts.split("->")
-    left, right = inputs.split(",")
-    dx = jnp.einsum(f"{output},{right}->{left}", dy, weight, preferred_element_type=x.dtype)
-    if x.size > dy.size:
-        x, dy, left, output = dy, x, output, left
-    # asked for in another order, the right factor would become the left one
-    order = "".join(dict.fromkeys(a for a in left + output if a in right))
-    dw = jnp.einsum(f"{left},{output}->{order}", x, dy, preferred_element_type=weight.dtype)
-    return dx, jnp.einsum(f"{order}->{right}", dw)
-
-
-_product.defvjp(_product_forward, _product_backward)
+    x = place(x.astype(dtype), *(named[letter] for letter in x_letters))
+    weight = gather(jnp.asarray(weight, dtype), weight_axes, rows=rows)
+    options: dict[str, Any] = dict(preferred_element_type=preferred_element_type)
+    if (out_sharding := spec(*out_axes)) is None:
+        return product(subscripts, x, weight, **options)
+    return jnp.einsum(subscripts, x, weight, out_sharding=out_sharding, **options)
 
 
 def fan_in_normal(scale: float = 1.0, fan_in: int | None = None) -> Initializer:

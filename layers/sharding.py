@@ -26,6 +26,8 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.derivatives import differentiable
+
 
 def spec(*axes: str | None) -> PartitionSpec | None:
     """Mesh axes for the logical ``axes`` of one array, or None when no rules are in force."""
@@ -145,20 +147,16 @@ class Scattered:
     def __getitem__(self, index) -> jax.Array:
         axes = axes_of(self.share)
         target = PartitionSpec(*axes.partitions, unreduced=axes.reduced)
-        whole: Any = _scattered(target, self.whole, self.share)
-        return whole[index]
+        return _scattered(target)(self.whole, self.share)[index]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scattered(target: PartitionSpec, whole: jax.Array, share: jax.Array) -> jax.Array:
-    del target, share
-    return whole
-
-
-_scattered.defvjp(
-    lambda target, whole, share: (whole, None),
-    lambda target, _, gradient: (None, scatter(gradient, target)),
-)
+@functools.lru_cache(maxsize=256)
+def _scattered(target: PartitionSpec):
+    return differentiable(
+        lambda whole, share: (whole, None),
+        lambda arguments, saved, gradient: (None, scatter(gradient, target)),
+        lambda whole, share: whole,
+    )
 
 
 def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):

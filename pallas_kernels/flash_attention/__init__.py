@@ -37,9 +37,10 @@ Implementations, and what each keeps in fast memory:
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
 Limits: at most 256 channels a head in a kernel; wider heads take ``xla``. Slopes of ALiBi are
-constants (their gradient is 0). No dropout. Differentiable once; ``implementation="reference"`` any
-number of times. The kernels have been run interpreted, and compiled for TPUs and (but for
-`gpu_hopper`, which has only been lowered) for an H100; not run on a TPU or a GPU yet.
+constants (their gradient is 0). No dropout. Forward mode and second derivatives are the reference's
+(`pallas_kernels.derivatives`) and take its memory. The kernels have been run interpreted, and
+compiled for TPUs and (but for `gpu_hopper`, which has only been lowered) for an H100; not run on a
+TPU or a GPU yet.
 """
 
 import functools
@@ -51,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.blocks import block_sizes
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.flash_attention import gpu, gpu_backward, reference, tpu, tpu_backward, xla
 from pallas_kernels.flash_attention.spec import Spec
@@ -113,7 +115,7 @@ def flash_attention(
     if chosen == ["reference"]:
         y, lse = reference.attention(spec, *arrays)
     else:
-        y, lse = _attention(spec, tuple(chosen), _sizes(chosen, blocks), *arrays)  # type: ignore[misc]
+        y, lse = _op(spec, tuple(chosen), _sizes(chosen, blocks))(*arrays)
     return (y, lse) if return_lse else y
 
 
@@ -195,9 +197,13 @@ def _checked(
     return Spec.of(mask, c, scale, soft_cap), (q_bthc, k_bskc, v_bskc, mask, slopes, sinks_h)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(spec, chosen, sizes, *arrays):
-    return _forward(spec, chosen, sizes, *arrays)[0]
+@functools.lru_cache(maxsize=256)
+def _op(spec, chosen, sizes):
+    return differentiable(
+        functools.partial(_forward, spec, chosen, sizes),
+        functools.partial(_backward, spec, chosen, sizes),
+        functools.partial(reference.attention, spec),
+    )
 
 
 def _table(spec, chosen, sizes, name):
@@ -208,13 +214,12 @@ def _table(spec, chosen, sizes, name):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(spec, chosen, sizes, *arrays):
     y, lse = per_platform(chosen, _table(spec, chosen, dict(sizes), "forward"), *arrays)
-    return (y, lse), (arrays, y, lse)
+    return (y, lse), (y, lse)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(spec, chosen, sizes, residuals, cotangents):
-    arrays, y, lse = residuals
-    dy, d_lse = cotangents
+def _backward(spec, chosen, sizes, arrays, saved, cotangents):
+    (y, lse), (dy, d_lse) = saved, cotangents
     # Δ: what a row's scores have in common in their gradient
     exact = lse.dtype
     delta_bht = jnp.einsum("bthc,bthc->bht", dy.astype(exact), y.astype(exact)) - d_lse
@@ -227,6 +232,3 @@ def _backward(spec, chosen, sizes, residuals, cotangents):
         weight = jnp.exp(sinks.astype(exact)[:, None] - lse)
         d_sinks = -jnp.sum(weight * delta_bht, (0, 2)).astype(sinks.dtype)
     return dq, dk, dv, None, None, d_sinks
-
-
-_attention.defvjp(_forward, _backward)

@@ -28,8 +28,9 @@ Implementations, and what each keeps in fast memory:
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
 Limits: the sizes must be non-negative and add up to at most m: they are values, so no check is made
-of them. Differentiable once; ``implementation="reference"`` any number of times. The kernels have
-been compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
+of them. Forward mode and second derivatives are the reference's (`pallas_kernels.derivatives`). The
+kernels have been compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU
+yet.
 """
 
 import functools
@@ -38,6 +39,7 @@ from collections.abc import Mapping
 import jax
 
 from pallas_kernels.blocks import block_sizes
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.grouped_matmul import gpu, reference, tpu, xla
 
@@ -97,12 +99,16 @@ def grouped_matmul(
     sizes = tuple(
         (name, tuple(block_sizes(OP, PLATFORMS[name], blocks).items())) for name in chosen
     )
-    return _grouped_matmul(sizes, x_md, weights_edf, group_sizes_e)
+    return _op(sizes)(x_md, weights_edf, group_sizes_e)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(sizes, *arrays):
-    return _forward(sizes, *arrays)[0]
+@functools.lru_cache(maxsize=256)
+def _op(sizes):
+    return differentiable(
+        functools.partial(_forward, sizes),
+        functools.partial(_backward, sizes),
+        reference.grouped_matmul,
+    )
 
 
 def _run(sizes, name, *arrays):
@@ -113,13 +119,10 @@ def _run(sizes, name, *arrays):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(sizes, *arrays):
-    return _run(sizes, "forward", *arrays), arrays
+    return _run(sizes, "forward", *arrays), None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(sizes, arrays, dy_mf):
+def _backward(sizes, arrays, _, dy_mf):
     dx_md, dweights_edf = _run(sizes, "backward", *arrays, dy_mf)
     return dx_md, dweights_edf, None
-
-
-_grouped_matmul.defvjp(_forward, _backward)

@@ -28,9 +28,9 @@ Every backward pass is deterministic: each gradient is summed by one program in 
 Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
 first token of a call always goes on from ``initial_state``.
 
-Limits: ``A`` is real. On a GPU at most 256 numbers a state; more take ``xla``. Differentiable once;
-``implementation="reference"`` any number of times. The kernels have been compiled for TPUs and for
-an H100 and run interpreted; not run on a TPU or a GPU yet.
+Limits: ``A`` is real. On a GPU at most 256 numbers a state; more take ``xla``. Forward mode and
+second derivatives are the reference's (`pallas_kernels.derivatives`). The kernels have been
+compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 
@@ -132,7 +133,7 @@ def selective_scan(
     else:
         # one table for all: the states that one pass keeps, any platform's other pass may read
         sizes = tuple(block_sizes(OP, "cpu", blocks).items())
-        y, state = _scan(tuple(chosen), sizes, *arrays)  # type: ignore[misc]
+        y, state = _op(tuple(chosen), sizes)(*arrays)
     if d_d is not None:
         y = y + d_d.astype(exact) * x
     if z_btd is not None:
@@ -140,9 +141,13 @@ def selective_scan(
     return y.astype(x_btd.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(chosen, sizes, *arrays):
-    return _forward(chosen, sizes, *arrays)[0]
+@functools.lru_cache(maxsize=256)
+def _op(chosen, sizes):
+    return differentiable(
+        functools.partial(_forward, chosen, sizes),
+        functools.partial(_backward, chosen, sizes),
+        reference.scan,
+    )
 
 
 def _table(chosen, sizes, name):
@@ -152,14 +157,11 @@ def _table(chosen, sizes, name):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(chosen, sizes, *arrays):
     y, state, starts = per_platform(chosen, _table(chosen, sizes, "forward"), *arrays)
-    return (y, state), (*arrays[:-1], starts)
+    return (y, state), starts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(chosen, sizes, residuals, cotangents):
+def _backward(chosen, sizes, arrays, starts, cotangents):
     table = _table(chosen, sizes, "backward")
-    *tokens, d_state = per_platform(chosen, table, *residuals, *cotangents)
+    *tokens, d_state = per_platform(chosen, table, *arrays[:-1], starts, *cotangents)
     return *tokens, None, d_state
-
-
-_scan.defvjp(_forward, _backward)

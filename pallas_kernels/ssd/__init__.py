@@ -30,8 +30,8 @@ first token of a call always goes on from ``initial_state``.
 
 Limits: no Pallas kernel, for TPU or GPU: ``xla`` serves every platform, since the products are
 large ones that XLA compiles well by itself; what a kernel could still save is writing a chunk's
-decays to memory. ``A`` is one negative number a head. Differentiable once;
-``implementation="reference"`` any number of times. Not run on a GPU or a TPU yet.
+decays to memory. ``A`` is one negative number a head. Forward mode and second derivatives are the
+reference's (`pallas_kernels.derivatives`). Not run on a GPU or a TPU yet.
 """
 
 import functools
@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.ssd import reference, xla
 
@@ -130,15 +131,19 @@ def ssd(
     else:
         # one table for all: the states that one pass keeps, any platform's other pass may read
         sizes = tuple(block_sizes(OP, "cpu", blocks).items())
-        y, state = _scan(tuple(chosen), sizes, *arrays)  # type: ignore[misc]
+        y, state = _op(tuple(chosen), sizes)(*arrays)
     if d_h is not None:
         y = y + d_h.astype(exact)[:, None] * x_bthp.astype(exact)
     return y.astype(x_bthp.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(chosen, sizes, *arrays):
-    return _forward(chosen, sizes, *arrays)[0]
+@functools.lru_cache(maxsize=256)
+def _op(chosen, sizes):
+    return differentiable(
+        functools.partial(_forward, chosen, sizes),
+        functools.partial(_backward, chosen, sizes),
+        reference.scan,
+    )
 
 
 def _table(chosen, sizes, name):
@@ -148,14 +153,11 @@ def _table(chosen, sizes, name):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(chosen, sizes, *arrays):
     y, state, starts = per_platform(chosen, _table(chosen, sizes, "forward"), *arrays)
-    return (y, state), (*arrays[:-1], starts)
+    return (y, state), starts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(chosen, sizes, residuals, cotangents):
+def _backward(chosen, sizes, arrays, starts, cotangents):
     table = _table(chosen, sizes, "backward")
-    *tokens, d_state = per_platform(chosen, table, *residuals, *cotangents)
+    *tokens, d_state = per_platform(chosen, table, *arrays[:-1], starts, *cotangents)
     return *tokens, None, d_state
-
-
-_scan.defvjp(_forward, _backward)

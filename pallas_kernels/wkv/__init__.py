@@ -32,8 +32,8 @@ first token of a call always goes on from ``initial_state``.
 
 Limits: the kernels go token by token, so that `wkv7` is bound by latency: of the matrix unit on a
 TPU, of a head's sums on a GPU, whose heads have at most 128 channels (wider ones take ``xla``).
-Differentiable once; ``implementation="reference"`` any number of times. The kernels have been
-compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
+Forward mode and second derivatives are the reference's (`pallas_kernels.derivatives`). The kernels
+have been compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -44,6 +44,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import block_sizes
+from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.wkv import gpu, reference, tpu, xla
 from pallas_kernels.wkv.reference import EMPTY
@@ -188,12 +189,16 @@ def _scan(op, constants, state, tokens, reset_bt, implementation, blocks) -> Any
     sizes = tuple(block_sizes("wkv", "cpu", blocks).items())
     if chosen == ["reference"]:
         return reference.scan(op, constants, state, tokens, reset_bt)
-    return _differentiable(op, tuple(chosen), sizes, constants, state, tokens, reset_bt)
+    return _op(op, tuple(chosen), sizes)(constants, state, tokens, reset_bt)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(op, chosen, sizes, *arrays):
-    return _forward(op, chosen, sizes, *arrays)[0]
+@functools.lru_cache(maxsize=256)
+def _op(op, chosen, sizes):
+    return differentiable(
+        functools.partial(_forward, op, chosen, sizes),
+        functools.partial(_backward, op, chosen, sizes),
+        functools.partial(reference.scan, op),
+    )
 
 
 def _table(op, chosen, sizes, name):
@@ -204,14 +209,14 @@ def _table(op, chosen, sizes, name):
 def _forward(op, chosen, sizes, constants, state, tokens, reset_bt):
     table = _table(op, chosen, sizes, "forward")
     y, end, starts = per_platform(chosen, table, constants, state, tokens, reset_bt)
-    return (y, end), (constants, tokens, reset_bt, starts)
+    return (y, end), starts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _backward(op, chosen, sizes, residuals, cotangents):
+def _backward(op, chosen, sizes, arrays, starts, cotangents):
+    constants, _, tokens, reset_bt = arrays
     table = _table(op, chosen, sizes, "backward")
-    d_constants, d_state, d_tokens = per_platform(chosen, table, *residuals, *cotangents)
+    d_constants, d_state, d_tokens = per_platform(
+        chosen, table, constants, tokens, reset_bt, starts, *cotangents
+    )
     return d_constants, d_state, d_tokens, None
-
-
-_differentiable.defvjp(_forward, _backward)

@@ -150,6 +150,29 @@ def test_padding_changes_no_state(name):
         np.testing.assert_allclose(jnp.concatenate(got[row]), want, atol=3e-5)
 
 
+@pytest.mark.parametrize("name", STACKS)
+def test_forward_mode_is_reverse_mode(name):
+    """The derivative along one direction, of all parameters, by either mode."""
+    model = make(name)
+    segments = jnp.array([[1, 1, 2, 3, 3], [4, 4, 4, 4, 5]])
+    positions = jnp.array([[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]])
+    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(model))))
+    along = jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape), model)
+
+    @jax.jit
+    def slopes(model, along):
+        def loss(model):
+            logits = model(TOKENS, positions, segments).logits_btv
+            return jnp.mean(jnp.sin(logits))
+
+        forwards = jax.jvp(loss, (model,), (along,))[1]
+        backwards = jax.tree.map(jnp.vdot, jax.grad(loss)(model), along)
+        return forwards, sum(jax.tree.leaves(backwards))
+
+    forwards, backwards = slopes(model, along)
+    np.testing.assert_allclose(forwards, backwards, rtol=2e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["rwkv7", "hybrid"])
 def test_scanned_is_unrolled(name):
     """The first layer's values travel through the scan."""
