@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from layers.config import ConfigError
+from research.benchmark import step, subject
 
 STEPS = 3  # after the first, over which memory is taken
 _STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -66,10 +69,6 @@ def _set_back() -> bool:
 
 def main(case: str, who: str) -> dict[str, Any]:
     """What `measure` says, of this process."""
-    import jax
-
-    from research.benchmark import step, train
-
     if who == step.OURS:
         jax.jit(lambda x: x + 1)(1.0)  # the backend is there
     else:
@@ -78,7 +77,7 @@ def main(case: str, who: str) -> dict[str, Any]:
         torch.ones(8, requires_grad=True).sum().backward()
     known = _set_back()
     before = _resident("VmRSS") or 0
-    prepared = train.prepare(who, train.SIZES[case], None)
+    prepared = subject.prepare(who, subject.SIZES[case], None)
     begin = time.perf_counter()
     prepared.run()
     seconds = time.perf_counter() - begin + (prepared.compile_seconds or 0.0)

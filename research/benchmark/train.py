@@ -33,22 +33,19 @@ What profiles of a CPU showed, op by op (`jax.profiler`, of the two cores the re
 import contextlib
 import importlib.util
 import io
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from flax import nnx
 
-from layers.attention import AttentionConfig
-from layers.decoder import Decoder, DecoderConfig
-from layers.mlp import MlpConfig
-from research.benchmark import alone, measure, step
+from layers.decoder import Decoder
+from research.benchmark import alone, measure, step, subject
 from research.benchmark.run import compare, machine_record
 from research.benchmark.step import OPTIMIZER, OURS
+from research.benchmark.subject import COMPILED, EAGER
 from research.benchmark.targets import STEP, judge
 from research.data import DataConfig, make_dataset
 from research.parallel import make_mesh, shard_batch
@@ -60,59 +57,15 @@ from research.training.state import TrainState
 from research.training.step import make_step
 
 NAME = "train"
-EAGER, COMPILED = "torch eager", "torch.compile"
 SILENT, BARE = "ours/no workdir", "bare step"
-BATCH, TIME, VOCAB, HEAD = 8, 256, 1024, 64
 BLOCK = 16  # steps of a loop that are timed at once
-
-
-class Size(NamedTuple):
-    width: int
-    layers: int
-
-
-SIZES = {"width256": Size(256, 4), "width512": Size(512, 8)}
 LOOP = "loop"
-CASES = {**SIZES, LOOP: Size(256, 4)}
+CASES = {**subject.SIZES, LOOP: subject.Size(256, 4)}
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
     """``names`` of `CASES`, as `step.choose` has it."""
     return step.choose(names, CASES)
-
-
-def decoder(size: Size) -> DecoderConfig:
-    """What is trained: pre-norm RMSNorm, rotary, SwiGLU of three times the width, tied."""
-    return DecoderConfig(
-        vocab_size=VOCAB,
-        width=size.width,
-        num_layers=size.layers,
-        attention=AttentionConfig(num_heads=size.width // HEAD),
-        mlp=MlpConfig(3 * size.width),
-        scan=False,
-    )
-
-
-def begin(size: Size) -> Decoder:
-    """Our model of ``size``, the same each time."""
-    return jax.jit(lambda: Decoder(decoder(size), rngs=nnx.Rngs(0)))()
-
-
-def prepare(who: str, size: Size, model: Decoder | None) -> measure.Prepared:
-    """The step of ``who`` on ``model``'s weights; without a model on its own random ones."""
-    arrays = step.batch(BATCH, TIME, VOCAB)
-    if who == OURS:
-        return step.prepare_ours(begin(size) if model is None else model, arrays, OPTIMIZER)
-    import torch
-
-    from research.benchmark import torch_decoder
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    theirs = torch_decoder.of_config(decoder(size), TIME)
-    if model is not None:
-        torch_decoder.copy(model, theirs)
-    loss_of = torch.compile(theirs) if who == COMPILED else theirs
-    return step.prepare_torch(loss_of, theirs.parameters(), arrays, OPTIMIZER)
 
 
 def bench(
@@ -131,26 +84,31 @@ def bench(
     return found | {"targets": judge(found)}
 
 
-def _case(size: Size, model: Decoder) -> dict[str, Any]:
+def _case(size: subject.Size, model: Decoder) -> dict[str, Any]:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     return {
-        "width": size.width, "layers": size.layers, "batch": BATCH, "tokens": TIME, "vocab": VOCAB,
-        "parameters": parameters, "dtype": "float32",
+        "width": size.width, "layers": size.layers, "batch": subject.BATCH,
+        "tokens": subject.TIME, "vocab": subject.VOCAB, "parameters": parameters,
+        "dtype": "float32",
     }  # fmt: skip
 
 
+def _flops(model: Decoder) -> float:
+    return train_flops_per_token(model, subject.TIME) * subject.BATCH * subject.TIME
+
+
 def _steps(name: str, rounds, seconds, deadline, clock) -> dict[str, Any]:
-    size = SIZES[name]
-    model = begin(size)
-    case, flops = _case(size, model), train_flops_per_token(model, TIME) * BATCH * TIME
+    size = subject.SIZES[name]
+    model = subject.begin(size)
+    case, flops = _case(size, model), _flops(model)
     there = importlib.util.find_spec("torch") is not None
     contestants = [OURS, *([EAGER, COMPILED] if there else [])]
     apart = {who: alone.measure(name, who) for who in contestants if clock() < deadline}
-    prepared = {who: prepare(who, size, model) for who in contestants}
+    prepared = {who: subject.prepare(who, size, model) for who in contestants}
     found = step.rows(prepared, flops, rounds, seconds, deadline, clock)
     for who, row in found.items():
         if "absent" not in row:
-            row["tokens_per_second"] = BATCH * TIME / row["median"]
+            row["tokens_per_second"] = subject.BATCH * subject.TIME / row["median"]
             # the budget was gone before: unknown, as is what compiling beside others took
             row |= apart.get(who, {"compile_seconds": None, "peak_bytes": None})
     if not there:
@@ -160,12 +118,12 @@ def _steps(name: str, rounds, seconds, deadline, clock) -> dict[str, Any]:
 
 def _loop(name: str, rounds, seconds, deadline, clock) -> dict[str, Any]:
     size = CASES[name]
-    data = DataConfig(sequence_length=TIME, batch_size=BATCH)
+    data = DataConfig(sequence_length=subject.TIME, batch_size=subject.BATCH)
     training = TrainingConfig(
         steps=BLOCK + 2, optimizer=OPTIMIZER, eval_batches=0, checkpoint_every=BLOCK + 2
     )
-    model = begin(size)
-    case, flops = _case(size, model), train_flops_per_token(model, TIME) * BATCH * TIME
+    model = subject.begin(size)
+    case, flops = _case(size, model), _flops(model)
     # those that `train` is timed on: its first step compiles
     dataset = iter(make_dataset(data, seed=0))
     batches = [shard_batch(next(dataset), make_mesh()) for _ in range(BLOCK + 1)][1:]
@@ -219,5 +177,5 @@ def _seconds_of_a_step(size, data, training, workdir: Path | None) -> float:
             show(done, steps, metrics)
             told[done] = time.perf_counter()
 
-        train(decoder(size), data, training, workdir=workdir, progress=progress)
+        train(subject.decoder(size), data, training, workdir=workdir, progress=progress)
     return (told[2 + BLOCK] - told[2]) / BLOCK

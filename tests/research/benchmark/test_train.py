@@ -13,7 +13,7 @@ import pytest
 from layers.config import ConfigError
 from layers.decoder import flat
 from research import cli
-from research.benchmark import alone, measure, record, step, train
+from research.benchmark import alone, measure, record, step, subject, train
 from research.benchmark.targets import STEP, judge
 
 torch = pytest.importorskip("torch")
@@ -25,13 +25,15 @@ STEPS = 3
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Decoders of a few channels, a loop of three steps; nobody has a process of its own."""
-    monkeypatch.setattr(train, "BATCH", 2)
-    monkeypatch.setattr(train, "TIME", 8)
-    monkeypatch.setattr(train, "VOCAB", 300)
-    monkeypatch.setattr(train, "HEAD", 8)
+    monkeypatch.setattr(subject, "BATCH", 2)
+    monkeypatch.setattr(subject, "TIME", 8)
+    monkeypatch.setattr(subject, "VOCAB", 300)
+    monkeypatch.setattr(subject, "HEAD", 8)
     monkeypatch.setattr(train, "BLOCK", 3)
-    monkeypatch.setattr(train, "SIZES", {"width256": train.Size(16, 2)})
-    monkeypatch.setattr(train, "CASES", {"width256": train.Size(16, 2), "loop": train.Size(16, 1)})
+    monkeypatch.setattr(subject, "SIZES", {"width256": subject.Size(16, 2)})
+    monkeypatch.setattr(
+        train, "CASES", {"width256": subject.Size(16, 2), "loop": subject.Size(16, 1)}
+    )
     monkeypatch.setattr(alone, "measure", lambda case, who: dict(APART))
     # inductor takes tens of seconds; what is compared is the same function
     monkeypatch.setattr(torch, "compile", lambda module: module)
@@ -57,7 +59,7 @@ def test_a_record_holds_every_contestant(tmp_path, capsys):
     found = json.loads(path.read_text())["train"]
     assert list(found["cases"]) == ["width256", "loop"] and found["passes"] == [STEP]
     rows = found["cases"]["width256"][STEP]
-    assert list(rows) == [step.OURS, train.EAGER, train.COMPILED]
+    assert list(rows) == [step.OURS, subject.EAGER, subject.COMPILED]
     for row in rows.values():
         # nothing failed: the losses agree, and how far an update brings them down
         assert row["rounds"] == 1
@@ -72,7 +74,7 @@ def test_a_record_holds_every_contestant(tmp_path, capsys):
     assert one["verdict"] == ("met" if 1 / ratio < 1.02 else "missed")
     best = rows[step.OURS]["best_peer"]
     one = verdicts["cpu width256, training step: at least 1x the best peer"]
-    assert best in (train.EAGER, train.COMPILED)
+    assert best in (subject.EAGER, subject.COMPILED)
     assert one["value"] == rows[step.OURS]["times_as_fast_as"][best]["ratio"]
     page, shown = path.with_suffix(".md").read_text(), capsys.readouterr().out
     for text in (page, shown):
@@ -82,13 +84,13 @@ def test_a_record_holds_every_contestant(tmp_path, capsys):
 
 
 def test_pytorch_learns_the_same_weights():
-    size = train.SIZES["width256"]
-    model = train.begin(size)
-    arrays = step.batch(train.BATCH, train.TIME, train.VOCAB)
+    size = subject.SIZES["width256"]
+    model = subject.begin(size)
+    arrays = step.batch(subject.BATCH, subject.TIME, subject.VOCAB)
 
     from research.benchmark import torch_decoder
 
-    theirs = torch_decoder.of_config(train.decoder(size), train.TIME)
+    theirs = torch_decoder.of_config(subject.decoder(size), subject.TIME)
     torch_decoder.copy(model, theirs)
     other = step.prepare_torch(theirs, theirs.parameters(), arrays, step.OPTIMIZER)
     training = step.TrainingConfig(steps=1, optimizer=step.OPTIMIZER)
@@ -98,7 +100,7 @@ def test_pytorch_learns_the_same_weights():
         state, metrics = step.make_step(training)(state, jax.tree.map(jax.numpy.array, arrays))
         assert other.run() == pytest.approx(float(metrics["loss"]), abs=1e-5)
     ours = flat(state.model)
-    learnt = torch_decoder.of_config(train.decoder(size), train.TIME)
+    learnt = torch_decoder.of_config(subject.decoder(size), subject.TIME)
     torch_decoder.copy(state.model, learnt)
     assert set(learnt.state_dict()) == set(theirs.state_dict()) and len(ours) == 11
     for name, value in learnt.state_dict().items():
@@ -114,7 +116,7 @@ def test_one_that_learns_otherwise_has_no_speed(monkeypatch):
 
     monkeypatch.setattr(step, "prepare_torch", faster)
     rows = bench(["width256"], rounds=1)["cases"]["width256"][STEP]
-    for who in (train.EAGER, train.COMPILED):
+    for who in (subject.EAGER, subject.COMPILED):
         assert "of the norm away from ours/xla's" in rows[who]["absent"]
         assert "peak_bytes" not in rows[who]
     assert rows[step.OURS]["rounds"] == 1
@@ -124,7 +126,7 @@ def test_without_torch_ours_is_timed_alone(monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     found = bench(["width256"], rounds=1)
     rows = found["cases"]["width256"][STEP]
-    assert rows[train.COMPILED] == {"absent": "skipped: torch not installed"}
+    assert rows[subject.COMPILED] == {"absent": "skipped: torch not installed"}
     assert rows[step.OURS]["rounds"] == 1
     [verdict] = [one for one in found["targets"] if "width256" in one["target"]]
     assert (verdict["verdict"], verdict["why"]) == ("not run", "no peer was timed")
@@ -182,7 +184,7 @@ def test_overhead_is_met_below_its_bound():
 
 
 def test_what_one_holds_is_counted_from_before_its_model():
-    found = alone.main("width256", train.EAGER)
+    found = alone.main("width256", subject.EAGER)
     assert found["compile_seconds"] > 0
     if found["peak_bytes"] is None:
         pytest.skip("this system does not say how much a process held")
@@ -200,8 +202,8 @@ def test_a_step_that_holds_much_is_seen(monkeypatch):
 
         return measure.Prepared(run, lambda _: [])
 
-    monkeypatch.setattr(train, "prepare", prepare)
-    found = alone.main("width256", train.EAGER)
+    monkeypatch.setattr(subject, "prepare", prepare)
+    found = alone.main("width256", subject.EAGER)
     if found["peak_bytes"] is None:
         pytest.skip("this system does not say how much a process held")
     assert 150e6 < found["peak_bytes"] < 500e6
@@ -210,11 +212,11 @@ def test_a_step_that_holds_much_is_seen(monkeypatch):
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="width999: torch eager alone in a process: KeyError"):
-        alone.measure("width999", train.EAGER)
+        alone.measure("width999", subject.EAGER)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [step.OURS, train.EAGER, train.COMPILED])
+@pytest.mark.parametrize("who", [step.OURS, subject.EAGER, subject.COMPILED])
 def test_each_alone_in_a_process(monkeypatch, who):
     monkeypatch.undo()
     found = alone.measure("width256", who)
