@@ -6,11 +6,12 @@ dataclasses, so an unknown name or a wrong type is reported once, in one form, b
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+from pallas_kernels.names import one_of, suggest
 
 T = TypeVar("T")
 
@@ -29,9 +30,7 @@ def check_choice(field: str, value: Any, choices: typing.Iterable[str]) -> None:
     """Raise `ConfigError` unless ``value`` is one of ``choices``; a near miss is suggested."""
     choices = tuple(choices)
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"{field}={value!r}: must be one of {', '.join(choices)}{hint}")
+        raise ConfigError(f"{field}={value!r}: must be {one_of(value, choices)}")
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
@@ -53,9 +52,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     values = {}
     for name, value in mapping.items():
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"{prefix}{name}={value!r}: no such field; {hint}")
+            raise ConfigError(f"{prefix}{name}={value!r}: no such field; {suggest(name, fields)}")
         values[name] = _convert(hints[name], value, prefix + name)
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING

@@ -1,10 +1,11 @@
 """Which implementation of an op runs, and how a call that cannot be is refused."""
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+
+from pallas_kernels.names import one_of
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 
@@ -45,9 +46,7 @@ def choose(op: str, implementation: str | None, refusals: Mapping[str, str | Non
     if implementation is None:
         return [name for name, reason in refusals.items() if reason is None]
     if implementation not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(implementation, IMPLEMENTATIONS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        allowed = f"must be None or one of {', '.join(IMPLEMENTATIONS)}{hint}"
+        allowed = f"must be None or {one_of(implementation, IMPLEMENTATIONS)}"
         raise ValueError(f"implementation={implementation!r}: {allowed}")
     reason = refusals.get(implementation)
     if reason is not None:

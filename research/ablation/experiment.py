@@ -12,8 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from layers.config import ConfigError, check_choice
+from pallas_kernels.names import suggest
 from research.ablation.claims import Claim
-from research.ablation.overrides import assign, assign_text, near
+from research.ablation.overrides import assign, assign_text
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
 _REQUIRED = ("PAPER", "CODE", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config", "run")
@@ -112,7 +113,7 @@ class Experiment:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise ConfigError(f"arm={name!r}: {near(name, [a.name for a in self.arms])}")
+        raise ConfigError(f"arm={name!r}: {suggest(name, (a.name for a in self.arms))}")
 
     def config(self, scale: str, overrides: Sequence[str] = ()) -> ConfigDict:
         """The locked configuration at ``scale`` with ``field=value`` texts applied."""
@@ -157,8 +158,7 @@ def load(name: str, package: str = "experiments") -> Experiment:
     known = discover(package)
     if name not in known:
         stems = [full for full in known if full.split("/")[-1] == name]
-        hint = f"did you mean {stems[0]!r}?" if stems else near(name, known)
-        raise ConfigError(f"experiment={name!r}: {hint}")
+        raise ConfigError(f"experiment={name!r}: {suggest(stems[0] if stems else name, known)}")
     module = importlib.import_module(f"{package}.{name.replace('/', '.')}")
     path = f"{package}/{name}.py"
     missing = [entry for entry in _REQUIRED if not hasattr(module, entry)]

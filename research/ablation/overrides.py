@@ -1,13 +1,12 @@
 """Typed assignment to a `ConfigDict`: ``a.b=z`` from a command line, or an arm's values."""
 
 import ast
-import difflib
-from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from layers.config import ConfigError
+from pallas_kernels.names import did_you_mean, suggest
 
 
 def assign(config: ConfigDict, field: str, value: Any) -> None:
@@ -55,12 +54,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def near(name: str, known: Sequence[str]) -> str:
-    """What to say after an unknown ``name``: the nearest of ``known``, or all of them."""
-    match = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known) or 'none'}"
-
-
 def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
     node: Any = config
     *parents, name = field.split(".")
@@ -68,11 +61,8 @@ def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
         if not isinstance(node, ConfigDict):
             raise ConfigError(f"{field}: {'.'.join(parents[:depth])} has no fields")
         if part not in node:
-            hint = near(part, list(node))
-            elsewhere = difflib.get_close_matches(field, list(flatten(config)), 1)
-            if hint.startswith("known") and elsewhere:
-                hint = f"did you mean {elsewhere[0]!r}?"
-            raise ConfigError(f"{field}: no such field; {hint}")
+            elsewhere = did_you_mean(part, node) or did_you_mean(field, flatten(config))
+            raise ConfigError(f"{field}: no such field; {elsewhere or suggest(part, node)}")
         if depth < len(parents):
             node = node[part]
     return node, name

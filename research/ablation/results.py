@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from research.ablation.overrides import near
+from pallas_kernels.names import suggest
 
 
 class NotRun(Exception):
@@ -58,8 +58,8 @@ class Results:
                 raise NotRun(f"arm {arm!r} seed {seed} is not finished")
             metrics = self._units[arm, seed]
             if name not in metrics:
-                hint = near(name, sorted(metrics))
-                raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {hint}")
+                known = suggest(name, sorted(metrics))
+                raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {known}")
             rows.append(np.asarray(metrics[name], np.float64))
         if len({row.shape for row in rows}) > 1:
             raise NotRun(f"arm {arm!r}: {name!r} has another length for each seed")

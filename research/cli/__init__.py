@@ -6,7 +6,6 @@ or SIGTERM: the same command goes on from there.
 """
 
 import argparse
-import difflib
 import glob
 import os
 import re
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from layers.config import ConfigError
+from pallas_kernels.names import suggest
 from research.cli import bench, models, plan
 
 # Only argparse above: `ablate --help` answers at once, what needs JAX is imported in the commands.
@@ -41,10 +41,9 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            known = list(action.choices)
-            match = difflib.get_close_matches(str(value), known, 1)
-            hint = f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
-            raise ConfigError(f"{action.metavar or action.dest}={value!r}: {hint}")
+            raise ConfigError(
+                f"{action.metavar or action.dest}={value!r}: {suggest(value, action.choices)}"
+            )
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> int:
