@@ -5,7 +5,6 @@ difference between two arms is a difference between two techniques.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
 from research.data import DataConfig, vocabulary_size
+from research.files import parse_json
 from research.parallel import MeshConfig, make_mesh
 from research.training import TrainingConfig, TrainResult, evaluate, load_model, train
 
@@ -139,8 +139,9 @@ def train_losses(unit: Unit) -> list[float]:
 
 
 def _logged(unit: Unit, name: str) -> list[float]:
-    lines = (unit.workdir / "metrics.jsonl").read_text().splitlines()
-    rows = (json.loads(line) for line in lines)
+    path = unit.workdir / "metrics.jsonl"
+    lines = enumerate(path.read_text().splitlines(), 1)
+    rows = (parse_json(line, f"{path}:{number}") for number, line in lines)
     return [row[name] for row in rows if name in row]
 
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import DecoderConfig
 from research.ablation.experiment import Experiment
-from research.ablation.files import plain, write_json, write_text
 from research.data import DataConfig
+from research.files import plain, write_json, write_text
 from research.parallel import MeshConfig
 from research.parallel import sweep as sweeps
 from research.parallel.plan import Plan, Setup, plan

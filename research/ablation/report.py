@@ -12,10 +12,10 @@ from typing import Any
 import experiments
 from research.ablation.claims import STATUSES
 from research.ablation.experiment import discover, load
-from research.ablation.files import read_json, write_text
 from research.ablation.results import comparable, metric_names
 from research.ablation.summary import effect, number
 from research.ablation.techniques import with_table
+from research.files import read_json, write_text
 
 RESULTS = Path(experiments.__file__).parent / "results"
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from layers.config import ConfigError
 from research.ablation.experiment import Experiment, Unit
-from research.ablation.files import plain, read_json, write_json
 from research.ablation.overrides import flatten
 from research.ablation.progress import Progress
 from research.ablation.results import Results
+from research.files import plain, read_json, write_json
 from research.parallel import processes
 from research.training import WriteError
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from layers.config import ConfigError
 from research.ablation.claims import interval95, judge, target
 from research.ablation.figure import draw
-from research.ablation.files import plain, read_json, write_atomically, write_json, write_text
 from research.ablation.results import Results, comparable, metric_names
 from research.ablation.runner import RESULT, Plan, results, state
+from research.files import plain, read_json, write_atomically, write_json, write_text
 
 
 def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import pallas_kernels
-from research.ablation.files import read_json, write_atomically, write_json, write_text
 from research.benchmark.plot import draw
 from research.benchmark.targets import REFERENCE, passes
+from research.files import read_json, write_atomically, write_json, write_text
 
 RESULTS = Path(pallas_kernels.__file__).parent / "results"
 

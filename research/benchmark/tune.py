@@ -10,11 +10,11 @@ from rich.table import Table
 
 from layers.config import ConfigError
 from pallas_kernels import blocks
-from research.ablation.files import write_text
 from research.benchmark import measure
 from research.benchmark.ops import IMPLEMENTATIONS, ours
 from research.benchmark.peers import of_jax
 from research.benchmark.run import Request
+from research.files import read_json, write_text
 
 Sizes = Mapping[str, int]
 
@@ -100,7 +100,7 @@ def save(found: Found) -> str:
     path = blocks.path(found.table)
     if found.best == 0:
         return f"{path} is left as it is: nothing is faster than its spread"
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = read_json(path)
     rows[found.device_kind] = found.rows[found.best]["sizes"]
     lines = (f"  {json.dumps(name)}: {json.dumps(sizes)}" for name, sizes in rows.items())
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

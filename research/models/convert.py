@@ -6,9 +6,9 @@ from pathlib import Path
 
 from layers.architecture import DTYPES
 from layers.config import check, check_choice
-from research.models.directory import check_new, new_directory
+from research.files import check_new, new_directory
 from research.models.families import FAMILIES, family_of
-from research.models.load import load, open_model, read_json
+from research.models.load import load, open_model, read_object
 from research.models.save import copy_companions, save
 from research.training import load_model, save_model
 
@@ -60,7 +60,7 @@ def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> N
     origin = source / ORIGIN
     imported = None
     if (origin / "config.json").exists():
-        imported = family_of(read_json(origin / "config.json")).model_type
+        imported = family_of(read_object(origin / "config.json")).model_type
     family = family or imported
     known = ", ".join(FAMILIES)
     check(family is not None, "family", None, f"not an imported model; name one of {known}")

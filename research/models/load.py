@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig, flat
+from research.files import read_json
 from research.models.families import Family, decoder_config, family_of
 from research.models.pth import SUFFIX, PthReader
 from research.models.table import Target, forth, targets
@@ -66,7 +66,7 @@ def open_model(source: Path) -> "tuple[dict[str, Any], Reader | PthReader]":
     if source.suffix == SUFFIX:
         reader = PthReader(source)
         return reader.describe(), reader
-    return read_json(source / "config.json"), Reader(source)
+    return read_object(source / "config.json"), Reader(source)
 
 
 class Reader:
@@ -75,7 +75,7 @@ class Reader:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            self._files = {k: directory / v for k, v in read_json(index)["weight_map"].items()}
+            self._files = {k: directory / v for k, v in read_object(index)["weight_map"].items()}
         else:
             single = directory / "model.safetensors"
             check(single.exists(), "directory", str(directory), "holds no model.safetensors")
@@ -111,14 +111,11 @@ class Reader:
             raise ConfigError(f"file={str(path)!r}: cannot be read: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in ``path``; `ConfigError` if it is missing or is not JSON."""
     check(path.parent.is_dir(), "directory", str(path.parent), "is not there")
     check(path.exists(), "directory", str(path.parent), f"holds no {path.name}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"file={str(path)!r}: not JSON: {error}") from None
+    return read_json(path)
 
 
 def _canonical(name: str, family: Family) -> str:

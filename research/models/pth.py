@@ -1,10 +1,8 @@
 """RWKV-7's own files: a dictionary of tensors that PyTorch has pickled, and nothing beside them."""
 
 import importlib.util
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.config import ConfigError, check
+from research.files import write_atomically
 
 SUFFIX = ".pth"
 ARCHITECTURE = "RWKV_x070"
@@ -104,15 +103,8 @@ def write_pth(tensors: Mapping[str, np.ndarray], path: Path) -> None:
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, fresh = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        torch.save({name: of_torch(array) for name, array in tensors.items()}, fresh)
-        os.chmod(fresh, 0o644)
-        os.replace(fresh, path)
-    finally:
-        Path(fresh).unlink(missing_ok=True)
+    held = {name: of_torch(array) for name, array in tensors.items()}
+    write_atomically(path, lambda temporary: torch.save(held, temporary))
 
 
 def _torch(path: Path) -> ModuleType:

@@ -15,10 +15,10 @@ from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import ConfigError, check, check_choice
 from layers.decoder import Decoder, DecoderConfig, flat
 from layers.rwkv import RwkvConfig
-from research.models.directory import check_new, new_directory
+from research.files import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
-from research.models.load import read_json
+from research.models.load import read_object
 from research.models.pth import SUFFIX, write_pth
 from research.models.table import Target, back, targets
 
@@ -64,7 +64,7 @@ def save(
     check_new(directory)
     chosen = FAMILIES[family]
     config, parameters = model.config, flat(model)
-    described = _describe(config, chosen, read_json(source / "config.json") if source else {})
+    described = _describe(config, chosen, read_object(source / "config.json") if source else {})
     wanted = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:
         check(family == "rwkv7", "family", family, f"only rwkv7 is kept in a {SUFFIX} file")

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from research.files import write_atomically
+
 
 class DivergenceError(RuntimeError):
     """The loss or the gradient is not finite; the message names the step and the batch."""
@@ -28,7 +30,7 @@ def check_finite(
     if workdir is not None:
         path = workdir / f"diverged-{step}.npz"
         arrays: Any = {name: np.asarray(value) for name, value in batch.items()}
-        np.savez(path, **arrays)
+        write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
         where = f", its batch is in {path.name}"
     numbers = ", ".join(f"{name}={metrics[name]}" for name in wrong)
     raise DivergenceError(f"step {step}: {numbers}{where}; the last checkpoint is from before it")

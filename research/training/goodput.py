@@ -1,11 +1,11 @@
 """Goodput: the share of a run's wall-clock time that went into steps that count."""
 
 import contextlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from research.files import read_json, write_json
 
 PARTS: tuple[str, ...] = ("step", "start", "compile", "data", "evaluate", "save", "profile", "lost")
 
@@ -38,10 +38,8 @@ class Clock:
             return
         path, before = workdir / "clock.json", sum(seconds.values())
         if not path.exists():
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text(json.dumps({"began": self._called - before}) + "\n")
-            os.replace(fresh, path)
-        elapsed = self._called - json.loads(path.read_text())["began"]
+            write_json(path, {"began": self._called - before})
+        elapsed = self._called - read_json(path)["began"]
         # hosts' clocks differ: a machine that is behind the one before has lost nothing
         self._seconds["lost"] += max(0.0, elapsed - before)
 

@@ -11,6 +11,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
 from tensorboardX.summary import scalar
 
+from research.files import parse_json, write_text
 from research.training.disk import writing
 
 _SHOWN_EVERY = 30.0  # seconds until the board shows a point
@@ -34,11 +35,8 @@ class Metrics:
         with writing(workdir):
             for name in ("metrics", "timing"):
                 path = workdir / f"{name}.jsonl"
-                kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
                 # The last line of a killed run may be half written, so the file is written anew.
-                fresh = path.with_suffix(".tmp")
-                fresh.write_text("".join(line + "\n" for line in kept))
-                fresh.replace(path)
+                write_text(path, "".join(line + "\n" for line in _until(path, step)))
                 self._files[name] = path.open("a")
             board = workdir / "tensorboard"
             board.mkdir(exist_ok=True)
@@ -75,8 +73,10 @@ class Metrics:
         self._board.write_event(event)
 
 
-def _lines(path: Path) -> list[str]:
-    """The complete lines of ``path``."""
+def _until(path: Path, step: int) -> list[str]:
+    """The complete lines of ``path`` that are of no later step."""
     if not path.exists():
         return []
-    return path.read_text().rpartition("\n")[0].splitlines()
+    lines = path.read_text().rpartition("\n")[0].splitlines()
+    rows = (parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+    return [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]

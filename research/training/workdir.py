@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from flax import nnx
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import fingerprint
+from research.files import read_json, write_text
 from research.parallel import MeshConfig, make_mesh, shardings
 from research.parallel.rules import placed
 from research.training.checkpoint import Checkpoints
@@ -31,7 +31,7 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     workdir = Path(workdir)
     path = workdir / "config.json"
     check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
-    held = json.loads(path.read_text())
+    held = read_json(path)
     given = isinstance(held, dict) and "model" in held
     check(given, "workdir", str(workdir), "its config.json is not of a run")
     config = from_mapping(DecoderConfig, held["model"], "model")
@@ -55,9 +55,7 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
 
 def save_model(model: Decoder, workdir: Path) -> None:
     """Write ``model`` to ``workdir``, which holds nothing yet, as its only checkpoint."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    described = {"model": dataclasses.asdict(model.config)}
-    (workdir / "config.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
+    _write(workdir / "config.json", {"model": dataclasses.asdict(model.config)})
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
         checkpoints.save(0, {"model": model}, {}, loss=None)
@@ -78,7 +76,7 @@ def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool
     described = json.loads(json.dumps({**described, "seed": seed}))
     path = workdir / "config.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         for field, was, now in _differences(before, described):
             if not field.startswith(_HOW):
                 raise ConfigError(
@@ -88,7 +86,6 @@ def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool
     if not lead:
         return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         _write(workdir / "environment.json", environment())
         _write(workdir / "data.json", fingerprint(configuration["data"]))
         _write(path, described)
@@ -108,9 +105,7 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
 
 
 def _write(path: Path, content: Any) -> None:
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(fresh, path)
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _model_alone(config: DecoderConfig, mesh: MeshConfig) -> dict[str, Decoder]:

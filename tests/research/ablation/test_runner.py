@@ -6,7 +6,6 @@ from rich.console import Console
 
 from layers.config import ConfigError
 from research.ablation import load, runner
-from research.ablation.files import write_atomically, write_json
 from research.ablation.progress import Progress
 
 
@@ -136,18 +135,16 @@ def test_non_finite_metrics_survive_the_file(experiment, work, monkeypatch):
     assert str(found.metric("narrow", "x")) == "[nan]"
 
 
-def test_a_write_that_breaks_leaves_the_old_file_and_no_litter(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"x": 1})
-
-    def broken(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        write_atomically(path, broken)
-    assert json.loads(path.read_text()) == {"x": 1}
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_damaged_result_is_named(experiment, work):
+    planned = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
+    execute(planned)
+    unit, result = (work / "narrow/seed0" / name for name in ("unit.json", "result.json"))
+    result.write_text(result.read_text()[:-9])
+    with pytest.raises(ConfigError, match=f"^file='{result}': not JSON: "):
+        runner.results(planned)
+    unit.write_text("{")
+    with pytest.raises(ConfigError, match=f"^file='{unit}': not JSON: "):
+        runner.plan(experiment, "cpu", work)
 
 
 def test_terminal_display_shows_the_unit():

@@ -15,8 +15,8 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.ablation import load, planning
-from research.ablation.files import plain, read_json
 from research.ablation.report import RESULTS
+from research.files import plain, read_json
 from research.parallel import MeshConfig, sweep
 from research.parallel.plan import Plan, Setup, plan
 from research.training import OptimizerConfig, TrainingConfig

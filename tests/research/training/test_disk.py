@@ -94,10 +94,11 @@ def test_records_that_cannot_be_written(tmp_path):
     records.close()
     file.write('{"step": 2, "lo')  # what fitted
     file.close()
-    (tmp_path / "metrics.tmp").symlink_to("/dev/full")  # still full
+    temporary = tmp_path / f".metrics.{os.getpid()}.jsonl"
+    temporary.symlink_to("/dev/full")  # still full
     with pytest.raises(WriteError, match="No space left on device"):
         Metrics(tmp_path, 2)
-    (tmp_path / "metrics.tmp").unlink()
+    assert not temporary.is_symlink()
     Metrics(tmp_path, 2).close()
     assert (tmp_path / "metrics.jsonl").read_text() == before
 

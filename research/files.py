@@ -1,0 +1,123 @@
+"""Files and folders that are whole or absent: written beside, synced, then renamed into place."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from layers.config import ConfigError, check
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary)``, sync, and rename onto ``path``; a crash leaves the old file.
+
+    Raises:
+      OSError: it could not be written; names ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)  # else the rename itself may be lost
+    except OSError as error:  # of a full disk the system does not say which file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as standard JSON; NaN and infinities become the texts that `float` reads."""
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file ``path`` holds.
+
+    Raises:
+      ConfigError: it is damaged; names ``path``.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"file={str(path)!r}: not JSON: {error}") from None
+
+
+def parse_json(text: str, place: Path | str) -> Any:
+    """The JSON ``text``, read from ``place``: a file, or a line of one as ``file:number``.
+
+    Raises:
+      ConfigError: it is damaged; names ``place``.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"file={str(place)!r}: not JSON: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: arrays become lists, scalars Python numbers, paths text."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and JAX
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def check_new(directory: Path) -> None:
+    """Raise `ConfigError` unless ``directory`` is absent or empty."""
+    occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    check(not occupied, "directory", str(directory), "is there and not empty")
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A folder to fill beside ``directory``, which takes its name on success and goes on failure.
+
+    Raises:
+      ConfigError: ``directory`` is there and not empty.
+      OSError: it could not be written; names the file, or ``directory``.
+    """
+    check_new(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        for path in (*fresh.rglob("*"), fresh):
+            _sync(path)
+        if directory.exists():
+            directory.rmdir()
+        os.replace(fresh, directory)
+        _sync(directory.parent)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(directory)) from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds the file or folder ``path``."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
