@@ -134,13 +134,22 @@ class Experiment:
         return changed
 
 
-def discover(package: str = "experiments") -> list[str]:
-    """Names of all experiment files below ``package``, sorted, without importing any of them."""
+def folders(package: str) -> list[Path]:
+    """Where the files of ``package`` are; its name is looked up and nothing of it is run.
+
+    Raises:
+      ConfigError: there is no such package.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"package={package!r}: no such package")
+    return [Path(location) for location in spec.submodule_search_locations]
+
+
+def discover(package: str = "experiments") -> list[str]:
+    """Names of all experiment files below ``package``, sorted, without importing any of them."""
     names = []
-    for root in map(Path, spec.submodule_search_locations):
+    for root in folders(package):
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
             if not any(part.startswith(("_", ".")) for part in parts):

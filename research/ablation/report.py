@@ -9,15 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import experiments
 from research.ablation.claims import STATUSES
-from research.ablation.experiment import discover, load
+from research.ablation.experiment import discover, folders, load
 from research.ablation.results import comparable, metric_names
 from research.ablation.summary import effect, number
 from research.ablation.techniques import with_table
 from research.files import read_json, write_text
-
-RESULTS = Path(experiments.__file__).parent / "results"
 
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#57606a;--line:#d0d7de;
@@ -50,42 +47,49 @@ pre{white-space:pre-wrap;background:var(--card);padding:.75rem;border-radius:.5r
 """
 
 
-def records(root: Path = RESULTS) -> list[dict[str, Any]]:
+def results_folder(package: str = "experiments") -> Path:
+    """The folder of the records of ``package``, where the command looks unless told otherwise."""
+    return folders(package)[0] / "results"
+
+
+def records(root: Path) -> list[dict[str, Any]]:
     """All records of runs below ``root``, by name and scale."""
     paths = [path for path in root.rglob("*.json") if "plans" not in path.relative_to(root).parts]
     found = [dict(read_json(path), path=path) for path in paths]
     return sorted(found, key=lambda record: (record["experiment"], record["scale"]))
 
 
-def build(root: Path = RESULTS) -> dict[Path, str]:
+def build(root: Path, package: str = "experiments") -> dict[Path, str]:
     """Path → text of the two boards, README.md and index.html.
 
-    Of the package's own records in a checkout, also its README.md with the table of techniques.
+    Of the own records of ``package`` in a checkout, also its README.md with the table of
+    techniques.
     """
     found = records(root)
     built = {root / "README.md": _markdown(found, root), root / "index.html": _page(found)}
-    checkout = RESULTS.parent.parent
+    own = results_folder(package)
+    checkout = own.parent.parent
     readme = checkout / "README.md"
-    if root == RESULTS and readme.exists():
-        every = [load(name) for name in discover()]
+    if root == own and readme.exists():
+        every = [load(name, package) for name in discover(package)]
         text = readme.read_text(encoding="utf-8")
         built[readme] = with_table(text, checkout, every, found)
     return built
 
 
-def write(root: Path = RESULTS) -> list[Path]:
+def write(root: Path, package: str = "experiments") -> list[Path]:
     """Write the boards; their paths."""
-    boards = build(root)
+    boards = build(root, package)
     for path, text in boards.items():
         write_text(path, text)
     return list(boards)
 
 
-def stale(root: Path = RESULTS) -> list[Path]:
+def stale(root: Path, package: str = "experiments") -> list[Path]:
     """The boards on disk that are not what the records give."""
     return [
         path
-        for path, text in build(root).items()
+        for path, text in build(root, package).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
 

@@ -190,7 +190,7 @@ def _list(options) -> int:
     from research.ablation.experiment import discover, load
 
     verdicts: dict[tuple[str, str], str] = {}
-    for record in report.records(options.results or report.RESULTS):
+    for record in report.records(options.results or report.results_folder(options.package)):
         for claim in record["claims"]:
             known = verdicts.get((record["experiment"], claim["name"]))
             text = f"{claim['status']} ({record['scale']})"
@@ -269,7 +269,8 @@ def _run(options) -> int:
                 file=sys.stderr,
             )
     if options.record and not failures:
-        paths += summary.record(planned, found, options.results or report.RESULTS)
+        root = options.results or report.results_folder(options.package)
+        paths += summary.record(planned, found, root)
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return 1 if failures else 0
 
@@ -310,13 +311,13 @@ def _keep_compiled(folder: Path) -> None:
 def _report(options) -> int:
     from research.ablation import report
 
-    root = options.results or report.RESULTS
+    root = options.results or report.results_folder(options.package)
     if options.check:
-        stale = report.stale(root)
+        stale = report.stale(root, options.package)
         for path in stale:
             print(f"ablate: {path} is stale: run `ablate report`", file=sys.stderr)
         return 1 if stale else 0
-    for path in report.write(root):
+    for path in report.write(root, options.package):
         print(path)
     return 0
 

@@ -97,7 +97,8 @@ def _plan(options) -> int:
         console.print(planning.table(found))
         console.print(planning.verdict(found), soft_wrap=True)
     if options.record:
-        paths = planning.record(experiment, options.scale, found, options.results or report.RESULTS)
+        root = options.results or report.results_folder(options.package)
+        paths = planning.record(experiment, options.scale, found, root)
         console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     fits = [one.plan.fits for one in found]
     return 0 if (any if options.sweep else all)(fits) else 1

@@ -4,6 +4,7 @@ import pytest
 
 from layers.config import ConfigError
 from research.ablation import discover, load
+from research.ablation.report import results_folder
 
 COMPLETE = '''"""Doc."""
 from research.ablation import Arm, Claim, mean
@@ -67,3 +68,11 @@ def test_unknown_scale_and_arm_suggest(make_package):
         experiment.config("smok")
     with pytest.raises(ConfigError, match="did you mean 'narrow'"):
         experiment.arm("narow")
+
+
+def test_records_are_in_the_folder_of_the_package_which_is_not_run(make_package, tmp_path):
+    name = make_package()
+    (tmp_path / name / "__init__.py").write_text("raise RuntimeError")
+    assert results_folder(name) == tmp_path / name / "results"
+    with pytest.raises(ConfigError, match="^package='nowhere': no such package"):
+        results_folder("nowhere")

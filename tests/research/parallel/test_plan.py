@@ -15,7 +15,7 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.ablation import load, planning
-from research.ablation.report import RESULTS
+from research.ablation.report import results_folder
 from research.files import plain, read_json
 from research.parallel import MeshConfig, sweep
 from research.parallel.plan import Plan, Setup, plan
@@ -277,15 +277,16 @@ def _setup(held: dict) -> Setup:
     return Setup(**{**held, **built})
 
 
-RECORDS = sorted((RESULTS / "plans").rglob("*.json"))
+RECORDS = results_folder() / "plans"
+RECORDED = sorted(RECORDS.rglob("*.json"))
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_a_recorded_plan_is_of_the_experiment_as_it_is_and_fits(path):
     """Its models, batches and strategies are those that paper scale would run now."""
     held = read_json(path)
     experiment = load(held["experiment"])
-    assert path == (RESULTS / "plans" / experiment.name).with_suffix(".json")
+    assert path == (RECORDS / experiment.name).with_suffix(".json")
     arms = planning.paper_arms(experiment)
     slice_ = planning.topology(experiment, "paper")
     wanted = planning.setups(experiment, "paper", slice_, arms=arms)
