@@ -20,7 +20,7 @@ from research.ablation import Arm, Claim, Unit, difference, mean, ratio
 from research.ablation.attention_op import AttentionOp
 from research.ablation.language_model import evaluate_unit, language_model, train_unit
 from research.ablation.measure import growth
-from research.parallel.topology import has_compiler
+from research.planning.topology import has_compiler
 
 PAPER = "Dao 2022, FlashAttention: Fast and Memory-Efficient Exact Attention, arXiv:2205.14135"
 CODE = ("layers/attention.py",)

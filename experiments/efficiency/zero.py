@@ -34,9 +34,9 @@ from research.ablation import Arm, Claim, Unit, mean
 from research.ablation.language_model import language_model, train_losses, train_unit
 from research.parallel import MeshConfig, make_mesh
 from research.parallel.devices import first_devices
-from research.parallel.model_states import model_states
-from research.parallel.topology import has_compiler, topology_mesh
 from research.parallel.zero import MIXED, bytes_per_parameter, moved_per_parameter
+from research.planning.model_states import model_states
+from research.planning.topology import has_compiler, topology_mesh
 from research.training import OptimizerConfig, TrainingConfig
 
 PAPER = (

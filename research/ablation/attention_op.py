@@ -18,7 +18,7 @@ from layers.context_parallel import sharded_attention
 from pallas_kernels.mask import Mask
 from research.ablation.measure import median_times, temporary_bytes
 from research.parallel import use_mesh
-from research.parallel.topology import compile_for_tpu, topology_mesh
+from research.planning.topology import compile_for_tpu, topology_mesh
 
 
 @dataclasses.dataclass(frozen=True)

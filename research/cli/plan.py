@@ -53,20 +53,22 @@ def add(commands) -> None:
 def _plan(options) -> int:
     from rich.console import Console
 
-    from research.ablation import planning, report
+    from research.ablation import plans
     from research.ablation.experiment import load
+    from research.ablation.report import results_folder
+    from research.planning import report
 
     experiment = load(options.name, options.package)
     asked = (options.topology, options.arms, options.mesh, options.batch, options.decode)
     if options.record and (options.overrides or options.scale != "paper" or any(asked)):
         raise ConfigError("--record: plans paper scale as declared; it takes no other choice")
-    topology = options.topology or planning.topology(experiment, options.scale)
+    topology = options.topology or plans.topology(experiment, options.scale)
     arms = [arm.name for arm in experiment.arms]
     if options.record:
-        arms = planning.paper_arms(experiment)
+        arms = plans.paper_arms(experiment)
     elif options.arms != "all":
         arms = options.arms.split(",") if options.arms else arms[:1]
-    setups = planning.setups(
+    setups = plans.setups(
         experiment,
         options.scale,
         topology,
@@ -85,20 +87,20 @@ def _plan(options) -> int:
 
     with _quiet():
         if options.sweep:
-            found = planning.sweep(setups, tell)
+            found = plans.sweep(setups, tell)
         elif options.fit:
-            found = planning.largest(setups, tell)
+            found = plans.largest(setups, tell)
         else:
-            found = planning.plans(setups)
+            found = plans.plans(setups)
     if len(found) == 1 and not options.record:
-        for line in planning.lines(found[0]):
+        for line in report.lines(found[0]):
             console.print(line, soft_wrap=True)
     else:
-        console.print(planning.table(found))
-        console.print(planning.verdict(found), soft_wrap=True)
+        console.print(report.table(found))
+        console.print(report.verdict(found), soft_wrap=True)
     if options.record:
-        root = options.results or report.results_folder(options.package)
-        paths = planning.record(experiment, options.scale, found, root)
+        root = options.results or results_folder(options.package)
+        paths = plans.record(experiment, options.scale, found, root)
         console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     fits = [one.plan.fits for one in found]
     return 0 if (any if options.sweep else all)(fits) else 1

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from research.ablation import judge, load
 from research.ablation.runner import execute, plan, results
-from research.parallel.topology import has_compiler
+from research.planning.topology import has_compiler
 
 name, folder = sys.argv[1], Path(sys.argv[2])
 experiment = load(name)

@@ -19,8 +19,8 @@ from layers.rwkv import RwkvConfig
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
 from pallas_kernels.mask import Mask
 from research.parallel import MeshConfig, use_mesh, validate
-from research.parallel.program import collectives
-from research.parallel.topology import compile_for_tpu, topology_mesh
+from research.planning.program import collectives
+from research.planning.topology import compile_for_tpu, topology_mesh
 from tests.research.parallel.test_mesh import _Shape
 from tests.research.parallel.test_training import MODEL as MODEL_SOURCE
 

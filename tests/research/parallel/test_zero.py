@@ -12,9 +12,9 @@ from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.parallel import MeshConfig, abstract_batch, use_mesh
-from research.parallel.program import collectives, count
-from research.parallel.topology import compile_for_tpu, topology_mesh
 from research.parallel.zero import MIXED, bytes_per_parameter, check_stage, moved_per_parameter
+from research.planning.program import collectives, count
+from research.planning.topology import compile_for_tpu, topology_mesh
 from research.training import OptimizerConfig, TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state

@@ -12,7 +12,7 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig
-from research.parallel.plan import Setup, check_setup, plan
+from research.planning.plan import Setup, check_setup, plan
 from research.training import OptimizerConfig, TrainingConfig, loop, train
 
 MODEL = DecoderConfig(

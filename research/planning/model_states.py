@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from layers.decoder import DecoderConfig
 from research.parallel import abstract_batch, use_mesh, validate
-from research.parallel.program import collectives
-from research.parallel.topology import compile_with_text
 from research.parallel.zero import settle
+from research.planning.program import collectives
+from research.planning.topology import compile_with_text
 from research.training import TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state

@@ -1,13 +1,20 @@
 """`ablate plan`: what it prints, keeps and refuses; libtpu's talk is not to be heard."""
 
+import dataclasses
 import json
 
 import pytest
 
-from research.ablation import discover, load, planning
+from layers.config import from_mapping
+from layers.decoder import DecoderConfig
+from research.ablation import discover, load, plans
 from research.ablation.experiment import SCALES
+from research.ablation.report import results_folder
 from research.cli import main
-from research.parallel.plan import Plan
+from research.files import plain, read_json
+from research.parallel import MeshConfig
+from research.planning.plan import Plan, Setup
+from research.training import TrainingConfig
 
 GQA = ["plan", "architecture/gqa", "--scale=smoke"]
 
@@ -41,7 +48,7 @@ def instant(monkeypatch):
             dict(compute=0.1, links=0.1 * setup.mesh.zero_stage), 1.0, 0.0,
         )  # fmt: skip
 
-    monkeypatch.setattr(planning, "plan", plan)
+    monkeypatch.setattr(plans, "plan", plan)
 
 
 def test_meshes_side_by_side_and_the_best(instant, capsys):
@@ -68,7 +75,7 @@ def test_each_arm_has_a_best_mesh(instant, capsys):
 
 
 def test_a_mesh_that_no_batch_fits_hides_no_other(instant, monkeypatch, capsys):
-    monkeypatch.setattr(planning.sweeps, "plan", planning.plan)
+    monkeypatch.setattr(plans.sweeps, "plan", plans.plan)
     argv = [*GQA, "--topology=v5e:2x2", "--fit"]
     assert main([*argv, "--mesh=fsdp:4,zero:1", "--mesh=fsdp:4"]) == 0
     printed = capsys.readouterr().out
@@ -133,20 +140,38 @@ def test_every_arm_of_every_scale_is_a_step(scale):
     for name in discover():
         experiment = load(name)
         arms = [arm.name for arm in experiment.arms]
-        found = planning.setups(experiment, scale, "v5p:2x2x1", arms=arms)
+        found = plans.setups(experiment, scale, "v5p:2x2x1", arms=arms)
         assert sorted(arm for each in found for arm in each) == sorted(arms)
-
-
-def test_bytes_are_readable():
-    plan = planning._bytes
-    assert [plan(n) for n in (0, 1023, 2048, -3 * 2**20, 95.73 * 2**30, 2**41)] == [
-        "0 B", "1,023 B", "2 KiB", "-3 MiB", "95.73 GiB", "2,048.00 GiB",
-    ]  # fmt: skip
 
 
 def test_an_experiment_without_a_model_is_refused(make_package):
     experiment = load("branch/wide", make_package())
     with pytest.raises(ValueError, match="^experiment='branch/wide': has no data to plan"):
-        planning.setups(experiment, "paper", "v5e:2x2", arms=["narrow"])
+        plans.setups(experiment, "paper", "v5e:2x2", arms=["narrow"])
     with pytest.raises(ValueError, match="^topology=None: branch/wide names none for paper"):
-        planning.topology(experiment, "paper")
+        plans.topology(experiment, "paper")
+
+
+def _setup(held: dict) -> Setup:
+    """Of a record, which lacks fields that were added after it was made."""
+    parts = dict(model=DecoderConfig, mesh=MeshConfig, training=TrainingConfig)
+    built = {name: from_mapping(kind, held[name], name) for name, kind in parts.items()}
+    return Setup(**{**held, **built})
+
+
+RECORDS = results_folder() / "plans"
+RECORDED = sorted(RECORDS.rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_plan_is_of_the_experiment_as_it_is_and_fits(path):
+    """Its models, batches and strategies are those that paper scale would run now."""
+    held = read_json(path)
+    experiment = load(held["experiment"])
+    assert path == (RECORDS / experiment.name).with_suffix(".json")
+    arms = plans.paper_arms(experiment)
+    slice_ = plans.topology(experiment, "paper")
+    wanted = plans.setups(experiment, "paper", slice_, arms=arms)
+    setups = {tuple(one["arms"]): _setup(one["setup"]) for one in held["plans"]}
+    assert setups == {names: _setup(plain(dataclasses.asdict(s))) for names, (s,) in wanted.items()}
+    assert all(one["fits"] for one in held["plans"])

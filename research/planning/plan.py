@@ -40,10 +40,10 @@ from research.parallel import (
     use_mesh,
     validate,
 )
-from research.parallel.program import KINDS, Collective, collectives
 from research.parallel.rules import placed
-from research.parallel.topology import compile_with_text, topology_mesh
 from research.parallel.zero import check_stage
+from research.planning.program import KINDS, Collective, collectives
+from research.planning.topology import compile_with_text, topology_mesh
 from research.training import TrainingConfig
 from research.training.flops import (
     forward_flops_per_token,

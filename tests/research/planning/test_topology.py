@@ -12,7 +12,7 @@ from layers.config import ConfigError
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.parallel import MeshConfig, use_mesh
-from research.parallel.topology import compile_for_tpu, compile_with_text, topology_mesh
+from research.planning.topology import compile_for_tpu, compile_with_text, topology_mesh
 from research.training import TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from layers.config import ConfigError
 from layers.decoder import DecoderConfig
 from research.parallel import MeshConfig, batch_ways
-from research.parallel.plan import Plan, Setup, check_setup, plan
-from research.parallel.topology import topology_mesh
+from research.planning.plan import Plan, Setup, check_setup, plan
+from research.planning.topology import topology_mesh
 
 
 class TooLarge(ConfigError):

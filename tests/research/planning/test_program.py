@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.parallel.program import Collective, collectives, count
+from research.planning.program import Collective, collectives, count
 
 # What XLA writes for TPUs: an asynchronous gather in three parts, inside a loop of 5 rounds; an
 # all-reduce that is a reduce-scatter; groups in three notations.

@@ -9,7 +9,7 @@ from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig, make_mesh
 from research.parallel.devices import first_devices
-from research.parallel.model_states import model_states
+from research.planning.model_states import model_states
 from research.parallel.zero import MIXED, bytes_per_parameter
 from research.training import OptimizerConfig, TrainingConfig, train
 

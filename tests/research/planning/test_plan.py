@@ -10,15 +10,13 @@ from flax import nnx
 
 from layers.architecture import REMAT
 from layers.attention import AttentionConfig
-from layers.config import ConfigError, from_mapping
+from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
-from research.ablation import load, planning
-from research.ablation.report import results_folder
-from research.files import plain, read_json
-from research.parallel import MeshConfig, sweep
-from research.parallel.plan import Plan, Setup, plan
+from research.parallel import MeshConfig
+from research.planning import report, sweep
+from research.planning.plan import Plan, Setup, plan
 from research.training import OptimizerConfig, TrainingConfig
 from research.training.flops import (
     forward_flops_per_token,
@@ -75,7 +73,7 @@ def test_what_does_not_fit_says_by_how_much():
     # a quarter of 3 · 8 · 2²² · 2 · 128 keys and as many values alone is more than the chip has
     assert found.bytes["cache"] > 2 * 3 * 2 * 2**22 * 2 * 128 * 2 > found.bytes["memory"]
     assert found.spare <= found.bytes["memory"] - found.bytes["cache"] < 0
-    said = "\n".join(planning.lines(planning.Planned(("arm",), found)))
+    said = "\n".join(report.lines(report.Planned(("arm",), found)))
     assert "does not fit 15.75 GiB" in said and "the compiler gave up" in said
 
 
@@ -121,7 +119,7 @@ RECURRENT = DecoderConfig(
     ],
 )
 def test_what_cannot_be_planned_is_one_line_before_any_compile(options, message, monkeypatch):
-    monkeypatch.setattr("research.parallel.plan.compile_with_text", pytest.fail)
+    monkeypatch.setattr("research.planning.plan.compile_with_text", pytest.fail)
     with pytest.raises(ConfigError, match=f"^{message}") as caught:
         plan(dataclasses.replace(SETUP, **options))
     assert "\n" not in str(caught.value)
@@ -268,28 +266,3 @@ def test_a_sweep_compares_what_divides_the_model_and_names_the_best(monkeypatch)
     assert sweep.best([*plans, larger]) is larger
     decoding = sweep.candidates(dataclasses.replace(SETUP, training=None))
     assert decoding and all(mesh.zero is None for mesh in decoding)
-
-
-def _setup(held: dict) -> Setup:
-    """Of a record, which lacks fields that were added after it was made."""
-    parts = dict(model=DecoderConfig, mesh=MeshConfig, training=TrainingConfig)
-    built = {name: from_mapping(kind, held[name], name) for name, kind in parts.items()}
-    return Setup(**{**held, **built})
-
-
-RECORDS = results_folder() / "plans"
-RECORDED = sorted(RECORDS.rglob("*.json"))
-
-
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-def test_a_recorded_plan_is_of_the_experiment_as_it_is_and_fits(path):
-    """Its models, batches and strategies are those that paper scale would run now."""
-    held = read_json(path)
-    experiment = load(held["experiment"])
-    assert path == (RECORDS / experiment.name).with_suffix(".json")
-    arms = planning.paper_arms(experiment)
-    slice_ = planning.topology(experiment, "paper")
-    wanted = planning.setups(experiment, "paper", slice_, arms=arms)
-    setups = {tuple(one["arms"]): _setup(one["setup"]) for one in held["plans"]}
-    assert setups == {names: _setup(plain(dataclasses.asdict(s))) for names, (s,) in wanted.items()}
-    assert all(one["fits"] for one in held["plans"])

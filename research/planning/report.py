@@ -1,0 +1,148 @@
+"""A plan in words: lines, a table, a verdict, and all of it in JSON's types."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from research.files import plain
+from research.planning import sweep
+from research.planning.plan import Plan, Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan, the arms that it is of, and the plan of the next larger batch if one was sought."""
+
+    arms: tuple[str, ...]
+    plan: Plan
+    next: Plan | None = None
+
+
+def lines(one: Planned) -> list[str]:
+    """What there is to say of one plan."""
+    p = one.plan
+    machine = f"{p.setup.topology} ({p.devices} × {p.device})"
+    head = (
+        f"{', '.join(one.arms)} on {machine}, mesh {spell_mesh(p)}",
+        f"{p.parameters:,} parameters, {_work(p.setup)}",
+    )
+    share = {name: p.bytes[name] for name in p.bytes if name not in ("total", "memory")}
+    said = [*head, "", "bytes a device"]
+    said += [f"  {name:<14}{_bytes(size):>12}" for name, size in share.items()]
+    if p.host:
+        said += [f"  {'(on the host)':<14}{_bytes(p.host):>12}"]
+    said += [f"  {'total':<14}{_bytes(p.bytes['total']):>12}  {spell_fit(p)}", ""]
+    if p.collectives is None:
+        said += ["collectives: not known, the compiler gave up"]
+    else:
+        said += ["collectives a step"]
+        said += [
+            f"  {kind:<20}{row['count']:>8,.0f} times{_bytes(row['moved']):>14} sent a device"
+            for kind, row in p.collectives.items()
+        ] or ["  none"]
+    flops = p.flops
+    said += [
+        "",
+        f"FLOPs a step: {flops['model']:.4g} of the model, {flops['executed']:.4g} executed",
+        f"arithmetic intensity: {p.intensity:,.0f} FLOPs a byte of memory",
+        "a step takes at least "
+        + ", ".join(f"{seconds * 1e3:,.1f} ms for {name}" for name, seconds in p.floor.items())
+        + f": {p.bound}-bound, {_rate(p):,.0f} tokens/s at most",
+        f"compiled in {p.compile_seconds:.0f} s",
+    ]
+    if one.next is not None:
+        more = one.next
+        said.append(f"batch {more.setup.batch_size} {spell_fit(more)}")
+    return said
+
+
+def table(found: Sequence[Planned]) -> Table:
+    """One row a plan."""
+    shown = Table(title=f"{found[0].plan.setup.topology}, a device's bytes and times at best")
+    names = [name for name in found[0].plan.bytes if name not in ("total", "memory", "batch")]
+    arms = len({one.arms for one in found}) > 1
+    head = (["arms"] if arms else []) + ["mesh", "batch", *names, "total", "spare", "sent"]
+    for name in [*head, "floor", "bound by", "tokens/s"]:
+        shown.add_column(name, justify="left" if name in ("arms", "mesh") else "right")
+    for one in found:
+        p = one.plan
+        row = [", ".join(one.arms)] if arms else []
+        row += [spell_mesh(p), str(p.setup.batch_size), *(_bytes(p.bytes[name]) for name in names)]
+        row += [_bytes(p.bytes["total"]), _bytes(p.spare), _sent(p)]
+        row += [f"{p.seconds * 1e3:,.0f} ms", p.bound, f"{_rate(p):,.0f}"]
+        shown.add_row(*row)
+    return shown
+
+
+def verdict(found: Sequence[Planned]) -> str:
+    """Which one is best, or that none fits."""
+    plans = [one.plan for one in found]
+    arms = list(dict.fromkeys(one.arms for one in found))
+    if len(arms) == len(found) > 1:
+        lost = [", ".join(one.arms) for one in found if not one.plan.fits]
+        return f"do not fit: {'; '.join(lost)}" if lost else "all fit"
+    if len(arms) > 1:
+        each = [[one for one in found if one.arms == of] for of in arms]
+        return "\n".join(f"{', '.join(own[0].arms)}: {verdict(own)}" for own in each)
+    chosen = sweep.best(plans)
+    if chosen is None:
+        return "none fits"
+    return (
+        f"best: {spell_mesh(chosen)}: {chosen.seconds * 1e3:,.0f} ms a step at least, "
+        f"{_bytes(chosen.spare)} to spare"
+    )
+
+
+def describe(p: Plan) -> dict[str, Any]:
+    """``p`` with what follows from it, in JSON's types."""
+    more = dict(fits=p.fits, spare=p.spare, seconds=p.seconds, bound=p.bound)
+    return plain({**dataclasses.asdict(p), **more})
+
+
+def spell_mesh(p: Plan) -> str:
+    """Axes and strategies as ``--mesh`` takes them."""
+    stage = p.setup.mesh.zero
+    axes = [f"{name}:{size}" for name, size in p.mesh.items()]
+    strategies = [f"zero:{stage}"] if stage else []
+    strategies += ["offload:true"] if p.setup.mesh.offload else []
+    return ",".join(axes + strategies) or "one device"
+
+
+def _work(setup: Setup) -> str:
+    rows, length = setup.batch_size, setup.sequence_length
+    if setup.training is None:
+        return f"decoding {rows:,} rows after {length:,} tokens"
+    parts = setup.training.gradient_accumulation
+    split = f" in {parts} micro-batches" if parts > 1 else ""
+    return f"training on {rows:,} × {length:,} tokens a step{split}, remat {setup.model.remat}"
+
+
+def _rate(p: Plan) -> float:
+    """Tokens a second at the floor."""
+    each = p.setup.sequence_length if p.setup.training else 1
+    return p.setup.batch_size * each / p.seconds
+
+
+def _sent(p: Plan) -> str:
+    if p.collectives is None:
+        return ""
+    return _bytes(sum(row["moved"] for row in p.collectives.values()))
+
+
+def spell_fit(p: Plan) -> str:
+    """Whether it fits, and by how much."""
+    memory = _bytes(p.bytes["memory"])
+    if p.fits:
+        return f"fits {memory} with {_bytes(p.spare)} to spare"
+    return f"does not fit {memory}: {_bytes(-p.spare)} too many"
+
+
+def _bytes(size: float) -> str:
+    sign, size = ("-" if size < 0 else ""), abs(size)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{sign}{size:,.4g} {unit}"
+        size /= 1024
+    return f"{sign}{size:,.2f} GiB"
