@@ -187,7 +187,8 @@ def _trips(line: str, condition: list[tuple[str, str]]) -> int | None:
         if (match := re.search(r"\bconstant\((\d+)\)", text))
     }
     for _, text in condition:
-        match = re.search(r"compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", text)
+        # an operand that is an element of a tuple ends in #, and which one
+        match = re.search(r"compare\(%?[\w.\-]+(?:#\d+)?, %?([\w.\-]+)\), direction=LT", text)
         if match and match.group(1) in constants:
             return constants[match.group(1)]
     return None

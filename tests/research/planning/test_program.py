@@ -81,6 +81,12 @@ def test_a_loop_of_unknown_length_is_an_error_and_not_a_guess():
     assert count(collectives(known, 8))["all-gather"] == 7
 
 
+def test_a_counter_that_is_an_element_of_a_tuple():
+    """As jax 0.12 writes it."""
+    text = HLO.replace("compare(%i, %constant.5)", "compare(%wide.param.103#0, %constant.5)")
+    assert text != HLO and collectives(text, 8) == collectives(HLO, 8)
+
+
 def test_asynchronous_pairs_of_other_backends():
     text = """
 ENTRY %main (x: f32[8]) -> f32[8] {
