@@ -8,7 +8,7 @@ from typing import Any
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import DecoderConfig
 from research.ablation.experiment import Experiment
-from research.data import DataConfig
+from research.data import DataConfig, vocabulary_size
 from research.files import plain, write_json, write_text
 from research.parallel import MeshConfig
 from research.planning import sweep as sweeps
@@ -56,7 +56,7 @@ def setups(
       decode: rows and cached tokens of a decoding step, in place of a training step.
     """
     config: Any = experiment.config(scale, overrides)
-    found: dict[tuple[Setup, ...], list[str]] = {}
+    found: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
         for part in ("model", "data", "training", "mesh"):
@@ -72,6 +72,7 @@ def setups(
             steps=config.training.steps,
             optimizer=dataclasses.replace(training.optimizer, warmup_steps=warmup),
         )
+        vocabulary = 0 if decode else vocabulary_size(data)
         rows, length = decode or (data.batch_size, data.sequence_length)
         rows = rows if batch is None else batch
         check(rows > 0, "batch", rows, "must be > 0")
@@ -83,11 +84,12 @@ def setups(
                 rows,
                 length,
                 None if decode else training,
+                vocabulary,
             )
             for mesh in (meshes or [arm.mesh])
         )
-        found.setdefault(each, []).append(name)
-    return {tuple(names): list(each) for each, names in found.items()}
+        found.setdefault((each, vocabulary), []).append(name)
+    return {tuple(names): list(each) for (each, _), names in found.items()}
 
 
 def plans(wanted: Mapping[tuple[str, ...], Sequence[Setup]]) -> list[Planned]:

@@ -34,17 +34,16 @@ from layers.pipeline import idle
 from research.parallel import (
     MeshConfig,
     abstract_batch,
-    batch_ways,
     chips,
     shardings,
     use_mesh,
     validate,
 )
 from research.parallel.rules import placed
-from research.parallel.zero import check_stage
 from research.planning.program import KINDS, Collective, collectives
 from research.planning.topology import compile_with_text, topology_mesh
 from research.training import TrainingConfig
+from research.training.check import check_run
 from research.training.flops import (
     forward_flops_per_token,
     recomputed_flops_per_token,
@@ -63,7 +62,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Setup:
     """What is planned: ``model`` on the ``mesh`` of ``topology``, by batches of this size.
 
-    ``training`` None: decoding, one token after ``sequence_length`` cached ones.
+    ``training`` None: decoding, one token after ``sequence_length`` cached ones. ``vocabulary``: of
+    the data, 0 if unknown; the program is the same for any, so that it does not distinguish setups.
     """
 
     model: DecoderConfig
@@ -72,6 +72,7 @@ class Setup:
     batch_size: int
     sequence_length: int
     training: TrainingConfig | None = None
+    vocabulary: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +169,20 @@ def plan(setup: Setup) -> Plan:
 def check_setup(setup: Setup) -> None:
     """Raise `ConfigError` for a ``setup`` that cannot be on its slice, before anything compiles."""
     mesh = topology_mesh(setup.topology, setup.mesh)
-    model, training, size, zero = setup.model, setup.training, setup.batch_size, setup.mesh.zero
+    model, training, size = setup.model, setup.training, setup.batch_size
     if training is not None:
-        validate(model, mesh, batch_size=size, sequence_length=setup.sequence_length)
-        check_stage(zero, model, dict(mesh.shape))
-        parts, each = training.gradient_accumulation, size // batch_ways(mesh)
-        divides = f"must divide the {each} rows of a device"
-        check(each % parts == 0, "training.gradient_accumulation", parts, divides)
-        _training(setup, mesh)  # refuses an optimiser whose moments do not divide
+        check_run(
+            model,
+            training,
+            setup.mesh,
+            mesh,
+            batch_size=size,
+            sequence_length=setup.sequence_length,
+            vocabulary=setup.vocabulary,
+        )
         return
+    zero, offload = setup.mesh.zero, setup.mesh.offload
     check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
-    offload = setup.mesh.offload
     check(not offload, "mesh.offload", offload, "changes nothing: decoding has no moments")
     known = set(model.pattern) <= {"attention", "sliding"}
     check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")

@@ -15,20 +15,17 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from layers.config import check
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, make_dataset, vocabulary_size
 from research.parallel import (
     MeshConfig,
-    batch_ways,
     make_mesh,
     shard_batch,
     time_order,
     use_mesh,
-    validate,
 )
 from research.parallel.processes import fate_shared
-from research.parallel.zero import check_stage
+from research.training.check import check_run
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.divergence import DivergenceError, check_finite
@@ -37,7 +34,6 @@ from research.training.feed import Feed
 from research.training.flops import peak_flops, train_flops_per_token
 from research.training.goodput import Clock
 from research.training.metrics import Metrics
-from research.training.offload import check_host
 from research.training.optimizers import make_optimizer
 from research.training.profile import Trace
 from research.training.progress import bar
@@ -105,10 +101,15 @@ def train(
     """
     clock = Clock()
     the_mesh = make_mesh(mesh, devices)
-    validate(model, the_mesh, batch_size=data.batch_size, sequence_length=data.sequence_length)
-    check_stage(mesh.zero, model, dict(the_mesh.shape))
-    check_host(model, mesh, the_mesh)
-    _check_parts(model, data, training, the_mesh)
+    check_run(
+        model,
+        training,
+        mesh,
+        the_mesh,
+        batch_size=data.batch_size,
+        sequence_length=data.sequence_length,
+        vocabulary=vocabulary_size(data),
+    )
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
     trace = Trace(profile, training.steps, workdir, clock)
@@ -303,46 +304,6 @@ class _Run:
 def _runs(pending: tuple | None) -> bool:
     """Whether the device is still at the step before."""
     return pending is not None and not all(value.is_ready() for value in pending[1].values())
-
-
-def _check_parts(model, data, training, mesh) -> None:
-    vocabulary = vocabulary_size(data)
-    check(
-        vocabulary <= model.vocab_size,
-        "model.vocab_size",
-        model.vocab_size,
-        f"must be at least the data's {vocabulary}",
-    )
-    limit = model.max_length if model.position == "learned" else None
-    check(
-        limit is None or data.sequence_length <= limit,
-        "data.sequence_length",
-        data.sequence_length,
-        f"must be at most model.max_length={limit}",
-    )
-    check(
-        not training.optimizer.master or model.param_dtype != "float32",
-        "training.optimizer.master",
-        True,
-        "changes nothing: model.param_dtype is float32",
-    )
-    ways = batch_ways(mesh)
-    # a process brings its own rows, whole: the other axes cannot reach across processes
-    processes = jax.process_count()
-    check(
-        ways % processes == 0,
-        "mesh.stage×data×fsdp×expert",
-        ways,
-        f"must be a multiple of the {processes} processes",
-    )
-    parts = training.gradient_accumulation
-    rows = ways * parts
-    check(
-        data.batch_size % rows == 0,
-        "training.gradient_accumulation",
-        parts,
-        f"× stage × data × fsdp × expert = {rows} must divide data.batch_size={data.batch_size}",
-    )
 
 
 @contextlib.contextmanager

@@ -124,6 +124,10 @@ def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
             ["--topology=v5e:2x2", "--decode=8x8", "--mesh=fsdp:4,zero:1"],
             "mesh.zero=1: changes nothing: decoding has no gradients",
         ),
+        (
+            ["--topology=v5e:2x2", "--config.model.vocab_size=9"],
+            "model.vocab_size=9: must be at least the data's 258",
+        ),
         (["--fit", "--sweep"], "not allowed with argument"),
         (["--topology=v5e:2x2", "--config.model.widht=3"], "did you mean 'width'?"),
     ],

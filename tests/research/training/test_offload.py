@@ -13,7 +13,7 @@ from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig
 from research.planning.plan import Setup, check_setup, plan
-from research.training import OptimizerConfig, TrainingConfig, loop, train
+from research.training import OptimizerConfig, TrainingConfig, check, train
 
 MODEL = DecoderConfig(
     vocab_size=16,
@@ -37,7 +37,7 @@ def quiet(step, steps, metrics):
 @pytest.fixture
 def run(monkeypatch):
     # a CPU has a memory of that name as well, which is how the numbers can be seen here
-    monkeypatch.setattr(loop, "check_host", lambda *given: None)
+    monkeypatch.setattr(check, "check_host", lambda *given: None)
 
     def run(steps, offload, workdir=None, **options):
         training = TrainingConfig(steps, OptimizerConfig(**options), eval_batches=0)
@@ -63,11 +63,11 @@ def test_the_numbers_are_those_of_moments_on_the_device(run, options):
 SHARDED = """
 import jax, numpy as np
 from research.parallel import MeshConfig
-from research.training import OptimizerConfig, TrainingConfig, loop, train
+from research.training import OptimizerConfig, TrainingConfig, check, loop, train
 from research.training.state import TrainState
 from tests.research.training.test_offload import DATA, MODEL, quiet
 
-loop.check_host = lambda *given: None
+check.check_host = lambda *given: None
 kinds = []
 go = loop._Run.go
 
