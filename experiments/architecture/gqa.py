@@ -61,7 +61,7 @@ def _uptrained(conversion):
     }
     if conversion != "multi_head":
         overrides["model.attention.num_kv_heads"] = _grouped
-    return Arm(f"uptrained_{conversion}", overrides, after="mha")
+    return Arm(f"uptrained_{conversion}", overrides, after=("mha",))
 
 
 ARMS = (
@@ -147,7 +147,7 @@ def run(unit: Unit):
     metrics = evaluate_unit(unit, model)
     cost = dict(batch=config.decode_batch, length=config.decode_length)
     metrics["cache_bytes"] = state_bytes(model, **cost)
-    if unit.after is None:
+    if not unit.after:
         heads = dataclasses.replace(
             model.config.part("attention"), num_kv_heads=attention.num_heads
         )

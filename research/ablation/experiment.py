@@ -5,19 +5,20 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from layers.config import ConfigError, check_choice
+from layers.config import ConfigError, check, check_choice
 from pallas_kernels.names import suggest
 from research.ablation.claims import Claim
 from research.ablation.overrides import assign, assign_text
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
-_REQUIRED = ("PAPER", "CODE", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config", "run")
+_REQUIRED = ("PAPER", "CODE", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -29,16 +30,22 @@ class Arm:
       name: also the name of its folder.
       overrides: dotted field → value, or a function of the experiment's configuration (without any
         arm's overrides) that gives the value.
-      after: an arm declared earlier; this one starts from its finished unit of the same seed.
+      after: arms declared earlier; this one starts from their finished units of the same seed.
+      run: in place of the experiment's ``run``.
     """
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    after: str | None = None
+    after: tuple[str, ...] = ()
+    run: "Callable[[Unit], Mapping[str, Any]] | None" = None
 
     def __post_init__(self):
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"arm={self.name!r}: must be letters, digits, '_', '-' and '.'")
+        names = isinstance(self.after, tuple) and all(isinstance(a, str) for a in self.after)
+        check(names, f"arm {self.name!r}: after", self.after, 'must be a tuple of names: ("mha",)')
+        function = self.run is None or callable(self.run)
+        check(function, f"arm {self.name!r}: run", self.run, "must be a function of a unit")
 
 
 def silent(step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -53,7 +60,8 @@ class Unit:
       config: the configuration with the arm's overrides applied, locked.
       arm, seed: which.
       workdir: its own folder; the same one again after an interruption.
-      after: the folder of the finished unit that this one starts from, or None.
+      after: arm → the folder of its finished unit of the same seed, of the arms that this one
+        starts from.
       progress: ``progress(step, total, metrics)``; call it as often as is convenient. Shown of the
         metrics: ``loss`` and ``tokens_per_second``, where given.
       profile: steps to trace, ``(first, end)`` as `research.training.train` takes them, or None.
@@ -63,7 +71,7 @@ class Unit:
     arm: str
     seed: int
     workdir: Path
-    after: Path | None = None
+    after: Mapping[str, Path] = field(default_factory=dict)
     progress: Callable[[int, int, Mapping[str, float]], None] = silent
     profile: tuple[int, int] | None = None
 
@@ -105,8 +113,9 @@ class Experiment:
         """The first line of the file's docstring."""
         return (self.module.__doc__ or "").strip().splitlines()[0]
 
-    def run(self, unit: Unit) -> dict[str, Any]:
-        return self.module.run(unit)
+    def run(self, unit: Unit) -> Mapping[str, Any]:
+        """The metrics of ``unit``, by its arm's own ``run`` or the file's."""
+        return (self.arm(unit.arm).run or self.module.run)(unit)
 
     def arm(self, name: str) -> Arm:
         """The arm called ``name``; `ConfigError` suggests a near one."""
@@ -187,8 +196,7 @@ def _validate(path: str, module: ModuleType) -> None:
     for entry in ("PAPER", "MATCHED"):
         require(isinstance(getattr(module, entry), str), f"{entry} must be text")
         require(getattr(module, entry).strip(), f"{entry} is empty")
-    for entry in ("get_config", "run"):
-        require(callable(getattr(module, entry)), f"{entry} must be a function")
+    require(callable(module.get_config), "get_config must be a function")
     for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim), ("CODE", str)):
         values = getattr(module, entry)
         require(isinstance(values, (tuple, list)), f"{entry} must be a tuple of {kind.__name__}")
@@ -198,8 +206,24 @@ def _validate(path: str, module: ModuleType) -> None:
         labels = [getattr(value, "name", value) for value in values]
         require(len(set(labels)) == len(labels), f"{entry} has a name twice: {labels}")
     require(min(module.SEEDS) >= 0, f"SEEDS={module.SEEDS}: must be ≥ 0")
-    earlier: set[str] = set()
-    for arm in module.ARMS:
-        known = arm.after is None or arm.after in earlier
-        require(known, f"arm {arm.name!r}: after={arm.after!r} must be an arm declared before it")
-        earlier.add(arm.name)
+    if any(arm.run is None for arm in module.ARMS):
+        require(hasattr(module, "run"), "missing run")
+        require(callable(module.run), "run must be a function")
+    _validate_sources(module.ARMS, require)
+
+
+def _validate_sources(arms: Sequence[Arm], require: Callable[[Any, str], None]) -> None:
+    """What arms start from: arms of the experiment, declared before them."""
+    names = [arm.name for arm in arms]
+    for arm in arms:
+        for source in arm.after:
+            known = f"no such arm; {suggest(source, names)}"
+            require(source in names, f"arm {arm.name!r}: after={source!r}: {known}")
+    try:
+        TopologicalSorter({arm.name: arm.after for arm in arms}).prepare()
+    except CycleError as error:
+        require(False, f"ARMS start from one another: {' → '.join(error.args[1])}")
+    for number, arm in enumerate(arms):
+        for source in arm.after:
+            order = "must be an arm declared before it"
+            require(source in names[:number], f"arm {arm.name!r}: after={source!r}: {order}")

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from layers.attention import AttentionConfig
-from layers.config import check_choice, from_mapping
+from layers.config import check, check_choice, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
@@ -96,10 +96,25 @@ def train_unit(
     )
 
 
-def load_source(unit: Unit) -> Decoder:
-    """The final model of the unit that this one starts from (`Arm.after`)."""
-    assert unit.after is not None, f"arm {unit.arm!r} starts from no other"
-    return load_model(unit.after, _mesh(unit))
+def load_source(unit: Unit, arm: str | None = None) -> Decoder:
+    """The final model of ``arm``, which this unit starts from (`Arm.after`).
+
+    ``arm`` None: the only one that it starts from.
+
+    Raises:
+      ConfigError: the unit starts from no arm of that name, or from none or several.
+    """
+    if arm is None:
+        known = ", ".join(unit.after) or "none"
+        check(
+            len(unit.after) == 1,
+            "arm",
+            arm,
+            f"must be one of those {unit.arm} starts from: {known}",
+        )
+        (arm,) = unit.after
+    check_choice("arm", arm, unit.after)
+    return load_model(unit.after[arm], _mesh(unit))
 
 
 def evaluate_unit(

@@ -81,10 +81,8 @@ def plan(
     if not wanted or not seeds or min(seeds) < 0:
         raise ConfigError(f"arms={sorted(wanted)}, seeds={list(seeds)}: at least one, seeds ≥ 0")
     chosen = tuple(name for name in names if name in wanted)
-    needed = set(chosen)
-    for arm in reversed(experiment.arms):  # sources are declared before what starts from them
-        if arm.name in needed and arm.after:
-            needed.add(arm.after)
+    reached = _reached(experiment)
+    needed = {name for arm in chosen for name in reached[arm]}
     selected = [arm for arm in experiment.arms if arm.name in needed]
     config = experiment.config(scale, overrides)
     warnings = []
@@ -100,7 +98,7 @@ def plan(
             arm=arm.name,
             seed=seed,
             workdir=_folder(workdir, arm.name, seed),
-            after=_folder(workdir, arm.after, seed) if arm.after else None,
+            after={source: _folder(workdir, source, seed) for source in arm.after},
             profile=profile,
         )
         for seed in seeds
@@ -123,21 +121,27 @@ def plan(
 def apart(planned: Plan) -> list[str]:
     """Options of ``ablate run`` for each part of ``planned`` that needs no other one.
 
-    A unit is a part, with those that start from it: machines that share the workdir can each take
-    some. The order is the same whatever is finished, so that a number can name a part.
+    Units that start from one another, or from the same one, are a part: machines that share the
+    workdir can each take some. The order is the same whatever is finished, so that a number can
+    name a part.
     """
-    arms = {arm.name: arm for arm in planned.experiment.arms}
-    groups: dict[str, list[str]] = {}
+    reached = _reached(planned.experiment)
+    parts: list[list[str]] = []
     for name in planned.chosen:
-        root = name
-        while (source := arms[root].after) is not None:
-            root = source
-        groups.setdefault(root, []).append(name)
-    return [
-        f"--arms={','.join(names)} --seeds={seed}"
-        for seed in planned.seeds
-        for names in groups.values()
-    ]
+        joined = [p for p in parts if any(reached[name] & reached[other] for other in p)]
+        parts = [p for p in parts if p not in joined]
+        parts.append([*(other for p in joined for other in p), name])
+    order = planned.chosen.index
+    parts = sorted((sorted(part, key=order) for part in parts), key=lambda part: order(part[0]))
+    return [f"--arms={','.join(part)} --seeds={seed}" for seed in planned.seeds for part in parts]
+
+
+def _reached(experiment: Experiment) -> dict[str, set[str]]:
+    """Arm → itself and all that it starts from, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for arm in experiment.arms:  # sources are declared before what starts from them
+        reached[arm.name] = {arm.name}.union(*(reached[source] for source in arm.after))
+    return reached
 
 
 def state(unit: Unit) -> str:
@@ -173,7 +177,7 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
                 continue
             started = time.monotonic()
             progress.start(unit.arm, unit.seed, resumed=state(unit) == "interrupted")
-            missing = unit.after is not None and (unit.after.parent.name, unit.seed) in failures
+            missing = [source for source in unit.after if (source, unit.seed) in failures]
             message = _run_unit(planned.experiment, replace(unit, progress=progress.step), missing)
             if message:
                 failures[unit.arm, unit.seed] = message
@@ -191,10 +195,10 @@ def results(planned: Plan) -> Results:
     return Results(found, planned.seeds)
 
 
-def _run_unit(experiment: Experiment, unit: Unit, missing: bool) -> str:
+def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str:
     """Run one unit to its ``result.json``; the message of its failure, or the empty text.
 
-    ``missing``: what it starts from did not finish.
+    ``missing``: the arms that it starts from and that did not finish.
     """
     lead = processes.is_lead()
     fresh = state(unit) == "new"
@@ -207,8 +211,9 @@ def _run_unit(experiment: Experiment, unit: Unit, missing: bool) -> str:
     metrics: Mapping[str, Any] = {}
     message = trace = ""
     try:
-        if unit.after is not None and missing:
-            raise RuntimeError(f"arm {unit.after.parent.name!r} of the same seed did not finish")
+        if missing:
+            arms = f"arm{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+            raise RuntimeError(f"{arms} of the same seed did not finish")
         with processes.fate_shared():
             metrics = _checked(experiment.run(unit))
     except WriteError:

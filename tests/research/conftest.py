@@ -26,7 +26,7 @@ def get_config(scale):
 ARMS = (
     Arm("narrow"),
     Arm("wide", {"model.width": lambda config: 2 * config.model.width}),
-    Arm("tuned", {"steps": 5}, after="wide"),
+    Arm("tuned", {"steps": 5}, after=("wide",)),
 )
 CLAIMS = (
     Claim("better", "Wide has a lower loss", "Table 1: 2 | 1", difference("loss", "wide", "narrow"),
@@ -53,7 +53,9 @@ def run(unit):
             os.kill(os.getpid(), 15)
         if trap == f"{unit.arm}/{unit.seed}/{step}/fail":
             raise RuntimeError("lost\\nmore")
-    source = json.loads((unit.after / "result.json").read_text())["metrics"] if unit.after else {}
+    source = {}
+    if unit.after:
+        source = json.loads((unit.after["wide"] / "result.json").read_text())["metrics"]
     noise = np.random.default_rng(unit.seed).normal() * config.noise
     loss = 10 / config.model.width + noise * (1 + len(source)) - 0.1 * len(source)
     return {"loss": loss, "bytes": 8 * config.model.width, "curve": [1.0, loss]}

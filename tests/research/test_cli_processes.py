@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from research.ablation import Arm, Claim, mean
 
 PAPER, CODE, MATCHED, SEEDS = "Nobody 2020, arXiv:0000.00000", ("branch/pair.py",), "steps", (0,)
-ARMS = (Arm("first"), Arm("second", {"steps": 2}), Arm("last", {"steps": 3}, after="first"))
+ARMS = (Arm("first"), Arm("second", {"steps": 2}), Arm("last", {"steps": 3}, after=("first",)))
 CLAIMS = (Claim("small", "It is small", "", mean("loss", "second"), "<", 3.0),)
 
 def get_config(scale):
@@ -26,7 +26,7 @@ def run(unit):
     with open(unit.workdir / f"ran{jax.process_index()}", "a") as ran:
         ran.write("once ")
     if unit.after:
-        json.loads((unit.after / "result.json").read_text())
+        json.loads((unit.after["first"] / "result.json").read_text())
     if unit.arm == "first" and str(jax.process_index()) in os.environ["FAIL"]:
         raise RuntimeError(f"process {jax.process_index()} fell over")
     return {"loss": float(unit.config.steps)}

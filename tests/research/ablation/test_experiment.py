@@ -1,9 +1,10 @@
 import re
+from pathlib import Path
 
 import pytest
 
 from layers.config import ConfigError
-from research.ablation import discover, load
+from research.ablation import Unit, discover, load
 from research.ablation.report import results_folder
 
 COMPLETE = '''"""Doc."""
@@ -42,7 +43,26 @@ def test_unknown_name_suggests(make_package, asked):
         ("SEEDS = (0,)", "SEEDS = ()", "SEEDS is empty"),
         ("SEEDS = (0,)", "SEEDS = (0, 0)", "SEEDS has a name twice"),
         ('Arm("a"),', 'Arm("a"), Arm("a"),', "ARMS has a name twice"),
-        ('Arm("a")', 'Arm("a", after="b")', "after='b' must be an arm declared before it"),
+        ("def run(unit): ...", "", "branch/other.py: missing run"),
+        ('Arm("a")', 'Arm("a", run=3)', "arm 'a': run=3: must be a function of a unit"),
+        ('Arm("a")', 'Arm("a", after="b")', "arm 'a': after='b': must be a tuple of names"),
+        ('Arm("a")', 'Arm("a", after=("b",))', "arm 'a': after='b': no such arm; known: a"),
+        (
+            'Arm("a")',
+            'Arm("mha"), Arm("a", after=("mha", "mhaa"))',
+            "arm 'a': after='mhaa': no such arm; did you mean 'mha'?",
+        ),
+        (
+            'Arm("a")',
+            'Arm("a", after=("b",)), Arm("b")',
+            "arm 'a': after='b': must be an arm declared before it",
+        ),
+        ('Arm("a")', 'Arm("a", after=("a",))', "ARMS start from one another: a → a"),
+        (
+            'Arm("a")',
+            'Arm("a", after=("c",)), Arm("b", after=("a",)), Arm("c", after=("b",))',
+            "ARMS start from one another: ",
+        ),
         ('Arm("a")', '"a"', "ARMS holds 'a', not Arm"),
         ('Arm("a")', 'Arm("../a")', "arm='../a'"),
         ('PAPER = MATCHED = "text"', 'PAPER = MATCHED = " "', "PAPER is empty"),
@@ -53,6 +73,15 @@ def test_what_is_wrong_is_named(make_package, before, after, message):
     name = make_package(other=COMPLETE.replace(before, after))
     with pytest.raises(ConfigError, match=re.escape(message)):
         load("branch/other", name)
+
+
+def test_a_file_whose_arms_all_run_their_own_way_needs_no_run(make_package):
+    source = COMPLETE.replace("def run(unit): ...", "").replace(
+        'Arm("a")', 'Arm("a", run=lambda unit: {"x": 3})'
+    )
+    experiment = load("branch/other", make_package(other=source))
+    unit = Unit(experiment.config, "a", 0, Path())
+    assert experiment.run(unit) == {"x": 3}
 
 
 def test_an_arm_that_overrides_an_unknown_field_is_named(make_package):

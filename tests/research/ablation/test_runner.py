@@ -5,8 +5,10 @@ import pytest
 from rich.console import Console
 
 from layers.config import ConfigError
-from research.ablation import load, runner
+from research.ablation import language_model, load, runner
+from research.ablation.language_model import load_source
 from research.ablation.progress import Progress
+from tests.research.conftest import SOURCE
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def test_order_sources_and_configs(experiment, work):
         ("wide", 1), ("tuned", 1), ("wide", 0), ("tuned", 0),
     ]  # fmt: skip
     wide, tuned = planned.units[:2]
-    assert tuned.after == wide.workdir == work / "wide" / "seed1"
+    assert tuned.after == {"wide": wide.workdir} == {"wide": work / "wide" / "seed1"}
+    assert wide.after == {}
     assert (wide.config.model.width, wide.config.steps, tuned.config.steps) == (8, 3, 5)
     assert wide.config.is_locked
 
@@ -75,6 +78,80 @@ def test_a_failed_unit_does_not_stop_the_others(experiment, work, monkeypatch):
     monkeypatch.delenv("FAKE_TRAP")
     assert execute(planned) == {}
     assert not (work / "wide/seed0/failed.json").exists()
+
+
+SEVERAL = (
+    SOURCE[: SOURCE.index("ARMS =")]
+    + """
+def merge(unit):
+    assert list(unit.after) == ["wide", "narrow"]
+    found = [json.loads((f / "result.json").read_text())["metrics"] for f in unit.after.values()]
+    return {"loss": sum(one["loss"] for one in found), "sources": len(found)}
+
+ARMS = (
+    Arm("narrow"),
+    Arm("alone"),
+    Arm("wide", {"model.width": 8}),
+    Arm("merged", after=("wide", "narrow"), run=merge),
+    Arm("tuned", after=("merged",)),
+)
+CLAIMS = (Claim("low", "It is low", "", mean("loss", "merged"), "<", 9.0),)
+
+def run(unit):
+    if os.environ.get("FAKE_TRAP") == unit.arm:
+        raise RuntimeError("lost")
+    return {"loss": float(unit.config.model.width)}
+"""
+)
+
+
+@pytest.fixture
+def several(make_package):
+    return load("branch/several", make_package(several=SEVERAL))
+
+
+def test_an_arm_starts_from_several_and_runs_its_own_way(several, work):
+    planned = runner.plan(several, "cpu", work, arms=["tuned"], seeds=[2])
+    assert [unit.arm for unit in planned.units] == ["narrow", "wide", "merged", "tuned"]
+    assert planned.units[2].after == {"wide": work / "wide/seed2", "narrow": work / "narrow/seed2"}
+    assert execute(planned) == {}
+    found = runner.results(planned)
+    assert found.metric("merged", "loss") == 12 and found.metric("merged", "sources") == 2
+    assert found.metric("tuned", "loss") == 4  # by the experiment's own run
+
+
+def test_what_starts_from_one_that_failed_names_it(several, work, monkeypatch):
+    monkeypatch.setenv("FAKE_TRAP", "narrow")
+    failures = execute(runner.plan(several, "cpu", work, seeds=[0]))
+    lost = "RuntimeError: arm {!r} of the same seed did not finish"
+    assert failures == {
+        ("narrow", 0): "RuntimeError: lost",
+        ("merged", 0): lost.format("narrow"),
+        ("tuned", 0): lost.format("merged"),
+    }
+
+
+def test_units_that_share_a_source_do_not_run_apart(several, work):
+    def parts(*arms):
+        return runner.apart(runner.plan(several, "cpu", work, arms=arms or None, seeds=[0]))
+
+    assert parts() == ["--arms=narrow,wide,merged,tuned --seeds=0", "--arms=alone --seeds=0"]
+    assert parts("narrow", "wide") == ["--arms=narrow --seeds=0", "--arms=wide --seeds=0"]
+    assert parts("wide", "alone", "tuned") == [
+        "--arms=alone --seeds=0", "--arms=wide,tuned --seeds=0",
+    ]  # fmt: skip
+
+
+def test_a_source_is_named_where_there_are_several(several, work, monkeypatch):
+    monkeypatch.setattr(language_model, "load_model", lambda folder, mesh: folder)
+    monkeypatch.setattr(language_model, "_mesh", lambda unit: None)
+    *_, merged, tuned = runner.plan(several, "cpu", work, arms=["tuned"], seeds=[0]).units
+    with pytest.raises(ConfigError, match="arm=None: .* merged starts from: wide, narrow$"):
+        load_source(merged)
+    with pytest.raises(ConfigError, match="arm='wyde': .*did you mean 'wide'"):
+        load_source(merged, "wyde")
+    assert load_source(merged, "wide") == work / "wide/seed0"
+    assert load_source(tuned) == work / "merged/seed0"
 
 
 def test_another_configuration_is_refused_not_overwritten(experiment, work):
