@@ -197,6 +197,8 @@ def _validate(path: str, module: ModuleType) -> None:
         require(isinstance(getattr(module, entry), str), f"{entry} must be text")
         require(getattr(module, entry).strip(), f"{entry} is empty")
     require(callable(module.get_config), "get_config must be a function")
+    planned = getattr(module, "plan_step", None)
+    require(planned is None or callable(planned), "plan_step must be a function")
     for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim), ("CODE", str)):
         values = getattr(module, entry)
         require(isinstance(values, (tuple, list)), f"{entry} must be a tuple of {kind.__name__}")

@@ -12,11 +12,17 @@ from research.data import DataConfig, vocabulary_size
 from research.files import plain, write_json, write_text
 from research.parallel import MeshConfig
 from research.planning import sweep as sweeps
-from research.planning.plan import Setup, plan
+from research.planning.plan import plan
 from research.planning.report import Planned, describe, lines, spell_fit, spell_mesh
+from research.planning.step import CustomSetup, Setup
 from research.training import TrainingConfig
 from research.training.environment import environment
-from research.training.optimizers import make_schedule
+
+# arms → what to plan of them
+Wanted = Mapping[tuple[str, ...], Sequence[Setup | CustomSetup]]
+
+# of the configuration of a language model
+_PARTS = ("model", "data", "training", "mesh")
 
 
 def topology(experiment: Experiment, scale: str) -> str:
@@ -47,24 +53,35 @@ def setups(
     batch: int | None = None,
     decode: tuple[int, int] | None = None,
     overrides: Sequence[str] = (),
-) -> dict[tuple[str, ...], list[Setup]]:
+) -> Wanted:
     """Arms → what to plan of them, one for each of ``meshes``; arms of one program are one.
+
+    An experiment that offers ``plan_step(config, mesh)``, which returns a `Step` of an arm's
+    configuration, is planned by it, arm by arm; any other one is of a language model.
 
     Args:
       meshes: fields of `MeshConfig`; none is the configuration's own.
       batch: rows, in place of the configuration's.
       decode: rows and cached tokens of a decoding step, in place of a training step.
+
+    Raises:
+      ConfigError: a value that cannot be, or an experiment with neither a ``plan_step`` nor the
+        configuration of a language model.
     """
     config: Any = experiment.config(scale, overrides)
+    if getattr(experiment.module, "plan_step", None) is not None:
+        for option, value in (("batch", batch), ("decode", decode)):
+            check(value is None, option, value, _refusal([experiment.name]))
+        return _custom_setups(experiment, config, topology, arms, meshes)
     found: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
-        for part in ("model", "data", "training", "mesh"):
-            check(part in arm, "experiment", experiment.name, f"has no {part} to plan")
+        missing = ", ".join(part for part in _PARTS if part not in arm)
+        neither = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
+        check(not missing, "experiment", experiment.name, neither)
         model = from_mapping(DecoderConfig, arm.model, "model")
         data = from_mapping(DataConfig, arm.data, "data")
         training = from_mapping(TrainingConfig, arm.training, "training")
-        make_schedule(training.optimizer, training.steps)  # raises where there can be none
         # how many steps there are, and how they warm up, changes no program
         warmup = config.training.optimizer.warmup_steps
         training = dataclasses.replace(
@@ -92,14 +109,36 @@ def setups(
     return {tuple(names): list(each) for (each, _), names in found.items()}
 
 
-def plans(wanted: Mapping[tuple[str, ...], Sequence[Setup]]) -> list[Planned]:
+def _custom_setups(
+    experiment: Experiment,
+    config: Any,
+    topology: str,
+    arms: Sequence[str],
+    meshes: Sequence[Mapping[str, Any]],
+) -> Wanted:
+    """Of an experiment that makes its own steps; its configuration may have a ``mesh``."""
+    found: dict[tuple[str, ...], list[Setup | CustomSetup]] = {}
+    for name in arms:
+        arm: Any = experiment.arm_config(config, experiment.arm(name))
+        found[name,] = [
+            CustomSetup(
+                experiment.module.plan_step, arm, topology, from_mapping(MeshConfig, mesh, "mesh")
+            )
+            for mesh in (meshes or [arm.get("mesh", {})])
+        ]
+    return found
+
+
+def _refusal(names: Sequence[str]) -> str:
+    return f"requires a language model: {', '.join(names)} has a plan_step"
+
+
+def plans(wanted: Wanted) -> list[Planned]:
     """All of them, in order."""
     return [Planned(arms, plan(one)) for arms, each in wanted.items() for one in each]
 
 
-def largest(
-    wanted: Mapping[tuple[str, ...], Sequence[Setup]], tell: Callable[[str], None]
-) -> list[Planned]:
+def largest(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
     """Of each the largest batch that fits, with the next one; ``tell`` says where none does.
 
     Raises:
@@ -108,6 +147,8 @@ def largest(
     found, refused = [], []
     for arms, each in wanted.items():
         for one in each:
+            if isinstance(one, CustomSetup):
+                raise ConfigError(f"--fit: {_refusal(arms)}")
             try:
                 found.append(Planned(arms, *sweeps.fit(one)))
             except sweeps.TooLarge as error:
@@ -118,13 +159,13 @@ def largest(
     return found
 
 
-def sweep(
-    wanted: Mapping[tuple[str, ...], Sequence[Setup]], tell: Callable[[str], None]
-) -> list[Planned]:
+def sweep(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
     """Of each the candidates of `research.planning.sweep`; ``tell`` says how far it is."""
     found = []
     for arms, each in wanted.items():
         for setup in each:
+            if isinstance(setup, CustomSetup):
+                raise ConfigError(f"--sweep: {_refusal(arms)}")
             meshes = sweeps.candidates(setup)
             for number, mesh in enumerate(meshes, 1):
                 one = plan(dataclasses.replace(setup, mesh=mesh))

@@ -3,9 +3,10 @@
 The whole step is compiled ahead of time by the TPU's own compiler; nothing is allocated and no
 device is looked for. Bytes and collectives are the compiled program's: over all three axes of a
 torus (``fsdp:64`` on ``v5p:4x4x4``) XLA gathers and scatters by all-reduces, over two it does not.
-FLOPs are the model's (`train_flops_per_token`), and *executed* are those with what is computed
-again in the backward pass and what a pipeline's stages compute while they have nothing to do. The
-floor of a step's time is the longest of three, each at the data sheet's peak:
+FLOPs are the model's (`train_flops_per_token`) or what a custom step says; *executed* are those
+with what is computed again in the backward pass and what a pipeline's stages compute while they
+have nothing to do. The floor of a step's time is the longest of three, each at the data sheet's
+peak:
 
 - compute: executed FLOPs;
 - memory: the state and the batch are read, the state is written, and whatever temporaries hold at
@@ -24,73 +25,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from layers.config import ConfigError, check
-from layers.decoder import Decoder, DecoderConfig
-from layers.pipeline import idle
-from research.parallel import (
-    MeshConfig,
-    abstract_batch,
-    chips,
-    shardings,
-    use_mesh,
-    validate,
-)
-from research.parallel.rules import placed
+from layers.config import ConfigError
+from research.parallel import chips, use_mesh
 from research.planning.program import KINDS, Collective, collectives
+from research.planning.step import CustomSetup, Setup, Step, check_setup, make
 from research.planning.topology import compile_with_text, topology_mesh
-from research.training import TrainingConfig
-from research.training.check import check_run
-from research.training.flops import (
-    forward_flops_per_token,
-    recomputed_flops_per_token,
-    train_flops_per_token,
-)
 from research.training.offload import HOST
-from research.training.optimizers import make_optimizer
-from research.training.state import abstract_state
-from research.training.step import make_step
 
 _OUT_OF_MEMORY = re.compile(r"total memory required [^(]*\(([\d.]+)([KMGT]?)\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is planned: ``model`` on the ``mesh`` of ``topology``, by batches of this size.
-
-    ``training`` None: decoding, one token after ``sequence_length`` cached ones. ``vocabulary``: of
-    the data, 0 if unknown; the program is the same for any, so that it does not distinguish setups.
-    """
-
-    model: DecoderConfig
-    topology: str
-    mesh: MeshConfig
-    batch_size: int
-    sequence_length: int
-    training: TrainingConfig | None = None
-    vocabulary: int = dataclasses.field(default=0, compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What the compiler says; of each device unless it says otherwise.
 
-    ``bytes`` of ``parameters``, ``moments`` (or the ``cache``), ``batch`` and ``temporaries``
+    ``parameters``: their number; None of a custom step. ``bytes`` of ``parameters``, ``moments``
+    (or the ``cache``) and ``batch``, or of a custom step's arguments, and of ``temporaries``
     (activations and gradients, at their peak), with their ``total`` and the device's ``memory``.
     ``collectives``: kind → ``count`` and bytes ``moved`` a step; None if the program does not fit,
     for then there is none. ``flops`` of a step on all devices: ``model`` and ``executed``.
     ``floor``: seconds, see above. ``host``: bytes of moments in the memory of the device's host.
     """
 
-    setup: Setup
+    setup: Setup | CustomSetup
     device: str
     devices: int
     mesh: Mapping[str, int]
-    parameters: int
+    parameters: int | None
     bytes: Mapping[str, int]
     flops: Mapping[str, float]
     collectives: Mapping[str, Mapping[str, float]] | None
@@ -119,7 +83,7 @@ class Plan:
         return max(self.floor, key=lambda name: self.floor[name])
 
 
-def plan(setup: Setup) -> Plan:
+def plan(setup: Setup | CustomSetup) -> Plan:
     """Compile the step of ``setup`` and read what it needs.
 
     Raises:
@@ -132,21 +96,21 @@ def plan(setup: Setup) -> Plan:
     chip = chips.find(kind)
     if chip is None or not (chip.memory and chip.memory_bandwidth and chip.link_bandwidth):
         raise ConfigError(f"topology={setup.topology!r}: the peaks of {kind!r} are not known")
-    step, arguments, donated = _training(setup, mesh) if setup.training else _decoding(setup, mesh)
-    held = {name: _bytes(tree) for name, tree in arguments.items()}
+    step = make(setup, mesh)
+    parts = step.arguments if step.parts is None else step.parts
+    held = {name: _bytes(tree) for name, tree in parts.items()}
     started = time.perf_counter()
-    total, found = _compile(step, tuple(donated), mesh, sum(held.values()))
+    total, found = _compile(step, mesh, sum(held.values()))
     seconds = time.perf_counter() - started
     held["temporaries"] = total - sum(held.values())
-    model = arguments["parameters"]
-    work = _flops(setup, model)
-    state = sum(_bytes(a) for a in (model, arguments["moments"])) if setup.training else 0
+    written = sum(held[name] for name in step.written)
     brought = sum(c.size * c.times for c in found or ())
-    touched = sum(held.values()) - held["temporaries"] + state
+    touched = sum(held.values()) - held["temporaries"] + written
     touched += 2 * (held["temporaries"] + brought)
-    host = sum(_bytes(tree, HOST) for tree in arguments.values())
+    host = sum(_bytes(tree, HOST) for tree in parts.values())
     touched += 2 * host  # what comes from there is read, what goes there is written
-    executed = work["executed"] / mesh.size
+    work = step.flops if step.executed is None else step.executed
+    executed = work / mesh.size
     floor = {"compute": executed / chip.flops, "memory": touched / chip.memory_bandwidth}
     if found is not None:
         floor["links"] = sum(c.moved for c in found) / chip.link_bandwidth
@@ -155,9 +119,9 @@ def plan(setup: Setup) -> Plan:
         device=kind,
         devices=mesh.size,
         mesh={name: size for name, size in mesh.shape.items() if size > 1},
-        parameters=sum(math.prod(a.shape) for a in jax.tree.leaves(model)),
+        parameters=_count(parts["parameters"]) if isinstance(setup, Setup) else None,
         bytes={**held, "total": total, "memory": int(chip.memory)},
-        flops=work,
+        flops={"model": step.flops, "executed": work},
         collectives=None if found is None else _by_kind(found),
         floor=floor,
         intensity=executed / touched,
@@ -166,70 +130,11 @@ def plan(setup: Setup) -> Plan:
     )
 
 
-def check_setup(setup: Setup) -> None:
-    """Raise `ConfigError` for a ``setup`` that cannot be on its slice, before anything compiles."""
-    mesh = topology_mesh(setup.topology, setup.mesh)
-    model, training, size = setup.model, setup.training, setup.batch_size
-    if training is not None:
-        check_run(
-            model,
-            training,
-            setup.mesh,
-            mesh,
-            batch_size=size,
-            sequence_length=setup.sequence_length,
-            vocabulary=setup.vocabulary,
-        )
-        return
-    zero, offload = setup.mesh.zero, setup.mesh.offload
-    check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
-    check(not offload, "mesh.offload", offload, "changes nothing: decoding has no moments")
-    known = set(model.pattern) <= {"attention", "sliding"}
-    check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")
-    for axis, why in (("sequence", "a token cannot be split"), ("stage", "a pipeline trains")):
-        check(mesh.shape[axis] == 1, f"mesh.{axis}", mesh.shape[axis], f"must be 1: {why}")
-    validate(model, mesh, batch_size=size, sequence_length=1)
-
-
-def _training(setup: Setup, mesh: Mesh):
-    """The step, its arguments by name for their bytes, and the arguments themselves."""
-    training, model, size = setup.training, setup.model, setup.batch_size
-    assert training is not None
-    stage, offload = setup.mesh.zero_stage, setup.mesh.offload
-    optimizer = make_optimizer(training.optimizer, training.steps, offload=offload)
-    state = abstract_state(model, optimizer, mesh, stage, offload=offload)
-    batch = abstract_batch(mesh, size, setup.sequence_length)
-    named = {"parameters": state.model, "moments": state.optimizer, "batch": batch}
-    return make_step(training, stage=stage, offload=offload), named, (state, batch)
-
-
-def _decoding(setup: Setup, mesh: Mesh):
-    """As `_training`: one more token for each row of the batch."""
-    config, size = setup.model, setup.batch_size
-    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    model = placed(abstract, shardings(abstract, mesh))
-    with use_mesh(mesh):
-        empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
-    # on one device there are no sharded types
-    where = jax.tree.map(
-        lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec()), empty
-    )
-    cache, batch = placed(empty, where), abstract_batch(mesh, size, 1)
-
-    def step(model, cache, tokens_bt, positions_bt):
-        output = model(tokens_bt, positions_bt, state=cache)
-        return jnp.argmax(output.logits_btv, axis=-1), output.state
-
-    token = batch["tokens"], batch["positions"]
-    named = {"parameters": model, "cache": cache, "batch": token}
-    return jax.jit(step, donate_argnums=1), named, (model, cache, *token)
-
-
-def _compile(step, arguments, mesh: Mesh, held: int) -> tuple[int, list[Collective] | None]:
+def _compile(step: Step, mesh: Mesh, held: int) -> tuple[int, list[Collective] | None]:
     """Bytes that the program needs in all, and its collectives, if it can be at all."""
     try:
         with use_mesh(mesh):
-            compiled, text = compile_with_text(step, *arguments)
+            compiled, text = compile_with_text(step.function, *step.arguments.values())
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
         if match is None:
@@ -246,21 +151,8 @@ def _compile(step, arguments, mesh: Mesh, held: int) -> tuple[int, list[Collecti
     return int(total), collectives(text, mesh.size)
 
 
-def _flops(setup: Setup, model: Decoder) -> dict[str, float]:
-    """Of a step on all devices."""
-    length, rows = setup.sequence_length, setup.batch_size
-    if setup.training is None:
-        each = forward_flops_per_token(model, length, cached=True)
-        return {"model": each * rows, "executed": each * rows}
-    each = train_flops_per_token(model, length)
-    again = recomputed_flops_per_token(model, length)
-    config = setup.model
-    if config.microbatches is not None:  # stages compute in the ticks that are not theirs too
-        stages = topology_mesh(setup.topology, setup.mesh).shape["stage"]
-        share = idle(stages, config.microbatches, config.circuits)
-        head = 6.0 * config.vocab_size * config.width
-        again += (each + again - head) * share / (1 - share)
-    return {"model": each * rows * length, "executed": (each + again) * rows * length}
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _bytes(tree: Any, memory: str = "device") -> int:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from research.files import plain
 from research.planning import sweep
-from research.planning.plan import Plan, Setup
+from research.planning.plan import Plan
+from research.planning.step import CustomSetup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ def lines(one: Planned) -> list[str]:
     machine = f"{p.setup.topology} ({p.devices} × {p.device})"
     head = (
         f"{', '.join(one.arms)} on {machine}, mesh {spell_mesh(p)}",
-        f"{p.parameters:,} parameters, {_work(p.setup)}",
+        _work(p),
     )
     share = {name: p.bytes[name] for name in p.bytes if name not in ("total", "memory")}
     said = [*head, "", "bytes a device"]
@@ -49,29 +50,31 @@ def lines(one: Planned) -> list[str]:
         f"arithmetic intensity: {p.intensity:,.0f} FLOPs a byte of memory",
         "a step takes at least "
         + ", ".join(f"{seconds * 1e3:,.1f} ms for {name}" for name, seconds in p.floor.items())
-        + f": {p.bound}-bound, {_rate(p):,.0f} tokens/s at most",
+        + f": {p.bound}-bound, {' '.join(_rate(p))} at most",
         f"compiled in {p.compile_seconds:.0f} s",
     ]
     if one.next is not None:
         more = one.next
-        said.append(f"batch {more.setup.batch_size} {spell_fit(more)}")
+        said.append(f"batch {more.setup.rows} {spell_fit(more)}")
     return said
 
 
 def table(found: Sequence[Planned]) -> Table:
     """One row a plan."""
     shown = Table(title=f"{found[0].plan.setup.topology}, a device's bytes and times at best")
-    names = [name for name in found[0].plan.bytes if name not in ("total", "memory", "batch")]
+    every = dict.fromkeys(name for one in found for name in one.plan.bytes)
+    names = [name for name in every if name not in ("total", "memory", "batch")]
     arms = len({one.arms for one in found}) > 1
     head = (["arms"] if arms else []) + ["mesh", "batch", *names, "total", "spare", "sent"]
-    for name in [*head, "floor", "bound by", "tokens/s"]:
+    for name in [*head, "floor", "bound by", _rate(found[0].plan)[1]]:
         shown.add_column(name, justify="left" if name in ("arms", "mesh") else "right")
     for one in found:
         p = one.plan
         row = [", ".join(one.arms)] if arms else []
-        row += [spell_mesh(p), str(p.setup.batch_size), *(_bytes(p.bytes[name]) for name in names)]
+        row += [spell_mesh(p), "" if isinstance(p.setup, CustomSetup) else str(p.setup.rows)]
+        row += [_bytes(p.bytes[name]) if name in p.bytes else "" for name in names]
         row += [_bytes(p.bytes["total"]), _bytes(p.spare), _sent(p)]
-        row += [f"{p.seconds * 1e3:,.0f} ms", p.bound, f"{_rate(p):,.0f}"]
+        row += [f"{p.seconds * 1e3:,.0f} ms", p.bound, _rate(p)[0]]
         shown.add_row(*row)
     return shown
 
@@ -98,7 +101,9 @@ def verdict(found: Sequence[Planned]) -> str:
 def describe(p: Plan) -> dict[str, Any]:
     """``p`` with what follows from it, in JSON's types."""
     more = dict(fits=p.fits, spare=p.spare, seconds=p.seconds, bound=p.bound)
-    return plain({**dataclasses.asdict(p), **more})
+    described = {**dataclasses.asdict(p), **more}
+    described["setup"].pop("make", None)  # a function
+    return plain(described)
 
 
 def spell_mesh(p: Plan) -> str:
@@ -110,19 +115,26 @@ def spell_mesh(p: Plan) -> str:
     return ",".join(axes + strategies) or "one device"
 
 
-def _work(setup: Setup) -> str:
+def _work(p: Plan) -> str:
+    setup = p.setup
+    if isinstance(setup, CustomSetup):
+        return "the experiment's plan_step"
     rows, length = setup.batch_size, setup.sequence_length
     if setup.training is None:
-        return f"decoding {rows:,} rows after {length:,} tokens"
-    parts = setup.training.gradient_accumulation
-    split = f" in {parts} micro-batches" if parts > 1 else ""
-    return f"training on {rows:,} × {length:,} tokens a step{split}, remat {setup.model.remat}"
+        work = f"decoding {rows:,} rows after {length:,} tokens"
+    else:
+        parts = setup.training.gradient_accumulation
+        split = f" in {parts} micro-batches" if parts > 1 else ""
+        work = f"training on {rows:,} × {length:,} tokens a step{split}, remat {setup.model.remat}"
+    return f"{p.parameters:,} parameters, {work}"
 
 
-def _rate(p: Plan) -> float:
-    """Tokens a second at the floor."""
+def _rate(p: Plan) -> tuple[str, str]:
+    """How many a second at the floor, and of what."""
+    if isinstance(p.setup, CustomSetup):
+        return f"{1 / p.seconds:,.4g}", "steps/s"
     each = p.setup.sequence_length if p.setup.training else 1
-    return p.setup.batch_size * each / p.seconds
+    return f"{p.setup.batch_size * each / p.seconds:,.0f}", "tokens/s"
 
 
 def _sent(p: Plan) -> str:

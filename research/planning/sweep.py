@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from layers.config import ConfigError
 from layers.decoder import DecoderConfig
 from research.parallel import MeshConfig, batch_ways
-from research.planning.plan import Plan, Setup, check_setup, plan
+from research.planning.plan import Plan, plan
+from research.planning.step import Setup, check_setup
 from research.planning.topology import topology_mesh
 
 
@@ -16,7 +17,7 @@ class TooLarge(ConfigError):
 
     def __init__(self, smallest: Plan):
         over = f"the smallest of this mesh exceeds its memory by {-smallest.spare} B"
-        super().__init__(f"batch_size={smallest.setup.batch_size}: {over}")
+        super().__init__(f"batch_size={smallest.setup.rows}: {over}")
         self.smallest = smallest
 
 
@@ -60,7 +61,7 @@ def best(plans: Sequence[Plan]) -> Plan | None:
     spare."""
 
     def order(one: Plan) -> tuple[float, float]:
-        return one.seconds / one.setup.batch_size, -one.spare
+        return one.seconds / one.setup.rows, -one.spare
 
     return min((one for one in plans if one.fits), key=order, default=None)
 

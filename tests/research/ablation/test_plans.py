@@ -13,8 +13,10 @@ from research.ablation.report import results_folder
 from research.cli import main
 from research.files import plain, read_json
 from research.parallel import MeshConfig
-from research.planning.plan import Plan, Setup
+from research.planning.plan import Plan
+from research.planning.step import Setup
 from research.training import TrainingConfig
+from tests.research.conftest import SOURCE
 
 GQA = ["plan", "architecture/gqa", "--scale=smoke"]
 
@@ -150,10 +152,91 @@ def test_every_arm_of_every_scale_is_a_step(scale):
 
 def test_an_experiment_without_a_model_is_refused(make_package):
     experiment = load("branch/wide", make_package())
-    with pytest.raises(ValueError, match="^experiment='branch/wide': has no data to plan"):
+    missing = "has neither plan_step.config, mesh. nor, in its configuration, data, training, mesh$"
+    with pytest.raises(ValueError, match=f"^experiment='branch/wide': {missing}"):
         plans.setups(experiment, "paper", "v5e:2x2", arms=["narrow"])
     with pytest.raises(ValueError, match="^topology=None: branch/wide names none for paper"):
         plans.topology(experiment, "paper")
+
+
+PRODUCT = (
+    SOURCE
+    + """
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from research.planning.step import Step
+
+TOPOLOGY = "v5e:2x2"
+
+def plan_step(config, mesh):
+    def on(axis, *shape):
+        where = NamedSharding(mesh, PartitionSpec(axis))
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=where)
+
+    width = 128 * config.model.width
+    x, weight = on("data", 1024, width), on(None, width, width)
+    return Step(lambda x, w: x @ w, {"rows": x, "weight": weight}, flops=2 * 1024 * width**2)
+"""
+)
+
+
+@pytest.mark.tpu_compile
+def test_a_custom_step_is_planned(make_package, tmp_path, capfd):
+    package = make_package(product=PRODUCT)
+    argv = ["plan", "branch/product"]
+    assert main(argv, package=package) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    for line in (
+        "narrow on v5e:2x2 (4 × TPU v5 lite), mesh data:4",
+        "the experiment's plan_step",
+        "  rows               512 KiB",  # a quarter of 1024 rows of 512 numbers
+        "  weight               1 MiB",
+        "collectives a step\n  none",
+        f"FLOPs a step: {2 * 1024 * 512**2:.4g} of the model",
+        "steps/s at most",
+    ):
+        assert line in printed.out
+    meshes = ["--mesh=data:4", "--mesh=data:2,tensor:2"]
+    assert main([*argv, "--arms=all", *meshes], package=package) == 0
+    printed = capfd.readouterr().out
+    assert "steps/s" in printed and "wide: best: data:4: " in printed
+    assert main([*argv, "--record", f"--results={tmp_path}"], package=package) == 0
+    held = json.loads((tmp_path / "plans/branch/product.json").read_text())["plans"]
+    assert [one["arms"] for one in held] == [["narrow"], ["wide"], ["tuned"]]
+    assert held[1]["setup"]["config"]["model"]["width"] == 8 and "make" not in held[1]["setup"]
+    assert held[1]["bytes"]["weight"] == 4 * 1024**2 and held[1]["parameters"] is None
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    "source, arguments, message",
+    [
+        ("", ["--batch=8"], "batch=8: requires a language model: branch/product has a plan_step"),
+        ("", ["--decode=8x8"], "decode=(8, 8): requires a language model"),
+        ("", ["--fit"], "--fit: requires a language model: narrow has a plan_step"),
+        ("", ["--sweep"], "--sweep: requires a language model: narrow"),
+        ("", ["--mesh=fsdp:4,data:1,zero:1"], "mesh.zero=1: changes nothing: plan_step is given"),
+        ("", ["--arms=wyde"], "did you mean 'wide'?"),
+        ("plan_step = 3", [], "product.py: plan_step must be a function"),
+        ("def plan_step(config, mesh): return 3", [], "plan_step=3: must return a Step"),
+        (
+            "def plan_step(config, mesh):\n    return Step(abs, {'total': ()}, 1.0)",
+            [],
+            "plan_step: name='total': temporaries, total and memory are reported beside",
+        ),
+        (
+            "def plan_step(config, mesh):\n    return Step(abs, {'x': jax.numpy.ones(3)}, 1.0)",
+            [],
+            "plan_step: x=Array([1., 1., 1.], dtype=float32): must have a sharding on the mesh",
+        ),
+    ],
+)
+def test_a_custom_step_that_cannot_be_planned(make_package, capfd, source, arguments, message):
+    package = make_package(product=f"{PRODUCT}\n{source}\n")
+    assert main(["plan", "branch/product", *arguments], package=package) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def _setup(held: dict) -> Setup:

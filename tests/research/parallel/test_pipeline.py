@@ -10,7 +10,8 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from layers.pipeline import idle
 from research.parallel import MeshConfig
-from research.planning.plan import Setup, check_setup, plan
+from research.planning.plan import plan
+from research.planning.step import Setup, check_setup
 from research.training import TrainingConfig
 from tests.research.parallel.test_training import MODEL as TRAINING
 

@@ -16,7 +16,8 @@ from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.parallel import MeshConfig
 from research.planning import report, sweep
-from research.planning.plan import Plan, Setup, plan
+from research.planning.plan import Plan, plan
+from research.planning.step import Setup
 from research.training import OptimizerConfig, TrainingConfig
 from research.training.flops import (
     forward_flops_per_token,

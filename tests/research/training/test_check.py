@@ -10,7 +10,7 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig
-from research.planning.plan import Setup, check_setup
+from research.planning.step import Setup, check_setup
 from research.training import OptimizerConfig, TrainingConfig, train
 
 MODEL = DecoderConfig(

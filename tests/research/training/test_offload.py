@@ -12,7 +12,8 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig
-from research.planning.plan import Setup, check_setup, plan
+from research.planning.plan import plan
+from research.planning.step import Setup, check_setup
 from research.training import OptimizerConfig, TrainingConfig, check, train
 
 MODEL = DecoderConfig(
