@@ -1,7 +1,8 @@
 """The README's table of techniques, made of experiments, records and tests; nothing is typed.
 
-An experiment names its code (`CODE`). Kernels are what that code imports, oracles what the tests of
-code and kernels import to compare with, and verdicts and scales are of the records.
+An experiment names its code (`CODE`). Kernels are what that code imports, and what the files of
+research/ import that the experiment itself does (a helper that calls a kernel); oracles are what
+the tests of code and kernels import to compare with; verdicts and scales are of the records.
 """
 
 import ast
@@ -34,7 +35,9 @@ def with_table(
     lines = [_row(head), "|" + "---|" * len(head)]
     for experiment in experiments:
         own = [r for r in records if r["experiment"] == experiment.name]
-        kernels = list(dict.fromkeys(k for path in experiment.code for k in _kernels(root / path)))
+        code = (root / path for path in experiment.code)
+        files = dict.fromkeys((*code, *_helpers(root, experiment)))
+        kernels = list(dict.fromkeys(op for path in files for op in _kernels(root, path)))
         tests = [_test(path) for path in (*experiment.code, *kernels)]
         lines.append(
             _row(
@@ -52,21 +55,48 @@ def with_table(
     return before + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + after
 
 
-def _kernels(path: Path) -> Iterator[str]:
-    """The ops that the file imports, as paths."""
-    for module in _imported(path):
+def _kernels(root: Path, path: Path) -> Iterator[str]:
+    """The ops that the file belongs to or imports, as paths."""
+    own = ".".join(path.relative_to(root).with_suffix("").parts)
+    for module in (own, *(".".join(found) for found in _imported(path))):
         package, _, name = module.partition(".")
         op = name.partition(".")[0]
-        if package == "pallas_kernels" and op and (path.parents[1] / package / op).is_dir():
+        if package == "pallas_kernels" and op and (root / package / op).is_dir():
             yield f"{package}/{op}"
 
 
-def _imported(path: Path) -> Iterator[str]:
+def _helpers(root: Path, experiment: Experiment) -> Iterator[Path]:
+    """The files of research/ that the experiment imports from."""
+    for module, name in _imported(Path(str(experiment.module.__file__))):
+        path = _defined(root, module, name) if module.split(".")[0] == "research" else None
+        if path is not None:
+            yield path
+
+
+def _defined(root: Path, module: str, name: str) -> Path | None:
+    """The file that ``name`` of ``module`` is in, which a package may have from another one."""
+    place = root.joinpath(*module.split("."))
+    for path in (place / f"{name}.py", place / name / "__init__.py", place.with_suffix(".py")):
+        if name and path.is_file():
+            return path
+    package = place / "__init__.py"
+    if not package.is_file():
+        return None
+    for source, imported in _imported(package):
+        if imported == name and source != module:
+            return _defined(root, source, name)
+    return package
+
+
+def _imported(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of each import; ``import a.b`` is of a and b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            yield from ((node.module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            for alias in node.names:
+                module, _, name = alias.name.rpartition(".")
+                yield (module or name, name if module else "")
 
 
 def _test(path: str) -> str:
@@ -82,7 +112,8 @@ def _oracles(tests: Iterator[Path]) -> list[str]:
         for file in sorted(path.parent.glob(f"{path.stem}*.py")):
             text = file.read_text(encoding="utf-8")
             skips = re.findall(r"importorskip\(\s*\"(\w+)", text)
-            names = {module.partition(".")[0] for module in (*_imported(file), *skips)}
+            modules = (module.partition(".")[0] for module, _ in _imported(file))
+            names = {*modules, *skips}
             found |= {spelt for name, spelt in ORACLES.items() if name in names}
             found |= {"float64 NumPy"} if "np.float64" in text else set()
     return sorted(found, key=str.lower)

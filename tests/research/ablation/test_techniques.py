@@ -1,5 +1,6 @@
 """The README's table of techniques: of files and records made for it, and of our own."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def checkout(tmp_path):
         "tests/pallas_kernels/test_widen1.py": "x = np.float64(1)\n",
         "tests/pallas_kernels/test_widen2.py": "import transformers.models.llama\n",
         "tests/pallas_kernels/test_other.py": "import rwkv\n",
+        "pallas_kernels/shrink/__init__.py": "",
+        "pallas_kernels/shrink/xla.py": "",
+        "pallas_kernels/turn/__init__.py": "",
+        "tests/pallas_kernels/test_shrink.py": "",
+        "tests/research/packing/test_small.py": "",
+        "tests/pallas_kernels/shrink/test_xla.py": "",
+        "research/packing/__init__.py": "from research.packing.small import pack\n",
+        "research/packing/small.py": "import pallas_kernels.shrink.xla\n",
+        "research/helper.py": "from pallas_kernels import dispatch, turn\n",
     }
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +55,29 @@ def test_code_kernels_oracles_and_verdicts(checkout, make_package, monkeypatch):
     assert with_table(text, checkout, [experiment], [record]) == text
     assert "| 3 not run | none |" in with_table(readme, checkout, [experiment], [])
     assert with_table("no marks", checkout, [experiment], []) == "no marks"
+
+
+@pytest.mark.parametrize(
+    "code, imports, kernels",
+    [
+        ("research/packing/small.py", "", ["shrink"]),
+        ("pallas_kernels/shrink/xla.py", "", ["shrink"]),
+        ("layers/wide.py", "from research.helper import measure", ["widen", "turn"]),
+        ("layers/wide.py", "import research.helper", ["widen", "turn"]),
+        ("layers/wide.py", "from research.packing import pack", ["widen", "shrink"]),
+        ("layers/wide.py", "from research.packing import small, absent", ["widen", "shrink"]),
+        ("layers/wide.py", "from research.elsewhere import x\nimport jax", ["widen"]),
+    ],
+)
+def test_kernels_that_research_uses(checkout, make_package, monkeypatch, code, imports, kernels):
+    experiment = load("branch/wide", make_package())
+    own = checkout / "wide.py"
+    own.write_text(imports)
+    monkeypatch.setattr(experiment.module, "__file__", str(own))
+    monkeypatch.setattr(experiment.module, "CODE", (code,))
+    text = with_table(f"{BEGIN}{END}", checkout, [experiment], [])
+    cell = text.split("|")[-5]
+    assert re.findall(r"\[(\w+)\]", cell) == kernels
 
 
 @pytest.mark.parametrize("name", discover())
