@@ -40,7 +40,7 @@ def _parser(commands, name: str, what: str) -> argparse.ArgumentParser:
 
 
 def _import(options) -> int:
-    from research.models import import_directory
+    from research.convert import import_directory
 
     import_directory(options.source, options.to, param_dtype=options.param_dtype)
     print(f"written: {options.to}")
@@ -48,7 +48,7 @@ def _import(options) -> int:
 
 
 def _export(options) -> int:
-    from research.models import export_checkpoint
+    from research.convert import export_checkpoint
 
     export_checkpoint(options.source, options.to, family=options.family)
     print(f"written: {options.to}")

@@ -1,6 +1,5 @@
 """Model families: Hugging Face directories in and out, one declarative table a family."""
 
-from research.models.convert import export_checkpoint, import_directory
 from research.models.families import FAMILIES, Family, decoder_config, family_of
 from research.models.load import load
 from research.models.save import save
@@ -9,9 +8,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "decoder_config",
-    "export_checkpoint",
     "family_of",
-    "import_directory",
     "load",
     "save",
 ]

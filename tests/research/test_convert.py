@@ -15,8 +15,9 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.cli import main
+from research.convert import export_checkpoint, import_directory
 from research.data import DataConfig, SyntheticConfig
-from research.models import export_checkpoint, import_directory, load, save
+from research.models import load, save
 from research.training import TrainingConfig, load_model, save_model, train
 from research.training.checkpoint import Checkpoints
 from research.training.optimizers import make_optimizer
@@ -29,6 +30,15 @@ transformers = pytest.importorskip("transformers")
 SMALL = DecoderConfig(
     16, 8, 2, attention=AttentionConfig(2), mlp=MlpConfig(12), tie_embeddings=False
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """These tests compile much and compute little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
