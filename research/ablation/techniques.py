@@ -1,8 +1,8 @@
 """The README's table of techniques, made of experiments, records and tests; nothing is typed.
 
-An experiment names its code (`CODE`). Kernels are what that code imports, and what the files of
-research/ import that the experiment itself does (a helper that calls a kernel); oracles are what
-the tests of code and kernels import to compare with; verdicts and scales are of the records.
+An experiment names its code (`CODE`). Kernels are what that code imports, or a helper: a file that
+the code imports from, or a file of research/ that the experiment imports from. Oracles are what the
+tests of code and kernels import to compare with; verdicts and scales are of the records.
 """
 
 import ast
@@ -35,8 +35,10 @@ def with_table(
     lines = [_row(head), "|" + "---|" * len(head)]
     for experiment in experiments:
         own = [r for r in records if r["experiment"] == experiment.name]
-        code = (root / path for path in experiment.code)
-        files = dict.fromkeys((*code, *_helpers(root, experiment)))
+        code = [root / path for path in experiment.code]
+        helpers = [found for path in code for found in _helpers(root, path, ("layers", "research"))]
+        helpers += _helpers(root, Path(str(experiment.module.__file__)), ("research",))
+        files = dict.fromkeys((*code, *helpers))
         kernels = list(dict.fromkeys(op for path in files for op in _kernels(root, path)))
         tests = [_test(path) for path in (*experiment.code, *kernels)]
         lines.append(
@@ -65,12 +67,12 @@ def _kernels(root: Path, path: Path) -> Iterator[str]:
             yield f"{package}/{op}"
 
 
-def _helpers(root: Path, experiment: Experiment) -> Iterator[Path]:
-    """The files of research/ that the experiment imports from."""
-    for module, name in _imported(Path(str(experiment.module.__file__))):
-        path = _defined(root, module, name) if module.split(".")[0] == "research" else None
-        if path is not None:
-            yield path
+def _helpers(root: Path, path: Path, floors: Sequence[str]) -> Iterator[Path]:
+    """The files of ``floors`` that the file ``path`` imports from."""
+    for module, name in _imported(path):
+        found = _defined(root, module, name) if module.split(".")[0] in floors else None
+        if found is not None:
+            yield found
 
 
 def _defined(root: Path, module: str, name: str) -> Path | None:

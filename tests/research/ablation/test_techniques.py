@@ -30,6 +30,8 @@ def checkout(tmp_path):
         "tests/pallas_kernels/shrink/test_xla.py": "",
         "research/packing/__init__.py": "from research.packing.small import pack\n",
         "research/packing/small.py": "import pallas_kernels.shrink.xla\n",
+        "layers/outer.py": "from layers.wide import f\nfrom layers import absent\n",
+        "tests/layers/test_outer.py": "",
         "research/helper.py": "from pallas_kernels import dispatch, turn\n",
     }
     for path, text in files.items():
@@ -62,6 +64,7 @@ def test_code_kernels_oracles_and_verdicts(checkout, make_package, monkeypatch):
     [
         ("research/packing/small.py", "", ["shrink"]),
         ("pallas_kernels/shrink/xla.py", "", ["shrink"]),
+        ("layers/outer.py", "", ["widen"]),
         ("layers/wide.py", "from research.helper import measure", ["widen", "turn"]),
         ("layers/wide.py", "import research.helper", ["widen", "turn"]),
         ("layers/wide.py", "from research.packing import pack", ["widen", "shrink"]),
@@ -69,7 +72,9 @@ def test_code_kernels_oracles_and_verdicts(checkout, make_package, monkeypatch):
         ("layers/wide.py", "from research.elsewhere import x\nimport jax", ["widen"]),
     ],
 )
-def test_kernels_that_research_uses(checkout, make_package, monkeypatch, code, imports, kernels):
+def test_kernels_that_code_and_helpers_use(
+    checkout, make_package, monkeypatch, code, imports, kernels
+):
     experiment = load("branch/wide", make_package())
     own = checkout / "wide.py"
     own.write_text(imports)
