@@ -19,8 +19,9 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
-from layers.sharding import gather, island
+from layers.sharding import island
 from layers.state import KVCache
+from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.mask import CAUSAL, Mask
 
@@ -275,7 +276,7 @@ class Attention(nnx.Module):
         if self.use_alibi:
             options["alibi_slopes_h"] = alibi.slopes(self.config.num_heads)
         if self.sinks is not None:
-            options["sinks_h"] = gather(self.sinks[...], self.sinks.axes, rows=("batch", "time"))
+            options["sinks_h"] = read(self.sinks, self.sinks.dtype, deferred=True)
         if tap.wants("attention.weights"):
             y = observed_attention(q, k, v, mask, tap, **options)
         else:

@@ -21,7 +21,8 @@ from layers.linear import Linear
 from layers.moe import Moe, RouterStats
 from layers.pipeline import pipeline, stages
 from layers.rwkv import Place
-from layers.sharding import all_but_gathered, gathers, place
+from layers.sharding import all_but_gathered, place
+from layers.weights import gathers
 
 State = tuple[BlockState, ...]
 
@@ -293,15 +294,6 @@ class Decoder(nnx.Module):
         c = self.config.part("rwkv").head_dim
         b, t, d = x_btd.shape
         return place(jnp.zeros((b, t, d // c, c), jnp.float32), "batch", None, "heads", None)
-
-
-def flat(model: Decoder) -> dict[str, jax.Array]:
-    """Path → parameter, e.g. ``blocks/0/mixer/query/weight``, in the order of the tree's leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
-        for path, leaf in leaves
-    }
 
 
 def unstack(tree, repeats: int) -> list:

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.linear import einsum
-from layers.sharding import gather, spec
+from layers.weights import einsum, lookup
 
 
 class Embedding(nnx.Module):
@@ -28,22 +27,17 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array) -> jax.Array:
         """Rows ``[b, t, d]`` in the compute dtype; an id out of range gives NaN."""
-        table = gather(self.table[...], self.table.axes, rows=("batch", "time")).astype(self.dtype)
-        out = spec("batch", "time", None)
-        return table.at[ids_bt].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=out
-        )
+        return lookup(self.table, ids_bt, self.dtype)
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """``x · tableᵀ``: float32 ``[b, t, v]``."""
         return einsum(
             "btd,vd->btv",
             x_btd,
-            self.table[...],
+            self.table,
             dtype=self.dtype,
-            weight_axes=self.table.axes,
             out_axes=("batch", "time", "vocab"),
-            preferred_element_type=jnp.float32,
+            out_dtype=jnp.float32,
         )
 
 

@@ -17,11 +17,12 @@ from layers.attention import observed_attention
 from layers.config import check, check_choice
 from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
-from layers.linear import Linear, einsum, fan_in_normal
+from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
 from layers.sharding import place
 from layers.state import KVCache
+from layers.weights import einsum
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.mask import Mask
 
@@ -174,9 +175,8 @@ class LatentAttention(nnx.Module):
         return einsum(
             subscripts,
             x,
-            linear.weight[...],
+            linear.weight,
             dtype=self.dtype,
-            weight_axes=linear.weight.axes,
             out_axes=("batch", "time", "heads", None),
         )
 

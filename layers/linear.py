@@ -1,53 +1,15 @@
-"""Linear maps: one einsum through which every weight of the house is multiplied.
-
-A weight leaf is an array today; tree rewrites (LoRA, int8, int4) replace it by a small pytree that
-this one function learns to multiply by, so that no layer has a quantised twin.
-"""
+"""Linear maps: a weight of any rank, and its initial values."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.sharding import gather, place, spec, spread
-from layers.weight_gradient import product
+from layers.weights import einsum, read
 
 Initializer = Callable[..., jax.Array]
-
-
-def einsum(
-    subscripts: str,
-    x: jax.Array,
-    weight: jax.Array,
-    *,
-    dtype: jnp.dtype,
-    weight_axes: tuple[str | None, ...],
-    out_axes: tuple[str | None, ...],
-    preferred_element_type: jnp.dtype | None = None,
-) -> jax.Array:
-    """``jnp.einsum(subscripts, x, weight)`` in ``dtype``, the weight gathered over ``fsdp`` first.
-
-    Args:
-      subscripts: two operands, e.g. ``"btd,dhc->bthc"``.
-      x: activations; weight: parameters, in their own dtype, cast to ``dtype`` here.
-      weight_axes, out_axes: logical names of the dimensions of ``weight`` and of the result.
-      preferred_element_type: accumulate and return in this dtype (logits ask for float32).
-    """
-    inputs, output = subscripts.split("->")
-    x_letters, weight_letters = inputs.split(",")
-    named = dict(zip(weight_letters, weight_axes, strict=True)) | dict(
-        zip(output, out_axes, strict=True)
-    )
-    rows = tuple(named[letter] for letter in output if letter not in weight_letters)
-    x = place(x.astype(dtype), *(named[letter] for letter in x_letters))
-    weight = gather(jnp.asarray(weight, dtype), weight_axes, rows=rows)
-    options: dict[str, Any] = dict(preferred_element_type=preferred_element_type)
-    if (out_sharding := spec(*out_axes)) is None:
-        return product(subscripts, x, weight, **options)
-    return jnp.einsum(subscripts, x, weight, out_sharding=out_sharding, **options)
 
 
 def fan_in_normal(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
@@ -101,13 +63,9 @@ class Linear(nnx.Module):
         y = einsum(
             self.subscripts,
             x,
-            self.weight[...],
+            self.weight,
             dtype=self.dtype,
-            weight_axes=self.weight.axes,
             out_axes=self.out_axes,
-            preferred_element_type=self.out_dtype,
+            out_dtype=self.out_dtype,
         )
-        if self.bias is not None:
-            bias = jnp.asarray(self.bias[...], self.out_dtype)
-            y = y + spread(gather(bias, self.bias.axes, rows=("batch", "time")), y)
-        return y
+        return y if self.bias is None else y + read(self.bias, self.out_dtype, like=y)

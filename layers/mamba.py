@@ -16,7 +16,8 @@ from layers.config import check, check_choice
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before, carried
-from layers.sharding import gather, island, place
+from layers.sharding import island, place
+from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.selective_scan import selective_scan
 
@@ -119,12 +120,10 @@ class Convolution(nnx.Module):
         self.bias = draw((channels,), (axis,)) if bias else None
 
     def __call__(self, x_btd: jax.Array, tokens: Tokens, tail: Tail | None) -> jax.Array:
-        def value(parameter):
-            return gather(jnp.asarray(parameter[...], self.dtype), parameter.axes)
-
         earlier = before(x_btd, self.size - 1, tokens, tail, self.axis)
-        bias = None if self.bias is None else value(self.bias)
-        return jax.nn.silu(causal_convolution(x_btd, earlier, value(self.weight), bias))
+        bias = None if self.bias is None else read(self.bias, self.dtype)
+        weight = read(self.weight, self.dtype)
+        return jax.nn.silu(causal_convolution(x_btd, earlier, weight, bias))
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], config: MambaConfig) -> jax.Array:
@@ -248,7 +247,7 @@ class Mamba(nnx.Module):
         b, c = (
             (part(x_bti), ("batch", None, None))
             if isinstance(part, Linear)
-            else (part[...].astype(jnp.float32), part.axes)
+            else (read(part, jnp.float32, deferred=True), part.axes)
             for part in (self.b, self.c)
         )
 
@@ -265,8 +264,10 @@ class Mamba(nnx.Module):
 
         numbers = ("channels", None)
         state_axes = ("batch", "channels", None)
-        rate = self.log_rate[...].astype(jnp.float32)
-        skip, bias = (p[...].astype(jnp.float32) for p in (self.skip, self.delta_bias))
+        rate, skip, bias = (
+            read(parameter, jnp.float32, deferred=True)
+            for parameter in (self.log_rate, self.skip, self.delta_bias)
+        )
         y_bti, scan_bdn = island(
             run,
             (x_bti, delta_bti, rate, b[0], c[0], skip, z_bti, bias, tokens.segments_bt, initial),

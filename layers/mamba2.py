@@ -18,7 +18,8 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.mamba import CHANNELS, SELECTIVE, STILL, Convolution, MambaConfig, step_bias
 from layers.recurrent import Tail, Tokens, after, carried
-from layers.sharding import gather, island, mesh_axis, place
+from layers.sharding import island, mesh_axis, place
+from layers.weights import read
 from pallas_kernels.ssd import ssd
 
 # what goes through the convolution
@@ -170,7 +171,7 @@ class Mamba2(nnx.Module):
             return y.astype(x.dtype), end
 
         def of_heads(parameter):
-            return gather(parameter[...].astype(jnp.float32), parameter.axes)
+            return read(parameter, jnp.float32)
 
         heads, state_axes = ("heads",), ("batch", "heads", None, None)
         y_bti, scan_bhpn = island(

@@ -25,7 +25,8 @@ from layers.routing import (
     scores,
     z_loss,
 )
-from layers.sharding import gather, island, mesh_axis, place
+from layers.sharding import island, mesh_axis, place
+from layers.weights import read
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -135,14 +136,9 @@ class Moe(nnx.Module):
             y = self._placed(x_btd, dispatch, combine, weights)
             return y, chosen_bte, lost_bt.astype(jnp.int32)
 
-        def whole(weight, *rest):
-            axes = weight.axes[:1] + rest
-            return gather(jnp.asarray(weight[...], self.dtype), axes, rows=("batch", "time"))
-
         weights = [
-            None if self.gate is None else whole(self.gate, None, "mlp"),
-            whole(self.up, None, "mlp"),
-            whole(self.down, "mlp", None),
+            None if weight is None else read(weight, self.dtype, deferred=True)
+            for weight in (self.gate, self.up, self.down)
         ]
         bias = None if self.bias is None else self.bias[...]
         hidden = ("experts", None, "mlp")

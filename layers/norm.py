@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.sharding import gather, spread
+from layers.weights import read
 
 # "rmsnorm_1p" is "rmsnorm" whose parameter is the scale's difference from 1 (Gemma)
 NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm")
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x²) + eps) · scale`` over the last axes, those of ``scale``; ``x.dtype``."""
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, dims: int = 1) -> jax.Array:
+    """``x / sqrt(mean(x²) + eps) · scale`` over the last ``dims`` axes; ``x.dtype``."""
     y = x.astype(jnp.float32)
-    axes = tuple(range(-scale.ndim, 0))
+    axes = tuple(range(-dims, 0))
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
-    return (y * spread(scale.astype(jnp.float32), y)).astype(x.dtype)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(
@@ -25,9 +25,9 @@ def layer_norm(
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = y * spread(scale.astype(jnp.float32), y)
+    y = y * scale.astype(jnp.float32)
     if bias is not None:
-        y = y + spread(bias.astype(jnp.float32), y)
+        y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
 
 
@@ -45,19 +45,16 @@ class Norm(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.kind, self.eps = kind, eps
+        self.dims = len(axes)
         start = jnp.zeros if kind == "rmsnorm_1p" else jnp.ones
         self.scale = nnx.Param(start(features, param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(features, param_dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows = ("batch", "time")
-        scale = gather(self.scale[...], self.scale.axes, rows=rows)
-        if self.kind == "rmsnorm":
-            return rms_norm(x, scale, eps=self.eps)
+        scale = read(self.scale, jnp.float32, like=x)
+        if self.kind == "layernorm":
+            bias = None if self.bias is None else read(self.bias, jnp.float32, like=x)
+            return layer_norm(x, scale, bias, eps=self.eps)
         if self.kind == "rmsnorm_1p":
-            return rms_norm(x, 1 + scale.astype(jnp.float32), eps=self.eps)
-        assert self.kind == "layernorm", self.kind
-        if self.bias is None:
-            return layer_norm(x, scale, eps=self.eps)
-        bias = gather(self.bias[...], self.bias.axes, rows=rows)
-        return layer_norm(x, scale, bias, eps=self.eps)
+            scale = 1 + scale
+        return rms_norm(x, scale, eps=self.eps, dims=self.dims)

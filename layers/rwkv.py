@@ -15,7 +15,8 @@ from flax import nnx
 from layers.config import check, check_choice
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before
-from layers.sharding import gather, place
+from layers.sharding import place
+from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 
@@ -131,7 +132,7 @@ class ChannelMix(nnx.Module):
         [previous] = before(x_btd, 1, tokens, state)
 
         def shifted(mix):
-            mix = gather(jnp.asarray(mix[...], x_btd.dtype), mix.axes)
+            mix = read(mix, x_btd.dtype)
             share = mix if self.gated else 1 - mix
             return x_btd * share + previous * (1 - share)
 

@@ -11,7 +11,8 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
-from layers.sharding import gather, island, place
+from layers.sharding import island, place
+from layers.weights import read
 from pallas_kernels.wkv import EMPTY, wkv4
 
 CHANNELS = ("batch", None, "channels")
@@ -93,14 +94,16 @@ class Rwkv4(nnx.Module):
         [previous] = before(x_btd, 1, tokens, tail)
 
         def shifted(mix):
-            mix = gather(jnp.asarray(mix[...], x_btd.dtype), mix.axes)
+            mix = read(mix, x_btd.dtype)
             return x_btd * mix + previous * (1 - mix)
 
         k = self.key(shifted(self.mix_key))
         v = self.value(shifted(self.mix_value))
         r = jax.nn.sigmoid(self.receptance(shifted(self.mix_receptance)))
         k = k.astype(jnp.float32)
-        decay, bonus = (p[...].astype(jnp.float32) for p in (self.decay, self.bonus))
+        decay, bonus = (
+            read(parameter, jnp.float32, deferred=True) for parameter in (self.decay, self.bonus)
+        )
         initial = None
         if state is not None:
             goes_on = tokens.continues(state.tail)

@@ -12,7 +12,8 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
-from layers.sharding import gather, island, place
+from layers.sharding import island, place
+from layers.weights import read
 from pallas_kernels.wkv import wkv7
 
 HEADS = ("batch", None, "heads", None)
@@ -170,11 +171,10 @@ class Rwkv7(nnx.Module):
         change = previous - x_btd
 
         def shifted(name):
-            mix = self.mixes[name]
-            return x_btd + change * gather(jnp.asarray(mix[...], x_btd.dtype), mix.axes)
+            return x_btd + change * read(self.mixes[name], x_btd.dtype)
 
         def channels(parameter):
-            return gather(parameter[...].astype(jnp.float32), parameter.axes)
+            return read(parameter, jnp.float32)
 
         r = self.receptance(shifted("receptance")).astype(jnp.float32)
         # log(−log(decay)): the decay lies between e^(−e^−0.5) = 0.545 and 1

@@ -18,15 +18,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.derivatives import differentiable
+
+Axes = tuple[str | None, ...]  # logical names of an array's dimensions
+ROWS = ("batch", "time")  # of a batch: what gradients of weights are summed over
 
 
 def spec(*axes: str | None) -> PartitionSpec | None:
@@ -76,21 +77,6 @@ def scatter(gradient: jax.Array, target: PartitionSpec) -> jax.Array:
         first = waiting - named_axes(target)
         gradient = _reshard(gradient, PartitionSpec(*target.partitions, unreduced=first))
     return jax.sharding.reshard(gradient, target)
-
-
-def gathers(tree: Any) -> bool:
-    """Whether a parameter of ``tree`` rests split over an axis that `gather` gathers."""
-
-    def does(variable) -> bool:
-        axes = variable.get_metadata().get("axes") if isinstance(variable, nnx.Variable) else None
-        target = None if axes is None else spec(*axes)
-        if target is None:
-            return False
-        leaves = jax.tree.leaves(variable, is_leaf=lambda x: isinstance(x, Scattered))
-        arrays = [a.whole if isinstance(a, Scattered) else a for a in leaves]
-        return any(named_axes(axes_of(a)) - named_axes(target) for a in arrays)
-
-    return any(map(does, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))))
 
 
 def all_but_gathered(primitive, *operands, **options) -> bool:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.config import check
-from layers.decoder import Decoder, flat
+from layers.decoder import Decoder
 from layers.routing import MoeConfig
+from layers.weights import flat
 
 
 def upcycle(

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.decoder import Decoder, DecoderConfig, flat
+from layers.decoder import Decoder, DecoderConfig
+from layers.weights import flat
 
 
 class Block(nn.Module):

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from layers.config import ConfigError, check
-from layers.decoder import Decoder, DecoderConfig, flat
+from layers.decoder import Decoder, DecoderConfig
+from layers.weights import flat
 from research.files import read_json
 from research.models.families import Family, decoder_config, family_of
 from research.models.pth import SUFFIX, PthReader

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import ConfigError, check, check_choice
-from layers.decoder import Decoder, DecoderConfig, flat
+from layers.decoder import Decoder, DecoderConfig
 from layers.rwkv import RwkvConfig
+from layers.weights import dense, flat
 from research.files import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
@@ -63,7 +65,8 @@ def save(
     directory = Path(directory)
     check_new(directory)
     chosen = FAMILIES[family]
-    config, parameters = model.config, flat(model)
+    config = model.config
+    parameters = flat(dense(model, jnp.dtype(config.param_dtype)))
     described = _describe(config, chosen, read_object(source / "config.json") if source else {})
     wanted = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:

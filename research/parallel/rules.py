@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from flax.core.spmd import logical_axis_rules
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -20,6 +19,7 @@ from layers.architecture import FEED_FORWARDS, MIXERS
 from layers.config import check
 from layers.context_parallel import zigzag_order
 from layers.decoder import DecoderConfig
+from layers.weights import map_named
 
 Tree = TypeVar("Tree")
 
@@ -94,20 +94,16 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
         table = {name: None if axis == "fsdp" else axis for name, axis in table.items()}
     replicated = PartitionSpec()
 
-    def of_variable(variable):
-        if not isinstance(variable, nnx.Variable) or "axes" not in variable.get_metadata():
-            return jax.tree.map(lambda _: replicated, variable)
+    def of_array(array, axes):
+        if not axes:
+            return replicated
+        stacked = array.ndim - len(axes)
+        leading = ("layers",)[:stacked] + (None,) * (stacked - 1)
+        named = zip((*leading, *axes), array.shape, strict=True)
+        # a moment's mean over a dimension is one number there
+        return PartitionSpec(*(table.get(a) if size > 1 else None for a, size in named))
 
-        def of_leaf(leaf):
-            stacked = leaf.ndim - len(variable.axes)
-            leading = ("layers",)[:stacked] + (None,) * (stacked - 1)
-            named = zip((*leading, *variable.axes), leaf.shape, strict=True)
-            # a moment's mean over a dimension is one number there
-            return PartitionSpec(*(table.get(a) if size > 1 else None for a, size in named))
-
-        return jax.tree.map(of_leaf, variable)
-
-    return jax.tree.map(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return map_named(of_array, tree)
 
 
 def placed(abstract: Tree, where: Tree) -> Tree:

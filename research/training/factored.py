@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+
+from layers.sharding import Axes
+from layers.weights import map_named
 
 
 @jax.tree_util.register_dataclass
@@ -30,16 +32,15 @@ class FactoredState(NamedTuple):
     moments: Any
 
 
-def sides(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The input and output dimensions of the maps that ``variable`` holds; None if it holds none.
+def sides(array: Any, axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The input and output dimensions of the maps that ``array`` holds; None if it holds none.
 
     ``embed`` is one side of a map and the other named dimensions are the other; a stack's leading
     dimension and that of experts are batches of maps.
     """
-    axes = variable.axes
     if len(axes) < 2 or "embed" not in axes:
         return None
-    first = variable[...].ndim - len(axes)
+    first = array.ndim - len(axes)
     embed = first + axes.index("embed")
     others = tuple(first + i for i, axis in enumerate(axes) if axis not in ("embed", "experts"))
     return ((embed,), others) if embed < others[0] else (others, (embed,))
@@ -56,64 +57,46 @@ def scale_by_factored_rms(
     """
 
     def init(params):
-        def of(variable):
-            found = sides(variable)
-
-            def zeros(a, over=()):
+        def moment(a, axes):
+            def zeros(over=()):
                 shape = tuple(1 if i in over else n for i, n in enumerate(a.shape))
                 return jnp.zeros(shape, jnp.float32)
 
-            def moment(a):
-                return (
-                    zeros(a) if found is None else Factored(zeros(a, found[1]), zeros(a, found[0]))
-                )
+            found = sides(a, axes)
+            return zeros() if found is None else Factored(zeros(found[1]), zeros(found[0]))
 
-            return jax.tree.map(moment, variable)
-
-        return FactoredState(jnp.zeros((), jnp.int32), _map(of, params))
+        return FactoredState(jnp.zeros((), jnp.int32), map_named(moment, params))
 
     def update(updates, state, params=None):
         del params
         count: Any = optax.safe_increment(state.count)
         keep = 1 - count.astype(jnp.float32) ** -decay
 
-        def track(gradient, moment):
-            found = sides(gradient)
+        def track(g, axes, old):
+            found = sides(g, axes)
+            square = jnp.square(g.astype(jnp.float32)) + eps
+            if found is None:
+                return keep * old + (1 - keep) * square
+            rows, columns = (jnp.mean(square, axis=found[i], keepdims=True) for i in (1, 0))
+            return Factored(
+                keep * old.rows + (1 - keep) * rows,
+                keep * old.columns + (1 - keep) * columns,
+            )
 
-            def of(g, old):
-                square = jnp.square(g.astype(jnp.float32)) + eps
-                if found is None:
-                    return keep * old + (1 - keep) * square
-                rows, columns = (jnp.mean(square, axis=found[i], keepdims=True) for i in (1, 0))
-                return Factored(
-                    keep * old.rows + (1 - keep) * rows,
-                    keep * old.columns + (1 - keep) * columns,
-                )
+        def scaled(g, axes, v):
+            found = sides(g, axes)
+            if found is None:
+                over = tuple(range(g.ndim - len(axes), g.ndim))
+                scale = jax.lax.rsqrt(v)
+            else:
+                over = (*found[0], *found[1])
+                mean = jnp.mean(v.rows, axis=found[0], keepdims=True)
+                scale = jax.lax.rsqrt(v.rows / mean) * jax.lax.rsqrt(v.columns)
+            u = g.astype(jnp.float32) * scale
+            rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=over, keepdims=True))
+            return u / jnp.maximum(1.0, rms / clip)
 
-            return jax.tree.map(of, gradient, moment)
-
-        def scaled(gradient, moment):
-            found = sides(gradient)
-
-            def of(g, v):
-                if found is None:
-                    over = tuple(range(g.ndim - len(gradient.axes), g.ndim))
-                    scale = jax.lax.rsqrt(v)
-                else:
-                    over = (*found[0], *found[1])
-                    mean = jnp.mean(v.rows, axis=found[0], keepdims=True)
-                    scale = jax.lax.rsqrt(v.rows / mean) * jax.lax.rsqrt(v.columns)
-                u = g.astype(jnp.float32) * scale
-                rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=over, keepdims=True))
-                return u / jnp.maximum(1.0, rms / clip)
-
-            return jax.tree.map(of, gradient, moment)
-
-        moments = _map(track, updates, state.moments)
-        return _map(scaled, updates, moments), FactoredState(count, moments)
+        moments = map_named(track, updates, state.moments)
+        return map_named(scaled, updates, moments), FactoredState(count, moments)
 
     return optax.GradientTransformation(init, update)
-
-
-def _map(function, tree, *rest):
-    return jax.tree.map(function, tree, *rest, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
+
+from layers.weights import map_named
 
 
 def between(
@@ -57,13 +58,8 @@ def between(
 def _stacks(tree: Any) -> Any:
     """The tree with True for arrays of stacked layers, unless a mesh splits the stack."""
 
-    def of(leaf):
-        axes = leaf.axes if isinstance(leaf, nnx.Variable) else None
+    def is_stack(a, axes):
+        split = (*jax.typeof(a).sharding.spec, None)[0]
+        return bool(axes) and a.ndim > len(axes) and split is None
 
-        def is_stack(a):
-            split = (*jax.typeof(a).sharding.spec, None)[0]
-            return axes is not None and a.ndim > len(axes) and split is None
-
-        return jax.tree.map(is_stack, leaf)
-
-    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return map_named(is_stack, tree)

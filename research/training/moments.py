@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from layers.config import ConfigError
+from layers.weights import map_named
 from research.parallel.rules import RULES
 from research.training.layerwise import between
 
@@ -162,12 +163,11 @@ def pack(state: Any) -> Any:
     def of(path, leaf):
         signed = all(getattr(key, "name", None) != "nu" for key in path)
 
-        def array(a):
-            axes = leaf.axes if isinstance(leaf, nnx.Variable) else (None,) * a.ndim
-            found = layout(a.shape, axes)
+        def array(a, axes):
+            found = layout(a.shape, axes or (None,) * a.ndim)
             return a if found is None else quantize(a, *found, signed)
 
-        return jax.tree.map(array, leaf)
+        return map_named(array, leaf)
 
     return jax.tree_util.tree_map_with_path(
         of, state, is_leaf=lambda x: isinstance(x, nnx.Variable)

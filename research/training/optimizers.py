@@ -1,15 +1,14 @@
 """Optimisers and learning-rate schedules by name, all of them optax's."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from layers.config import check, check_choice
+from layers.weights import map_named
 from research.training.factored import scale_by_factored_rms, sides
 from research.training.moments import with_8bit_moments
 from research.training.offload import with_moments_on_host
@@ -188,7 +187,7 @@ def wide(tree: Any) -> Any:
 def decayed(params: Any) -> Any:
     """The tree of ``params`` with True where weight decay applies: on weights, not biases."""
     # a bias of heads has two dimensions as well, but every map has ``embed`` on one side
-    return _map_variables(lambda v: len(v.axes) > 1 and "embed" in v.axes, params)
+    return map_named(lambda _, axes: len(axes) > 1 and "embed" in axes, params)
 
 
 def muon_dimensions(params: Any) -> Any:
@@ -197,16 +196,8 @@ def muon_dimensions(params: Any) -> Any:
     See `sides`. Embeddings, heads, norms and biases are None: Adam takes them.
     """
 
-    def of(variable):
-        found = None if {"vocab", None} & set(variable.axes) else sides(variable)
+    def of(array, axes):
+        found = None if {"vocab", None} & set(axes) else sides(array, axes)
         return None if found is None else optax.contrib.MuonDimensionNumbers(*found)
 
-    return _map_variables(of, params)
-
-
-def _map_variables(f: Callable[[nnx.Variable], Any], tree: Any) -> Any:
-    return jax.tree.map(
-        lambda v: jax.tree.map(lambda _: f(v), v),
-        tree,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
+    return map_named(of, params)

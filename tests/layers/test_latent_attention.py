@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 from layers.config import ConfigError
-from layers.decoder import DecoderConfig, flat
+from layers.decoder import DecoderConfig
 from layers.latent_attention import LatentAttention, LatentConfig
 from layers.mlp import MlpConfig
 from layers.rotary import RotaryConfig
+from layers.weights import flat
 
 B, T, D = 2, 7, 12
 HEADS, RANK, OWN, TURNED, VALUE, QUERY = 3, 5, 4, 6, 8, 9

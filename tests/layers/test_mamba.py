@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from layers.config import ConfigError
-from layers.decoder import Decoder, DecoderConfig, flat
+from layers.decoder import Decoder, DecoderConfig
 from layers.mamba import SELECTIVE, Mamba, MambaConfig
 from layers.mamba2 import CONVOLVED, Mamba2
+from layers.weights import flat
 
 B, T, D, N, RANK, TAPS = 2, 9, 8, 3, 2, 4
 INNER = 2 * D

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from layers.config import ConfigError
-from layers.decoder import flat
+from layers.weights import flat
 from research import cli
 from research.benchmark import alone, measure, record, step, subject, train
 from research.benchmark.targets import STEP, judge

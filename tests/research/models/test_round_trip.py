@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from layers.decoder import Decoder, flat
+from layers.decoder import Decoder
+from layers.weights import flat
 from research.models import FAMILIES, decoder_config, load, save
 from tests.research.models.conftest import TOKENS, logits_of, make
 

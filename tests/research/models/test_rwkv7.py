@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layers.config import ConfigError
-from layers.decoder import flat
+from layers.weights import flat
 from research.cli import main
 from research.inference import SamplingConfig, generate
 from research.models import load, pth, save

@@ -20,7 +20,8 @@ import dataclasses
 import jax, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig
-from layers.decoder import Decoder, DecoderConfig, flat
+from layers.decoder import Decoder, DecoderConfig
+from layers.weights import flat
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.routing import MoeConfig

@@ -1,0 +1,222 @@
+"""Reading parameters and multiplying by them, whatever they hold: an array, or a leaf.
+
+A layer declares ``nnx.Param(array, axes=…)``, with a logical name for each dimension, and reaches
+it by `read`, `einsum` and `lookup` alone. These cast, and all-gather what is sharded over ``fsdp``.
+A tree rewrite may put a `Leaf` in place of the array (quantised codes, a low-rank sum), and no
+layer has to know.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from layers.sharding import (
+    ROWS,
+    Axes,
+    Scattered,
+    axes_of,
+    gather,
+    named_axes,
+    place,
+    spec,
+    spread,
+)
+from layers.weight_gradient import product
+
+Tree = TypeVar("Tree")
+
+
+class Leaf:
+    """A small pytree that stands for a weight's array.
+
+    A subclass is a frozen dataclass, registered as a pytree, whose static field ``axes`` names the
+    dimensions of the array that it stands for. Its arrays may have further dimensions in front:
+    stacked layers.
+    """
+
+    axes: Axes
+
+    def parts(self) -> Mapping[str, Axes]:
+        """Field → the logical names of its last dimensions, of every field that holds an array."""
+        raise NotImplementedError
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """The array that it stands for, of one layer, in ``dtype``."""
+        raise NotImplementedError
+
+    def read(self, dtype: jnp.dtype) -> jax.Array:
+        """`dense` of all-gathered parts."""
+        return self._gathered().dense(dtype)
+
+    def einsum(
+        self, subscripts: str, x: jax.Array, *, dtype: jnp.dtype, out_axes: Axes, out_dtype: Any
+    ) -> jax.Array:
+        """``jnp.einsum(subscripts, x, dense)``; override it to multiply by the parts."""
+        weight = self.read(dtype)
+        return _multiply(subscripts, x, weight, self.axes, dtype, out_axes, out_dtype)
+
+    def lookup(self, ids_bt: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of `dense`; override it to decode these rows alone."""
+        return _rows(self.read(dtype), ids_bt)
+
+    def _gathered(self) -> "Leaf":
+        parts = {n: gather(getattr(self, n)[...], axes) for n, axes in self.parts().items()}
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var]
+
+
+_NODES = (Leaf, Scattered)
+
+
+def read(
+    param: nnx.Variable, dtype: jnp.dtype, *, like: jax.Array | None = None, deferred: bool = False
+) -> jax.Array:
+    """The array of ``param`` in ``dtype``, in the sharding that it is computed with.
+
+    Args:
+      like: make it something that multiplies or adds to ``like`` elementwise, along its last
+        dimensions.
+      deferred: only products and `layers.sharding.island` use it. With ``like`` or ``deferred``
+        each device may keep its own share of the gradient for a later sum over rows.
+    """
+    value = param.get_value()
+    if isinstance(value, Leaf):
+        return value.read(dtype)
+    rows = ROWS if deferred or like is not None else None
+    array = gather(jnp.asarray(value[...], dtype), param.axes, rows=rows)
+    return array if like is None else spread(array, like)
+
+
+def einsum(
+    subscripts: str,
+    x: jax.Array,
+    param: nnx.Variable,
+    *,
+    dtype: jnp.dtype,
+    out_axes: Axes,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """``jnp.einsum(subscripts, x, param)`` in ``dtype``.
+
+    Args:
+      subscripts: two operands, e.g. ``"btd,dhc->bthc"``.
+      x: activations, cast to ``dtype``.
+      out_axes: logical names of the dimensions of the result.
+      out_dtype: accumulate and return in this dtype (logits ask for float32).
+    """
+    value = param.get_value()
+    if isinstance(value, Leaf):
+        options: dict[str, Any] = dict(dtype=dtype, out_axes=out_axes, out_dtype=out_dtype)
+        return value.einsum(subscripts, x, **options)
+    weight = jnp.asarray(value[...], dtype)
+    return _multiply(subscripts, x, weight, param.axes, dtype, out_axes, out_dtype)
+
+
+def lookup(param: nnx.Variable, ids_bt: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows ``[b, t, d]`` of a table in ``dtype``; an id out of range gives NaN."""
+    value = param.get_value()
+    if isinstance(value, Leaf):
+        return value.lookup(ids_bt, dtype)
+    return _rows(gather(value[...], param.axes, rows=ROWS).astype(dtype), ids_bt)
+
+
+def _multiply(subscripts, x, weight, weight_axes, dtype, out_axes, out_dtype) -> jax.Array:
+    inputs, output = subscripts.split("->")
+    x_letters, weight_letters = inputs.split(",")
+    named = dict(zip(weight_letters, weight_axes, strict=True))
+    named |= dict(zip(output, out_axes, strict=True))
+    rows = tuple(named[letter] for letter in output if letter not in weight_letters)
+    x = place(x.astype(dtype), *(named[letter] for letter in x_letters))
+    weight = gather(weight, weight_axes, rows=rows)
+    if (out_sharding := spec(*out_axes)) is None:
+        return product(subscripts, x, weight, preferred_element_type=out_dtype)
+    return jnp.einsum(
+        subscripts, x, weight, preferred_element_type=out_dtype, out_sharding=out_sharding
+    )
+
+
+def _rows(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
+    return table_vd.at[ids_bt].get(
+        mode="fill",
+        fill_value=jnp.nan,
+        wrap_negative_indices=False,
+        out_sharding=spec("batch", "time", None),
+    )
+
+
+def map_named(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:
+    """``function(array, axes, …)`` of every array of ``tree``; ``axes`` are of its last dimensions.
+
+    Arrays of a `Leaf` have names of their own. Those of another pytree in a variable's place (an
+    optimiser's codes and scales) have the variable's; arrays outside variables have ``()``.
+    ``rest`` are trees of the same structure, or with subtrees in place of arrays.
+    """
+
+    def of_value(value: Any, axes: Axes, *others: Any) -> Any:
+        def of_node(node: Any, *others: Any) -> Any:
+            if not isinstance(node, Leaf):
+                return function(node, axes, *others)
+            parts = {
+                name: of_value(getattr(node, name), own, *(getattr(o, name) for o in others))
+                for name, own in node.parts().items()
+            }
+            return dataclasses.replace(node, **parts)  # type: ignore[type-var]
+
+        return jax.tree.map(of_node, value, *others, is_leaf=lambda a: isinstance(a, _NODES))
+
+    def of_variable(variable: Any, *others: Any) -> Any:
+        if not isinstance(variable, nnx.Variable):
+            return function(variable, (), *others)
+        axes = variable.get_metadata().get("axes", ())
+        others = tuple(o.get_value() for o in others)
+        return variable.replace(of_value(variable.get_value(), axes, *others))
+
+    return jax.tree.map(of_variable, tree, *rest, is_leaf=lambda a: isinstance(a, nnx.Variable))
+
+
+def flat(tree: Any) -> dict[str, jax.Array]:
+    """Path → array, e.g. ``blocks/0/mixer/query/weight``, in the order of the tree's leaves.
+
+    An array of a `Leaf` has its field's name behind the parameter's.
+    """
+    found = {}
+    flatten, spell = jax.tree_util.tree_flatten_with_path, jax.tree_util.keystr
+    for path, node in flatten(tree, is_leaf=lambda a: isinstance(a, nnx.Variable))[0]:
+        value = node.get_value() if isinstance(node, nnx.Variable) else node
+        for inner, leaf in flatten(value)[0]:
+            found[spell((*path, *inner), simple=True, separator="/")] = leaf
+    return found
+
+
+def gathers(tree: Any) -> bool:
+    """Whether a parameter of ``tree`` is stored sharded over an axis that `read` gathers."""
+    found = []
+
+    def look(array, axes):
+        target = spec(*axes)
+        stored = array.whole if isinstance(array, Scattered) else array
+        if axes and target is not None:
+            found.append(named_axes(axes_of(stored)) - named_axes(target))
+
+    map_named(look, tree)
+    return any(found)
+
+
+def dense(tree: Tree, dtype: jnp.dtype) -> Tree:
+    """``tree`` with every `Leaf` as the array that it stands for, in ``dtype``."""
+
+    def of_leaf(leaf: Leaf) -> jax.Array:
+        name, axes = next(iter(leaf.parts().items()))
+        run: Callable = lambda one: one.dense(dtype)  # noqa: E731
+        for _ in range(getattr(leaf, name).ndim - len(axes)):  # stacked layers
+            run = jax.vmap(run)
+        return run(leaf)
+
+    def of_variable(variable: Any) -> Any:
+        held = isinstance(variable, nnx.Variable) and isinstance(variable.get_value(), Leaf)
+        return variable.replace(of_leaf(variable.get_value())) if held else variable
+
+    return jax.tree.map(of_variable, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
