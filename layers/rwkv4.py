@@ -116,14 +116,14 @@ class Rwkv4(nnx.Module):
             assert tokens.valid_bt is not None
             k = jnp.where(tokens.valid_bt[..., None], k, EMPTY)
 
-        def run(decay, bonus, k, v, segments, *initial):
+        def run(decay, bonus, k, v, segments, initial):
             y, end = wkv4(
                 decay,
                 bonus,
                 k,
                 v,
                 segment_ids_bt=segments,
-                initial_state=initial if initial else None,
+                initial_state=initial,
                 implementation=self.implementation,
             )
             return y, *end
@@ -131,8 +131,8 @@ class Rwkv4(nnx.Module):
         row = ("batch", "channels")
         y, *end = island(
             run,
-            (decay, bonus, k, v, tokens.segments_bt, *(initial or ())),
-            (("channels",), ("channels",), CHANNELS, CHANNELS, ("batch", None), row, row, row),
+            (decay, bonus, k, v, tokens.segments_bt, initial),
+            (("channels",), ("channels",), CHANNELS, CHANNELS, ("batch", None), (row, row, row)),
             [CHANNELS, row, row, row],
         )
         if state is not None and tokens.valid_bt is not None:
