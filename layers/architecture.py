@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from layers.attention import AttentionConfig
-from layers.config import ConfigError, check, check_choice
+from layers.config import EXECUTION, PRECISION, TRAINING, ConfigError, check, check_choice
 from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
@@ -29,7 +29,9 @@ MIXERS = {
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
 # what a block makes that is as wide as the model or its heads, by the names of `layers.hooks`
-NARROW = ("attention.query", "attention.key", "attention.value", "mixed", "mlp.output")
+NARROW = (
+    "attention.query", "attention.key", "attention.value", "mixer.output", "mlp.output",
+)  # fmt: skip
 _POLICIES = jax.checkpoint_policies
 # name → policy of jax.checkpoint; "none" keeps every activation
 REMAT = {
@@ -51,77 +53,78 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model.
+    """A decoder-only language model: what it computes, and how.
 
-    ``pattern`` names the mixer of each layer in turn and is repeated to ``num_layers``:
-    ``"attention"`` sees everything before, ``"sliding"`` the last ``attention.window`` tokens,
-    ``"latent"`` everything before through keys and values of low rank (DeepSeek), ``"mamba"``,
-    ``"mamba2"``, ``"rwkv4"`` and ``"rwkv7"`` a state of fixed size. ``feed_forward`` names the
-    layer after each mixer, one a pattern entry or one for all: ``"mlp"``, RWKV's channel-mix
-    ``"rwkv4"`` and ``"rwkv7"`` (whose hidden size is ``mlp.width`` too), a mixture of experts
-    ``"moe"``, or ``"none"``.
-    ``norm_position``: ``pre`` (GPT-2, Llama), ``post`` (Vaswani 2017), ``both`` (Gemma 2) or
-    ``output``, of what a layer adds to the residual alone (OLMo 2).
-    ``parallel_residual``: attention and MLP read the same input, normalised once (GPT-J) or,
-    without ``shared_norm``, each by a norm of its own (GPT-NeoX). ``sliding_rotary``: of the
-    sliding layers (Gemma 3); None: ``rotary``, as the others.
-    ``max_length``: rows of the learned position table; nothing else limits the length.
-    ``embedding_norm``: a norm of the embeddings themselves (BLOOM, RWKV).
-    ``embedding_scale`` multiplies embeddings; ``logit_cap`` soft-caps logits (Gemma 2).
-    ``circuits`` and ``microbatches`` are of a mesh that splits layers over stages
-    (`layers.pipeline`): how often a batch goes round the stages, and in how many parts. Parameters
-    are stacked a circuit apart; beside that neither changes the model.
-    ``remat``: what is kept for the backward pass, the rest being computed again. ``none``: all is
-    kept, nothing computed again. ``dots``: every product with a weight; attention, norms and
-    activations are computed again. ``narrow``: queries, keys, values and what mixers and MLPs add
-    to the residual; the MLP's hidden layer, which is most of ``dots``, is computed again as well.
-    ``full``: the input of each repeat of the pattern; every forward is computed twice.
-    ``dots_offload``: as ``dots``, kept in the host's memory: no product is computed again, and the
-    device has well under what ``dots`` leaves it. ``full_offload``: the input of each layer, in the
-    host's memory: the device has the activations of one repeat at a time, for deep models and the
-    longest sequences.
-    ``dtype`` is what is computed in, ``param_dtype`` what is stored; norms, softmax and logits are
-    float32 whatever they are. ``init_std``: of the embeddings; other weights are fan-in scaled, and
-    residual outputs by ``1/sqrt(2·num_layers)`` more (GPT-2, §2.3).
+    Norms, softmax and logits are float32 whatever ``dtype`` is. Weights are initialised by their
+    fan-in, residual outputs by ``1/sqrt(2·num_layers)`` more (GPT-2, §2.3).
     """
 
     vocab_size: int
     width: int
     num_layers: int
+    # The parts that layers of the pattern are made of; None where no layer needs them.
     attention: AttentionConfig | None = None
-    mlp: MlpConfig | None = None
+    mlp: MlpConfig | None = None  # its width is also the hidden size of RWKV's channel-mix
     latent: LatentConfig | None = None
     mamba: MambaConfig | None = None
     rwkv: RwkvConfig | None = None
     moe: MoeConfig | None = None
+    # The sequence mixer of each layer in turn (`MIXERS`), repeated to num_layers: "attention" sees
+    # everything before, "sliding" the last attention.window tokens, "latent" everything before
+    # through keys and values of low rank (DeepSeek); the others a state of fixed size.
     pattern: tuple[str, ...] = ("attention",)
+    # The layer after each mixer (`FEED_FORWARDS`): one for each of the pattern, or one for all.
     feed_forward: tuple[str, ...] = ("mlp",)
+    # How positions enter (`POSITIONS`): "rotary" and "alibi" in attention, the others once, added
+    # to the embeddings.
     position: str = "rotary"
     rotary: RotaryConfig = RotaryConfig()
+    # Of sliding layers (Gemma 3); None: as the others.
     sliding_rotary: RotaryConfig | None = None
+    # Rows of the learned position table; nothing else limits the length.
     max_length: int | None = None
-    norm: str = "rmsnorm"
+    norm: str = "rmsnorm"  # of `NORMS`
     norm_eps: float = 1e-6
     norm_bias: bool = False
+    # "pre" (GPT-2, Llama), "post" (Vaswani 2017), "both" (Gemma 2), or "output", of what a layer
+    # adds to the residual (OLMo 2).
     norm_position: str = "pre"
+    # Mixer and feed-forward layer read the same input and are added together (GPT-J, GPT-NeoX) …
     parallel_residual: bool = False
+    # … normalised once for both (GPT-J), or by a norm each (GPT-NeoX).
     shared_norm: bool = True
+    # A norm of the embeddings themselves (BLOOM, RWKV).
     embedding_norm: bool = False
+    # Logits are products with the embedding table; False: with a head of their own.
     tie_embeddings: bool = True
+    # Numbers that the head gives for each token in place of logits: 1 for a reward or value model.
+    outputs: int | None = None
+    # Multiplies embeddings (Gemma).
     embedding_scale: float | None = None
+    # cap · tanh(logit / cap) of logits (Gemma 2).
     logit_cap: float | None = None
-    init_std: float = 0.02
-    circuits: int = 1
-    microbatches: int | None = None
-    scan: bool = True
-    remat: str = "none"
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    # Standard deviation of initial embeddings.
+    init_std: float = dataclasses.field(default=0.02, metadata=TRAINING)
+    # How often a batch goes round the stages of a pipeline (`layers.pipeline`) …
+    circuits: int = dataclasses.field(default=1, metadata=EXECUTION)
+    # … and in how many parts; None without stages.
+    microbatches: int | None = dataclasses.field(default=None, metadata=EXECUTION)
+    # True: layers are stacked and scanned, one body is compiled. False: a list of layers, each
+    # compiled; faster on CPUs and in decoding.
+    scan: bool = dataclasses.field(default=True, metadata=EXECUTION)
+    # What is kept for the backward pass; the rest is computed again. "none": all is kept. "dots":
+    # every product with a weight; attention, norms and activations are computed again. "narrow":
+    # queries, keys, values and what mixers and MLPs add to the residual; the MLP's hidden layer,
+    # most of "dots", is computed again too. "full": the input of each repeat of the pattern.
+    # "dots_offload" and "full_offload" keep theirs in the host's memory.
+    remat: str = dataclasses.field(default="none", metadata=EXECUTION)
+    dtype: str = dataclasses.field(default="float32", metadata=PRECISION)  # of computation
+    param_dtype: str = dataclasses.field(default="float32", metadata=PRECISION)  # of storage
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "circuits", "norm_eps", "init_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
-        for name in ("max_length", "embedding_scale", "logit_cap", "microbatches"):
+        for name in ("max_length", "embedding_scale", "logit_cap", "microbatches", "outputs"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
         check_choice("position", self.position, POSITIONS)
@@ -145,6 +148,10 @@ class DecoderConfig:
             self.circuits,
             f"must divide the pattern's {self.repeats} repeats",
         )
+        check(self.scan or self.circuits == 1, "circuits", self.circuits, "must be 1: scan=False")
+        if self.outputs is not None:
+            check(not self.tie_embeddings, "tie_embeddings", True, "must be False with outputs")
+            check(self.logit_cap is None, "logit_cap", self.logit_cap, "must be None with outputs")
         check(
             len(self.feed_forward) in (1, len(self.pattern)),
             "feed_forward",
@@ -198,7 +205,7 @@ class DecoderConfig:
             "latent" not in self.pattern or self.position == "rotary",
             "position",
             self.position,
-            "must be rotary: latent attention knows no other",
+            "must be rotary: latent attention has no other",
         )
         if self.attention is not None:
             self._check_attention(self.attention)
@@ -241,8 +248,10 @@ class DecoderConfig:
     def repeats(self) -> int:
         return self.num_layers // len(self.pattern)
 
-    def place(self, layer: int) -> tuple[int, int]:
-        """Which of a decoder's ``blocks`` holds ``layer``, and where in its stack."""
+    def locate(self, layer: int) -> tuple[int, int | None]:
+        """Which of a decoder's ``blocks`` holds ``layer``, and its row if blocks are stacked."""
+        if not self.scan:
+            return layer, None
         repeat, p = divmod(layer, len(self.pattern))
-        circuit, index = divmod(repeat, self.repeats // self.circuits)
-        return circuit * len(self.pattern) + p, index
+        circuit, row = divmod(repeat, self.repeats // self.circuits)
+        return circuit * len(self.pattern) + p, row

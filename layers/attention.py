@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from layers import alibi
-from layers.config import check, check_choice
+from layers.config import EXECUTION, check, check_choice
+from layers.context import Context
 from layers.context_parallel import CONTEXTS, sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
@@ -111,8 +112,8 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
-    implementation: str | None = None
-    context: str = "gather"
+    implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+    context: str = dataclasses.field(default="gather", metadata=EXECUTION)
 
     def __post_init__(self):
         check_choice("context", self.context, CONTEXTS)
@@ -230,48 +231,23 @@ class Attention(nnx.Module):
             rolling=capacity < max_length,
         )
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: KVCache | None = None,
-        tap: Tap | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
-        tap = tap or Tap()
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds."""
+        tap, state, (b, t) = context.tap, context.state, x_btd.shape[:2]
         q, k, v = self.query(x_btd), self.key(x_btd), self.value(x_btd)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_config is not None:
-            q, k = (self.rotary_config(a, positions_bt) for a in (q, k))
+            positions = context.rotary_positions(t)
+            q, k = (self.rotary_config(a, positions) for a in (q, k))
         q, k, v = tap("attention.query", q), tap("attention.key", k), tap("attention.value", v)
 
-        segments_bt = segment_ids_bt
-        k_positions, k_segments = positions_bt, segment_ids_bt
+        mask = dataclasses.replace(context.mask, window=self.window)
         if state is not None:
-            positions_bt = jnp.broadcast_to(positions_bt, x_btd.shape[:2])
-            if segments_bt is None:
-                segments_bt = jnp.zeros_like(positions_bt)
-            seen_before = state
-            state = state.write(k, v, positions_bt, segments_bt)
-            held = state
-            if state.rolling and x_btd.shape[1] > 1:
-                # Writing many tokens overwrites keys the first of them still see, so look at what
-                # was there before and at the new ones. One token overwrites only what left the
-                # window.
-                held = dataclasses.replace(
-                    seen_before,
-                    keys_bskc=_append(seen_before.keys_bskc, k),
-                    values_bskc=_append(seen_before.values_bskc, v),
-                    positions_bs=_append(seen_before.positions_bs, positions_bt),
-                    segments_bs=_append(seen_before.segments_bs, segments_bt),
-                )
-            k, v = held.keys_bskc.astype(self.dtype), held.values_bskc.astype(self.dtype)
-            k_positions, k_segments = held.positions_bs, held.segments_bs
-        mask = Mask(
-            positions_bt, k_positions, segments_bt, k_segments, causal=True, window=self.window
-        )
+            mask = mask.with_segments(b, t)
+            state, keys = state.extend(k, v, mask.q_positions_bt, mask.q_segments_bt)
+            mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
+            k, v = keys.k_bskc.astype(self.dtype), keys.v_bskc.astype(self.dtype)
         options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
         if self.use_alibi:
             options["alibi_slopes_h"] = alibi.slopes(self.config.num_heads)
@@ -289,7 +265,7 @@ class Attention(nnx.Module):
                 context=self.config.context if state is None else "gather",
                 **options,
             )
-        return self.out(tap("attention.output", y)), state
+        return self.out(tap("attention.output", y)), context.replace(state=state)
 
 
 def observed_attention(
@@ -324,7 +300,3 @@ def observed_attention(
     )
     weights_bhts = tap("attention.weights", weights_bhts)
     return island(weighted_sum, (weights_bhts, v_bskc), (weights_axes, k_axes), q_axes)
-
-
-def _append(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.concatenate((old, new.astype(old.dtype)), axis=1)

@@ -6,27 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from layers.architecture import DecoderConfig
 from layers.attention import Attention
-from layers.hooks import Tap
+from layers.context import Context
 from layers.latent_attention import LatentAttention
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
 from layers.mlp import Mlp
-from layers.moe import Moe, RouterStats
+from layers.moe import Moe
 from layers.norm import Norm
 from layers.rwkv import ChannelMix, Place
 from layers.rwkv4 import Rwkv4
 from layers.rwkv7 import Rwkv7
-
-
-class First(NamedTuple):
-    """The layer's index among the RWKV-7 layers, and the values of the first of them."""
-
-    layer: jax.Array | int
-    values: jax.Array | None
 
 
 class BlockState(NamedTuple):
@@ -37,7 +29,7 @@ class BlockState(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A mixer and a feed-forward layer, each with its norm and residual connection.
+    """A mixer and a feed-forward layer, each with its norms and residual connection.
 
     ``at`` is its place in the stack, which RWKV's initial values depend on.
     """
@@ -52,99 +44,100 @@ class Block(nnx.Module):
         at: Place = Place(),  # noqa: B008
     ):
         options = dict(rngs=rngs, out_scale=1 / math.sqrt(2 * config.num_layers), **dtypes(config))
-        self.norm_position = config.norm_position
-        self.parallel = config.parallel_residual
         self.mixer: Any = _make_mixer(config, mixer, at, options)
         self.mlp: Any = _make_feed_forward(config, feed_forward, at, options)
-        has_mlp = self.mlp is not None
-        first = config.norm_position != "output"
-        last = config.norm_position in ("both", "output")
-        own = has_mlp and not (self.parallel and config.shared_norm)
-        self.mixer_norm = make_norm(config) if first else None
-        self.mlp_norm = make_norm(config) if first and own else None
-        self.mixer_post_norm = make_norm(config) if last else None
-        self.mlp_post_norm = make_norm(config) if last and has_mlp else None
+        self.norm_position = config.norm_position
+        self.parallel = config.parallel_residual
+        has_mlp, norms = self.mlp is not None, config.norm_position
+        shared_norm = self.parallel and config.shared_norm
+
+        def norm(there: bool) -> Any:
+            return make_norm(config) if there else None
+
+        # of what a layer reads ("post": of the residual behind it), and of what it adds
+        reads, adds = norms != "output", norms in ("both", "output")
+        self.mixer_norm = norm(reads)
+        self.mlp_norm = norm(reads and has_mlp and not shared_norm)
+        self.mixer_post_norm = norm(adds)
+        self.mlp_post_norm = norm(adds and has_mlp)
 
     def init_state(self, batch: int, max_length: int, dtype) -> BlockState:
         """The empty state for ``max_length`` tokens."""
-        keeps = isinstance(self.mlp, ChannelMix)
+        layers = (self.mixer, self.mlp)
         return BlockState(
-            self.mixer.init_state(batch, max_length, dtype),
-            self.mlp.init_state(batch, max_length, dtype) if keeps else None,
+            *(None if a is None else a.init_state(batch, max_length, dtype) for a in layers)
         )
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None,
-        state: BlockState | None,
-        tap: Tap,
-        first: First,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, BlockState | None, First, RouterStats | None]:
-        """Returns ``(x_btd, state, first, stats)``; `Rwkv7` hands ``first`` from layer to layer.
+    def init_shared(self, x_btd: jax.Array) -> dict[str, Any]:
+        """What `Context.shared` begins with for this layer's sake."""
+        return self.mixer.init_shared(x_btd) if hasattr(self.mixer, "init_shared") else {}
 
-        ``key`` is of a router's noise in training, ``stats`` what a mixture of experts reports.
-        """
-        where = positions_bt, segment_ids_bt
-        mixer_state, mlp_state = (None, None) if state is None else state
-        stats: list[RouterStats] = []
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """``context.state`` is a `BlockState` or None."""
+        mixer_state, mlp_state = (None, None) if context.state is None else context.state
+        has_state, tap = context.state is not None, context.tap
 
         def mix(x):
-            if isinstance(self.mixer, Rwkv7):
-                y, new, values = self.mixer(
-                    x, *where, mixer_state, tap, layer=first.layer, first_values_bthc=first.values
-                )
-                return checkpoint_name(y, "mixed"), new, First(first.layer, values)
-            y, new = self.mixer(x, *where, mixer_state, tap)
-            return checkpoint_name(y, "mixed"), new, first
+            nonlocal context, mixer_state
+            x = tap("mixer.input", x)
+            y, context = self.mixer(x, context.replace(state=mixer_state))
+            mixer_state = context.state
+            return tap("mixer.output", y)
 
-        def feed_forward(x):
-            if isinstance(self.mlp, ChannelMix):
-                y, new = self.mlp(x, *where, mlp_state)
-            elif isinstance(self.mlp, Moe):
-                y, found = self.mlp(x, positions_bt, key)
-                stats.append(found)
-                new = None
-            else:
-                assert self.mlp is not None
-                y, new = self.mlp(x), None
-            return tap("mlp.output", y), new
-
-        def normalise(norm, y):
-            return y if norm is None else norm(y)
+        def feed(x):
+            nonlocal context, mlp_state
+            x = tap("mlp.input", x)
+            y, context = self.mlp(x, context.replace(state=mlp_state))
+            mlp_state = context.state
+            return tap("mlp.output", y)
 
         x = tap("residual", x_btd)
-        if self.norm_position == "post":
-            y, mixer_state, first = mix(x)
-            x = normalise(self.mixer_norm, x + y)
-            if self.mlp is not None:
-                y, mlp_state = feed_forward(x)
-                x = normalise(self.mlp_norm, x + y)
+        if self.parallel:
+            x = self._parallel(x, mix, feed)
         else:
-            normed = normalise(self.mixer_norm, x)
-            y, mixer_state, first = mix(normed)
-            y = normalise(self.mixer_post_norm, y)
-            if not self.parallel:
-                x = x + y
-                normed = x
-                y = None
-            if self.mlp_norm is not None:
-                normed = self.mlp_norm(x)
+            x = tap("residual.middle", self._mixed(x, mix))
             if self.mlp is not None:
-                z, mlp_state = feed_forward(normed)
-                z = normalise(self.mlp_post_norm, z)
-                y = z if y is None else y + z
-            x = x if y is None else x + y
-        new = None if state is None else BlockState(mixer_state, mlp_state)
-        return x, new, first, stats[0] if stats else None
+                x = self._fed(x, feed)
+        state = BlockState(mixer_state, mlp_state) if has_state else None
+        return x, context.replace(state=state)
+
+    def _mixed(self, x, mix):
+        if self.norm_position == "pre":
+            return x + mix(self.mixer_norm(x))
+        if self.norm_position == "post":
+            return self.mixer_norm(x + mix(x))
+        if self.norm_position == "both":
+            return x + self.mixer_post_norm(mix(self.mixer_norm(x)))
+        assert self.norm_position == "output"
+        return x + self.mixer_post_norm(mix(x))
+
+    def _fed(self, x, feed):
+        if self.norm_position == "pre":
+            return x + feed(self.mlp_norm(x))
+        if self.norm_position == "post":
+            return self.mlp_norm(x + feed(x))
+        if self.norm_position == "both":
+            return x + self.mlp_post_norm(feed(self.mlp_norm(x)))
+        assert self.norm_position == "output"
+        return x + self.mlp_post_norm(feed(x))
+
+    def _parallel(self, x, mix, feed):
+        normed = self.mixer_norm(x)
+        y = mix(normed)
+        if self.mixer_post_norm is not None:
+            y = self.mixer_post_norm(y)
+        if self.mlp is None:
+            return x + y
+        z = feed(normed if self.mlp_norm is None else self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            z = self.mlp_post_norm(z)
+        return x + (y + z)
 
 
 def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
     if kind in ("attention", "sliding"):
-        own = config.sliding_rotary if kind == "sliding" else None
-        rotary = own or config.rotary
+        sliding = config.sliding_rotary if kind == "sliding" else None
+        rotary = sliding or config.rotary
         return Attention(
             config.part("attention"),
             config.width,
@@ -167,9 +160,10 @@ def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, 
         return Mamba(config.part("mamba"), config.width, **options)
     if kind == "mamba2":
         return Mamba2(config.part("mamba"), config.width, norm_eps=config.norm_eps, **options)
-    return {"rwkv4": Rwkv4, "rwkv7": Rwkv7}[kind](
-        config.part("rwkv"), config.width, at=at, **options
-    )
+    if kind == "rwkv4":
+        return Rwkv4(config.part("rwkv"), config.width, at=at, **options)
+    first = config.pattern.index("rwkv7")
+    return Rwkv7(config.part("rwkv"), config.width, at=at, first_layer=first, **options)
 
 
 def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):

@@ -8,12 +8,27 @@ dataclasses, so an unknown name or a wrong type is reported once, in one form, b
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pallas_kernels.names import one_of, suggest
 
 T = TypeVar("T")
+
+# What a field of a configuration decides, where it is not what is computed: its metadata.
+EXECUTION = {"decides": "execution"}  # how: may change from one start of a run to the next
+PRECISION = {"decides": "precision"}  # in how many bits
+TRAINING = {"decides": "training"}  # initial values and losses of training alone
+
+
+def decides(config: Any, *kinds: Mapping[str, str]) -> Iterator[str]:
+    """Dotted names of the fields of ``config``, a dataclass, whose metadata is one of ``kinds``."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if any(field.metadata.get("decides") == kind["decides"] for kind in kinds):
+            yield field.name
+        elif dataclasses.is_dataclass(value):
+            yield from (f"{field.name}.{name}" for name in decides(value, *kinds))
 
 
 class ConfigError(ValueError):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.sharding import island, mesh_axis, spec
+from layers.state import Keys
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
 from pallas_kernels.mask import Mask
@@ -72,15 +73,6 @@ def sharded_attention(
         (q_axes, k_axes, k_axes, mask_axes, ("heads",), ("heads",)),
         q_axes,
     )
-
-
-class Keys(NamedTuple):
-    """Keys with their values, positions and segments (None if there are none)."""
-
-    k_bskc: jax.Array
-    v_bskc: jax.Array
-    positions_bs: jax.Array
-    segments_bs: jax.Array | None
 
 
 def zigzag_order(length: int, ways: int) -> np.ndarray:

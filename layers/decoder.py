@@ -1,28 +1,31 @@
 """The stack: a pattern of blocks, repeated, between an embedding and a head.
 
-``pattern × repeats`` covers uniform and hybrid models alike. Parameters are stacked over repeats
-and the blocks either scanned (one compiled body) or unrolled (faster on CPU); the numbers are the
-same and so is the checkpoint.
+Three steps in a row: `Decoder.embed`, `Decoder.run_layers`, `Decoder.unembed`. The pattern times
+its repeats covers uniform and hybrid models alike. Blocks are stacked over repeats and scanned (one
+compiled body), or a list (``scan=False``); `layers.stack` turns one into the other.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from layers.architecture import REMAT, DecoderConfig
-from layers.block import Block, BlockState, First, dtypes, make_norm
+from layers.block import Block, BlockState, dtypes, make_norm
 from layers.config import check
+from layers.context import Context
 from layers.embedding import Embedding, sinusoidal
-from layers.hooks import Hooks, Tap
+from layers.hooks import Hooks, Tap, stacked
 from layers.linear import Linear
-from layers.moe import Moe, RouterStats
+from layers.moe import Moe, RouterStats, rebalance
 from layers.pipeline import pipeline, stages
 from layers.rwkv import Place
 from layers.sharding import all_but_gathered, place
 from layers.weights import gathers
+from pallas_kernels.mask import CAUSAL, Mask
 
 State = tuple[BlockState, ...]
 
@@ -39,12 +42,21 @@ class Output(NamedTuple):
     aux: RouterStats | None
 
 
+class Run(NamedTuple):
+    """What `Decoder.run_layers` gives besides the residual; see `Output`."""
+
+    state: State | None
+    taps: dict[str, jax.Array]
+    aux: RouterStats | None
+
+
 class Decoder(nnx.Module):
     """The whole model. It is a pytree of its parameters: use plain ``jax.jit``, ``jax.grad``, …
 
-    ``blocks[p]`` holds the parameters of the pattern's ``p``-th layer, stacked over repeats; where
-    there are several circuits, the first one's patterns come first (`DecoderConfig.place`). For
-    abstract shapes and no memory: ``jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
+    With ``config.scan`` ``blocks[p]`` holds the pattern's ``p``-th layer, stacked over repeats
+    (where there are several circuits, the first one's patterns come first); else ``blocks[i]`` is
+    layer ``i`` (`DecoderConfig.locate`). For abstract shapes and no memory:
+    ``jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -79,18 +91,19 @@ class Decoder(nnx.Module):
             return [jax.vmap(make)(keys[cut], repeats[cut]) for cut in cuts]
 
         stacks = [stack(p, *kinds) for p, kinds in enumerate(config.layers)]
-        self.blocks = nnx.List(
-            [block for circuit in zip(*stacks, strict=True) for block in circuit]
-        )
+        blocks = [block for circuit in zip(*stacks, strict=True) for block in circuit]
+        if not config.scan:
+            blocks = [row(block, i) for i in range(config.repeats) for block in blocks]
+        self.blocks = nnx.List(blocks)
         self.final_norm = None if config.norm_position == "post" else make_norm(config)
         self.head = (
             None
             if config.tie_embeddings
             else Linear(
                 "btd,dv->btv",
-                (config.width, config.vocab_size),
-                ("embed", "vocab"),
-                ("batch", "time", "vocab"),
+                (config.width, config.outputs or config.vocab_size),
+                ("embed", None if config.outputs else "vocab"),
+                ("batch", "time", None if config.outputs else "vocab"),
                 rngs=rngs,
                 out_dtype=jnp.float32,
                 **types,
@@ -99,8 +112,22 @@ class Decoder(nnx.Module):
 
     @property
     def mixtures(self) -> list[Moe]:
-        """The mixtures of experts in ``blocks``, each stacked over repeats."""
+        """The mixtures of experts in ``blocks``."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, Moe)]
+
+    def rebalance(self, counts_le: jax.Array) -> None:
+        """`layers.moe.rebalance` of every mixture by the counts of its layers, in place.
+
+        ``counts_le`` are of all mixtures in the order of layers, as `Output.aux` has them.
+        """
+        layers = range(self.config.num_layers)
+        located = [self.config.locate(layer) for layer in layers]
+        routed = [place for place in located if isinstance(self.blocks[place[0]].mlp, Moe)]
+        for i, block in enumerate(self.blocks):
+            rows = [n for n, (at, _) in enumerate(routed) if at == i]
+            if rows:
+                counts = counts_le[jnp.array(rows)] if self.config.scan else counts_le[rows[0]]
+                rebalance(block.mlp, counts)
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> State:
         """Empty states for ``max_length`` tokens, one for each of ``blocks``, stacked alike."""
@@ -109,12 +136,14 @@ class Decoder(nnx.Module):
         looks_ahead = moe is not None and moe.router == "expert_choice"
         check(not looks_ahead, "moe.router", "expert_choice", "sees later tokens: cannot generate")
 
-        def stack(block):
-            empty = block.init_state(batch, max_length, dtype)
+        def empty(block):
+            state = block.init_state(batch, max_length, dtype)
+            if not self.config.scan:
+                return state
             repeats = self.config.repeats // self.config.circuits
-            return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), empty)
+            return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), state)
 
-        return tuple(stack(block) for block in self.blocks)
+        return tuple(empty(block) for block in self.blocks)
 
     def __call__(
         self,
@@ -124,186 +153,200 @@ class Decoder(nnx.Module):
         state: State | None = None,
         hooks: Hooks | None = None,
         key: jax.Array | None = None,
+        *,
+        until_bt: jax.Array | None = None,
+        rotary_positions: jax.Array | None = None,
     ) -> Output:
-        """Logits of the next token after each token.
+        """Logits of the next token after each token: `embed`, `run_layers`, `unembed`.
 
         Args:
           tokens_bt: int32.
           positions_bt: int32, default ``0, 1, …``; required with ``state``. −1 is padding: seen by
-            nobody, never cached.
+            nobody, never cached, and no recurrent state or expert's capacity changes by it.
           segment_ids_bt: int32; tokens see only their own segment.
           state: from `init_state` or an earlier call; any number of new tokens follow it.
           hooks: what to capture and edit on the way (see `layers.hooks`).
           key: of the noise of routers, in training; None for no noise.
+          until_bt: int32, the last position that a token sees beyond its own: the end of its prefix
+            or image (`pallas_kernels.mask.Mask`).
+          rotary_positions: what rotations turn by; default ``positions_bt``.
 
         Raises:
           ConfigError: tokens that are not ``[b, t]`` integers, a sequence longer than the learned
             positions or the cache, ``state`` without positions.
         """
-        config = self.config
         check(
             tokens_bt.ndim == 2 and jnp.issubdtype(tokens_bt.dtype, jnp.integer),
             "tokens",
             f"{tokens_bt.dtype}{list(tokens_bt.shape)}",
             "must be integers of shape [batch, time]",
         )
-        t = tokens_bt.shape[1]
+        tap = Tap(hooks)
+        x_btd = self.embed(tokens_bt, positions_bt, tap=tap)
+        x_btd, run = self.run_layers(
+            x_btd,
+            Mask.of_tokens(positions_bt, segment_ids_bt, until_bt),
+            positions=rotary_positions,
+            state=state,
+            hooks=hooks,
+            key=key,
+        )
+        logits_btv = self.unembed(x_btd, tap=tap)
+        return Output(logits_btv, run.state, run.taps | tap.captured, run.aux)
+
+    def embed(
+        self, tokens_bt: jax.Array, positions_bt: jax.Array | None = None, *, tap: Tap | None = None
+    ) -> jax.Array:
+        """Embeddings ``[b, t, d]`` of tokens, with what the position adds to them."""
+        config, t = self.config, tokens_bt.shape[1]
         limit = config.max_length if config.position == "learned" else None
         check(limit is None or t <= limit, "tokens", t, f"longer than max_length={limit}")
-        check(
-            state is None or positions_bt is not None,
-            "positions",
-            None,
-            "with a state, say where the tokens stand",
-        )
-        if positions_bt is None:
-            positions_bt = jnp.arange(t, dtype=jnp.int32)[None]
-        outer = Tap(hooks)
         x = self.embedding(tokens_bt)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.position in ("learned", "sinusoidal"):
-            at = jnp.maximum(positions_bt, 0)
+            at = jnp.arange(t)[None] if positions_bt is None else jnp.maximum(positions_bt, 0)
             if self.positions is not None:
-                at = jnp.broadcast_to(at, tokens_bt.shape)
-                at = place(at, "batch", "time")
+                at = place(jnp.broadcast_to(at, tokens_bt.shape), "batch", "time")
                 x = x + self.positions(at)
             else:
                 x = x + sinusoidal(at, config.width).astype(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        x = outer("embedding", x)
-        x, state, taps, aux = self._stack(x, positions_bt, segment_ids_bt, state, hooks, key)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
-        x = outer("final", x)
-        logits = self.embedding.logits(x) if self.head is None else self.head(x)
-        if config.logit_cap is not None:
-            logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
-        return Output(logits, state, taps | outer.captured, aux)
+        return (tap or Tap())("embedding", x)
 
-    def _stack(self, x, positions_bt, segment_ids_bt, state, hooks, key):
-        config, size = self.config, len(self.config.pattern)
+    def run_layers(
+        self,
+        x_btd: jax.Array,
+        mask: Mask = CAUSAL,
+        *,
+        positions: jax.Array | None = None,
+        state: State | None = None,
+        hooks: Hooks | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Run]:
+        """The residual ``[b, t, d]`` after all layers; ``positions`` are those of rotation."""
+        check(
+            state is None or mask.q_positions_bt is not None,
+            "positions",
+            None,
+            "with a state, say where the tokens stand",
+        )
+        size, scan = len(self.config.pattern), self.config.scan
         circuits = [tuple(self.blocks[i : i + size]) for i in range(0, len(self.blocks), size)]
-        values = self._no_values(x)
+        shared = {n: a for b in circuits[0] for n, a in b.init_shared(x_btd).items()}
         if stages() > 1:
             check(state is None, "mesh.stage", stages(), "must be 1: a pipeline does not generate")
-            return self._pipeline(circuits, x, values, positions_bt, segment_ids_bt, hooks, key)
-        outputs = []
-        for c, blocks in enumerate(circuits):
-            states = (None,) * size if state is None else state[c * size : (c + 1) * size]
-            first = c * (config.repeats // config.circuits)
-            (x, values), *output = self._repeats(
-                blocks, states, (x, values), positions_bt, segment_ids_bt, hooks, key, first
-            )
-            outputs.append(output)
-        states, captured, reported = zip(*outputs, strict=True)
-        state = None if state is None else tuple(s for circuit in states for s in circuit)
-        taps, aux = (
-            jax.tree.map(lambda *a: jnp.concatenate(a), *each) for each in (captured, reported)
-        )
-        return x, state, taps, aux
+            return self._pipeline(circuits, x_btd, shared, mask, positions, hooks, key)
+        context = Context(mask, positions, shared=shared, key=key)
+        states, layers, seen = [], [], set[str]()
+        for i, blocks in enumerate(circuits):
+            held = None if state is None else state[i * size : (i + 1) * size]
+            run = self._scanned if scan else self._unrolled
+            first = i * (self.config.repeats // self.config.circuits) if scan else i
+            x_btd, context, new, found = run(blocks, x_btd, context, held, hooks, first, seen)
+            states += new
+            layers += found
+        taps, aux = self._joined(hooks, layers, seen)
+        return x_btd, Run(None if state is None else tuple(states), taps, aux)
 
-    def _pipeline(self, circuits, x, values, positions_bt, segment_ids_bt, hooks, key):
+    def unembed(self, x_btd: jax.Array, *, tap: Tap | None = None) -> jax.Array:
+        """Float32 logits ``[b, t, v]``, or ``[b, t, outputs]``, of the normalised residual."""
+        config = self.config
+        if self.final_norm is not None:
+            x_btd = self.final_norm(x_btd)
+        x_btd = (tap or Tap())("final", x_btd)
+        logits = self.embedding.logits(x_btd) if self.head is None else self.head(x_btd)
+        if config.logit_cap is not None:
+            logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+        return logits
+
+    def _repeat(self, hooks: Hooks | None, context: Context, parameters: Any, seen: set[str]):
+        """``f(x, shared, blocks, states, index)`` of one repeat of the pattern, as ``remat`` says.
+
+        Returns ``(x, shared), (states, each layer's captures and report)``.
+        """
+        config, size = self.config, len(self.config.pattern)
+
+        def repeat(x, shared, blocks, states, index):
+            new_states, found = [], []
+            for p, (block, state) in enumerate(zip(blocks, states, strict=True)):
+                layer = index * size + p
+                tap = Tap(hooks, layer, seen)
+                key = None if context.key is None else jax.random.fold_in(context.key, layer)
+                x, after = block(
+                    x,
+                    context.replace(state=state, tap=tap, key=key, layer=layer, shared=shared),
+                )
+                shared = after.shared
+                new_states.append(after.state)
+                found.append((tap.captured, after.report))
+            return (x, shared), (new_states, found)
+
+        policy = REMAT[config.remat]
+        if policy is None and gathers(parameters):
+            policy = all_but_gathered
+        # an unrolled stack knows its layers, and what is not captured is not kept
+        static = () if config.scan else (4,)
+        if policy is None:
+            return repeat
+        return jax.checkpoint(repeat, policy=policy, static_argnums=static)
+
+    def _unrolled(self, blocks, x, context, states, hooks, index, seen):
+        states = (None,) * len(blocks) if states is None else states
+        repeat = self._repeat(hooks, context, blocks, seen)
+        (x, shared), (states, found) = repeat(x, context.shared, blocks, states, index)
+        first = index * len(blocks)
+        layers = [(first + p, *of_layer) for p, of_layer in enumerate(found)]
+        return x, context.replace(shared=shared), states, layers
+
+    def _scanned(self, blocks, x, context, states, hooks, first_repeat, seen):
+        states = (None,) * len(blocks) if states is None else states
+        repeat = self._repeat(hooks, context, blocks, seen)
+        count, size = jax.tree.leaves(blocks)[0].shape[0], len(blocks)
+
+        def body(carry, inputs):
+            return repeat(*carry, *inputs)
+
+        indices = first_repeat + jnp.arange(count)
+        carry, (states, found) = jax.lax.scan(body, (x, context.shared), (blocks, states, indices))
+        layers = []
+        for i in range(count):
+            for p, of_layer in enumerate(found):
+                layers.append(((first_repeat + i) * size + p, *row(of_layer, i)))
+        return carry[0], context.replace(shared=carry[1]), states, layers
+
+    def _joined(self, hooks: Hooks | None, layers: Sequence[tuple[int, Any, Any]], seen: set[str]):
+        """Captures and reports of all layers, stacked in order."""
+        captured: dict[str, dict[int, jax.Array]] = {}
+        for layer, taps, _ in layers:
+            for name, a in taps.items():
+                captured.setdefault(name, {})[layer] = a
+        reports = [report for _, _, report in layers if report is not None]
+        aux = jax.tree.map(lambda *a: jnp.stack(a), *reports) if reports else None
+        return stacked(hooks, captured, seen), aux
+
+    def _pipeline(self, circuits, x, shared, mask, positions, hooks, key):
         """The layers of a training step, split over stages."""
         parts = self.config.part("microbatches")
         check(hooks is None, "hooks", hooks, "stages have none: use a mesh without them")
-        where = jnp.broadcast_to(positions_bt, x.shape[:2]), segment_ids_bt
+        check(positions is None, "rotary_positions", "given", "mesh.stage has no such positions")
+        mask = mask.whole(x.shape[0], x.shape[1], x.shape[1])
 
-        def layers(blocks, moving, where, key, first):
-            none, (positions, segments) = (None,) * len(blocks), where
-            moving, _, _, report = self._repeats(
-                blocks, none, moving, positions, segments, None, key, first
-            )
-            return moving, report
+        def layers(blocks, moving, mask, key, first):
+            context = Context(mask, shared=moving[1], key=key)
+            run = self._scanned(blocks, moving[0], context, None, None, first, set())
+            x, context, _, found = run
+            return (x, context.shared), self._joined(None, found, set())[1]
 
-        moving, routed = (x, values), "moe" in self.config.feed_forward
-        (x, _), aux = pipeline(layers, circuits, moving, where, key, parts, apart=not routed)
+        moving, routed = (x, shared), "moe" in self.config.feed_forward
+        (x, _), aux = pipeline(layers, circuits, moving, mask, key, parts, apart=not routed)
         if aux is not None:
             mean = {name: getattr(aux, name) / parts for name in ("loss", "balance", "z")}
             aux = dataclasses.replace(aux, **mean)
-        return x, None, {}, aux
-
-    def _repeats(
-        self, blocks, states, carry, positions_bt, segment_ids_bt, hooks, key, first_repeat
-    ):
-        """Through ``blocks``: ``((x, values), states, taps, aux)``, all in order of layers."""
-        config, size = self.config, len(self.config.pattern)
-        count = jax.tree.leaves(blocks)[0].shape[0]
-
-        def repeat(x, values, blocks, states, index):
-            new_states, captured, reported = [], [], []
-            for p, (block, old) in enumerate(zip(blocks, states, strict=True)):
-                tap = Tap(hooks, index * size + p)
-                first = First(index * size + p - self._first_rwkv7, values)
-                own = None if key is None else jax.random.fold_in(key, index * size + p)
-                x, new, (_, values), stats = block(
-                    x, positions_bt, segment_ids_bt, old, tap, first, own
-                )
-                reported += [] if stats is None else [stats]
-                new_states.append(new)
-                captured.append(tap.captured)
-            return x, values, tuple(new_states), (captured, reported)
-
-        policy = REMAT[config.remat]
-        if policy is None and gathers(blocks):
-            policy = all_but_gathered
-        if policy is not None:
-            repeat = jax.checkpoint(repeat, policy=policy)
-        if config.scan:
-
-            def body(carry, inputs):
-                x, values, new, captured = repeat(*carry, *inputs)
-                return (x, values), (new, captured)
-
-            indices = first_repeat + jnp.arange(count)
-            carry, (states, captured) = jax.lax.scan(body, carry, (blocks, states, indices))
-        else:
-            outputs = []
-            for i, (part, old) in enumerate(
-                zip(unstack(blocks, count), unstack(states, count), strict=True)
-            ):
-                x, values, new, captured_here = repeat(
-                    carry[0], carry[1], part, old, first_repeat + i
-                )
-                carry = x, values
-                outputs.append((new, captured_here))
-            states, captured = jax.tree.map(lambda *a: jnp.stack(a), *outputs)
-        captured, reported = captured
-        taps = {}
-        for name in dict.fromkeys(n for layer in captured for n in layer):
-            # [repeats, pattern, …] → layers in order
-            each = jnp.stack([layer[name] for layer in captured if name in layer], axis=1)
-            taps[name] = each.reshape(-1, *each.shape[2:])
-        aux = None
-        if reported:
-            each = jax.tree.map(lambda *a: jnp.stack(a, axis=1), *reported)
-            aux = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
-        return carry, states, taps, aux
-
-    @property
-    def _first_rwkv7(self) -> int:
-        """The pattern's first RWKV-7 layer."""
-        pattern = self.config.pattern
-        return pattern.index("rwkv7") if "rwkv7" in pattern else 0
-
-    def _no_values(self, x_btd: jax.Array) -> jax.Array | None:
-        """What the first RWKV-7 layer overwrites with its values; None without such a layer."""
-        if "rwkv7" not in self.config.pattern:
-            return None
-        c = self.config.part("rwkv").head_dim
-        b, t, d = x_btd.shape
-        return place(jnp.zeros((b, t, d // c, c), jnp.float32), "batch", None, "heads", None)
+        return x, Run(None, {}, aux)
 
 
-def unstack(tree, repeats: int) -> list:
-    """``repeats`` trees from one whose leaves are stacked along axis 0.
-
-    By `jax.lax.split`, whose gradient is one concatenation rather than a sum of padded slices.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    parts = [jax.lax.split(a, [1] * repeats, axis=0) for a in leaves]
-    return [
-        jax.tree.unflatten(structure, [jnp.squeeze(part[i], axis=0) for part in parts])
-        for i in range(repeats)
-    ]
+def row(tree: Any, index: int) -> Any:
+    """One layer of a tree whose arrays are stacked along their first axis."""
+    return jax.tree.map(lambda a: a[index], tree)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.attention import observed_attention
-from layers.config import check, check_choice
+from layers.config import EXECUTION, check, check_choice
+from layers.context import Context
 from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
@@ -50,7 +51,7 @@ class LatentConfig:
     bias: bool = False
     scale: float | None = None
     norm_eps: float | None = None
-    implementation: str | None = None
+    implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
         for name in ("num_heads", "rank", "head_dim", "value_dim"):
@@ -120,48 +121,41 @@ class LatentAttention(nnx.Module):
             batch, max_length, 1, kept, dtype or self.dtype, rolling=False, value_channels=0
         )
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: KVCache | None = None,
-        tap: Tap | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
-        tap = tap or Tap()
-        config = self.config
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds."""
+        config, tap, mask, (b, t) = self.config, context.tap, context.mask, x_btd.shape[:2]
         c, p = config.head_dim, config.rotary_dim
+        positions = context.rotary_positions(t)
         q = self._queries(x_btd)
-        q_own, q_turned = q[..., :c], self.rotary_config(q[..., c:], positions_bt)
+        q_plain, q_turned = q[..., :c], self.rotary_config(q[..., c:], positions)
         latent_btr = self.latent_norm(self.latent_down(x_btd))
-        turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions_bt)
+        turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions)
         scale = (c + p) ** -0.5 if config.scale is None else config.scale
         options: dict[str, Any] = dict(scale=scale, implementation=config.implementation, tap=tap)
-        if state is None:
+        if context.state is None:
             keys = self.key(latent_btr)
             shared = jnp.broadcast_to(turned_btkp, (*keys.shape[:3], p))
             shared = place(shared, "batch", "time", "heads", None)
             k = jnp.concatenate((keys, shared), axis=-1)
-            q = tap("attention.query", jnp.concatenate((q_own, q_turned), axis=-1))
+            q = tap("attention.query", jnp.concatenate((q_plain, q_turned), axis=-1))
             k, v = tap("attention.key", k), tap("attention.value", self.value(latent_btr))
-            y = _attend(q, k, v, Mask.of_tokens(positions_bt, segment_ids_bt), **options)
-            return self.out(tap("attention.output", y)), None
+            y = _attend(q, k, v, mask, **options)
+            return self.out(tap("attention.output", y)), context
 
-        positions_bt = jnp.broadcast_to(positions_bt, x_btd.shape[:2])
-        if segment_ids_bt is None:
-            segment_ids_bt = jnp.zeros_like(positions_bt)
+        mask = mask.with_segments(b, t)
         kept_btkc = jnp.concatenate((latent_btr[:, :, None], turned_btkp), axis=-1)
         nothing = kept_btkc[..., :0]
-        state = state.write(kept_btkc, nothing, positions_bt, segment_ids_bt)
-        k = state.keys_bskc.astype(self.dtype)
-        q = jnp.concatenate((self._through("bthc,rhc->bthr", q_own, self.key), q_turned), axis=-1)
+        state, keys = context.state.extend(
+            kept_btkc, nothing, mask.q_positions_bt, mask.q_segments_bt
+        )
+        k = keys.k_bskc.astype(self.dtype)
+        q_latent = self._through("bthc,rhc->bthr", q_plain, self.key)
+        q = jnp.concatenate((q_latent, q_turned), axis=-1)
         q, k = tap("attention.query", q), tap("attention.key", k)
         v = tap("attention.value", k[..., : config.rank])
-        mask = Mask(positions_bt, state.positions_bs, segment_ids_bt, state.segments_bs)
-        y = _attend(q, k, v, mask, **options)
+        y = _attend(q, k, v, mask.with_keys(keys.positions_bs, keys.segments_bs), **options)
         y = self._through("bthr,rhc->bthc", y, self.value)
-        return self.out(tap("attention.output", y)), state
+        return self.out(tap("attention.output", y)), context.replace(state=state)
 
     def _queries(self, x_btd: jax.Array) -> jax.Array:
         if self.query is not None:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.config import check, check_choice
-from layers.hooks import Tap
+from layers.config import EXECUTION, TRAINING, check, check_choice
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
-from layers.recurrent import Tail, Tokens, after, before, carried
+from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.sharding import island, place
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
@@ -47,13 +47,13 @@ class MambaConfig:
     convolution: int = 4
     bias: bool = False
     convolution_bias: bool = True
-    delta_min: float = 0.001
-    delta_max: float = 0.1
+    delta_min: float = dataclasses.field(default=0.001, metadata=TRAINING)
+    delta_max: float = dataclasses.field(default=0.1, metadata=TRAINING)
     delta_rank: int | None = None
     selective: tuple[str, ...] = SELECTIVE
     head_dim: int = 64
     groups: int = 1
-    implementation: str | None = None
+    implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
         for name in ("state", "expand", "convolution", "delta_min", "head_dim", "groups"):
@@ -135,7 +135,7 @@ def step_bias(key: jax.Array, shape: tuple[int, ...], config: MambaConfig) -> ja
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MambaState:
+class MambaState(RecurrentState):
     """``tail`` of the convolution's inputs; the scan's state, float32."""
 
     tail: Tail
@@ -220,19 +220,11 @@ class Mamba(nnx.Module):
         scan = jnp.zeros((batch, self.inner, self.config.state), jnp.float32)
         return MambaState(tail, scan)
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: MambaState | None = None,
-        tap: Tap | None = None,
-    ) -> tuple[jax.Array, MambaState | None]:
-        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
-        tap = tap or Tap()
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds."""
+        state = context.state
         tail = None if state is None else state.tail
-        x_btd = place(x_btd, "batch", None, None)
-        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tail)
+        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
         inputs_bti, z_bti = self.into(x_btd), self.gate(x_btd)
         x_bti = self.convolution(inputs_bti, tokens, tail)
         if self.delta_down is not None and self.delta_up is not None:
@@ -279,7 +271,8 @@ class Mamba(nnx.Module):
         )  # fmt: skip
         if state is not None:
             state = MambaState(after(inputs_bti, tokens, state.tail), scan_bdn)
-        return self.out(tap("mixer.output", y_bti)), state
+        y_bti = context.tap("mixer.hidden", tokens.as_called(y_bti))
+        return self.out(y_bti), context.replace(state=state)
 
 
 def _scan_by_channel(x, delta, a, b, c, skip, z, *, delta_bias_d, initial_state_bdn, **options):

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.config import check
-from layers.hooks import Tap
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.mamba import CHANNELS, SELECTIVE, STILL, Convolution, MambaConfig, step_bias
-from layers.recurrent import Tail, Tokens, after, carried
+from layers.recurrent import RecurrentState, Tail, Tokens, after, carried
 from layers.sharding import island, mesh_axis, place
 from layers.weights import read
 from pallas_kernels.ssd import ssd
@@ -49,7 +49,7 @@ def gated_norm(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mamba2State:
+class Mamba2State(RecurrentState):
     """``tails`` of the convolutions' inputs, in the order of `CONVOLVED`; the heads' states."""
 
     tails: tuple[Tail, Tail, Tail]
@@ -126,19 +126,11 @@ class Mamba2(nnx.Module):
         scan = jnp.zeros((batch, self.inner // p, p, n), jnp.float32)
         return Mamba2State((into, b, c), scan)
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: Mamba2State | None = None,
-        tap: Tap | None = None,
-    ) -> tuple[jax.Array, Mamba2State | None]:
-        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
-        tap = tap or Tap()
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds."""
+        state = context.state
         tails = (None,) * len(CONVOLVED) if state is None else state.tails
-        x_btd = place(x_btd, "batch", None, None)
-        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tails[0])
+        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tails[0])
         inputs = self.into(x_btd), self.b(x_btd), self.c(x_btd)
         x_bti, b_btm, c_btm = (
             self.convolutions[name](each, tokens, tail)
@@ -192,4 +184,5 @@ class Mamba2(nnx.Module):
                 after(each, tokens, tail) for each, tail in zip(inputs, state.tails, strict=True)
             )
             state = Mamba2State((into, b, c), scan_bhpn)
-        return self.out(tap("mixer.output", y_bti)), state
+        y_bti = context.tap("mixer.hidden", tokens.as_called(y_bti))
+        return self.out(y_bti), context.replace(state=state)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.config import check, check_choice
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 
 
@@ -83,9 +84,12 @@ class Mlp(nnx.Module):
             **dtypes,
         )
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
+    def init_state(self, batch: int, max_length: int, dtype=None) -> None:
+        """It remembers nothing."""
+
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Each token by itself; the context as it came."""
         activation, _ = ACTIVATIONS[self.activation]
         h_btf = self.up(x_btd)
-        if self.gate is None:
-            return self.down(activation(h_btf))
-        return self.down(activation(self.gate(x_btd)) * h_btf)
+        h_btf = activation(h_btf) if self.gate is None else activation(self.gate(x_btd)) * h_btf
+        return self.down(context.tap("mlp.hidden", h_btf)), context

@@ -7,13 +7,14 @@ is dropped (MegaBlocks, 2211.15841). Where the mesh splits experts, tokens trave
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.config import check
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 from layers.routing import (
@@ -25,7 +26,7 @@ from layers.routing import (
     scores,
     z_loss,
 )
-from layers.sharding import island, mesh_axis, place
+from layers.sharding import island, mesh_axis, place, spec
 from layers.weights import read
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -102,38 +103,38 @@ class Moe(nnx.Module):
             else None
         )
 
-    def __call__(
-        self, x_btd: jax.Array, positions_bt: jax.Array, key: jax.Array | None = None
-    ) -> tuple[jax.Array, RouterStats]:
-        """``(y_btd, stats)``. Positions of −1 are padding; ``key`` is of training's noise."""
-        config = self.config
-        valid_bt = jnp.broadcast_to(positions_bt >= 0, x_btd.shape[:2])
-        valid_bt = place(valid_bt, "batch", "time")
-        logits_bte = self._logits(x_btd, key)
-        scores_bte = scores(config, logits_bte)
-        capacity = config.capacity(x_btd.shape[1])
-        # places of an expert are counted along a whole sequence
-        time = "time" if capacity is None else None
-        row = ("batch", time, None)
+    def init_state(self, batch: int, max_length: int, dtype=None) -> None:
+        """It remembers nothing."""
 
-        def local(x_btd, scores_bte, valid_bt, bias_e, gate_edf, up_edf, down_efd):
-            weights = gate_edf, up_edf, down_efd
-            e = config.num_experts
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Each token through its experts; the context with a `RouterStats`. Padding takes none."""
+        config, tap, positions = self.config, context.tap, context.mask.q_positions_bt
+        valid_bt = jnp.asarray(True) if positions is None else positions >= 0
+        valid_bt = place(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
+        logits_bte = tap("router.logits", self._logits(x_btd, context.key))
+        scores_bte = scores(config, logits_bte)
+        dropless = config.capacity_factor is None
+        # places of an expert are counted along a whole sequence
+        row = ("batch", "time" if dropless else None, None)
+        observed = tap if tap.wants("experts.hidden") else None
+        on_mesh = observed is not None and spec() is not None
+        check(not on_mesh, "hooks", "experts.hidden", "is not supported on a mesh")
+
+        def local(x_btd, scores_bte, valid_bt, bias_e, *weights):
             if config.router == "expert_choice":
-                assert capacity is not None
-                dispatch, combine = choose_tokens(scores_bte, valid_bt, capacity, config.scale)
+                dispatch, combine = choose_tokens(config, scores_bte, valid_bt)
                 chosen_bte = jnp.any(dispatch, axis=-1)
                 lost_bt = valid_bt & ~jnp.any(chosen_bte, axis=-1)
             else:
                 weights_btk, experts_btk = choose_experts(config, scores_bte, bias_e)
-                hot = experts_btk[..., None] == jnp.arange(e)
+                hot = experts_btk[..., None] == jnp.arange(config.num_experts)
                 chosen_bte = jnp.any(hot, axis=2) & valid_bt[..., None]
-                if capacity is None:
-                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights)
+                if dropless:
+                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights, observed)
                     return y, chosen_bte, jnp.zeros(valid_bt.shape, jnp.int32)
-                dispatch, combine = assign(weights_btk, experts_btk, valid_bt, e, capacity)
+                dispatch, combine = assign(config, weights_btk, experts_btk, valid_bt)
                 lost_bt = jnp.sum(chosen_bte, axis=-1) - jnp.sum(dispatch, axis=(2, 3))
-            y = self._placed(x_btd, dispatch, combine, weights)
+            y = self._placed(x_btd, dispatch, combine, weights, observed)
             return y, chosen_bte, lost_bt.astype(jnp.int32)
 
         weights = [
@@ -150,7 +151,7 @@ class Moe(nnx.Module):
         )
         y_btd = place(y_btd, "batch", "time", None)
         if self.shared is not None:
-            y_btd = y_btd + self.shared(x_btd)
+            y_btd = y_btd + self.shared(x_btd, context)[0]
         counts_e = jnp.sum(chosen_bte, axis=(0, 1)).astype(jnp.float32)
         balance = balance_loss(scores_bte, counts_e, valid_bt, config.top_k)
         z = z_loss(logits_bte, valid_bt)
@@ -159,7 +160,8 @@ class Moe(nnx.Module):
         asked, dropped = (
             jnp.sum(n, dtype=jnp.float32) for n in (each * valid_bt.astype(jnp.int32), lost_bt)
         )
-        return y_btd, RouterStats(loss, balance, z, counts_e, asked, dropped)
+        report = RouterStats(loss, balance, z, counts_e, asked, dropped)
+        return y_btd, context.replace(report=report)
 
     def _logits(self, x_btd: jax.Array, key: jax.Array | None) -> jax.Array:
         config = self.config
@@ -177,7 +179,7 @@ class Moe(nnx.Module):
             logits_bte = logits_bte + drawn * jax.nn.softplus(self.noise(x_btd))
         return logits_bte
 
-    def _placed(self, x_btd, dispatch_btec, combine_btec, weights):
+    def _placed(self, x_btd, dispatch_btec, combine_btec, weights, tap):
         """Through the places of `assign`: one dense product over experts of equal loads."""
         gate, up, down = weights
         activation, _ = ACTIVATIONS[self.config.activation]
@@ -190,21 +192,29 @@ class Moe(nnx.Module):
             h = activation(h)
         else:
             h = activation(jnp.einsum("becd,edf->becf", x_becd, gate)) * h
+        if tap is not None:
+            h = tap("experts.hidden", h)
         y_becd = jnp.einsum("becf,efd->becd", h, down)
         if axis is not None:
             y_becd = jax.lax.all_to_all(y_becd, axis, split_axis=0, concat_axis=1, tiled=True)
         y_btd = jnp.einsum("btec,becd->btd", combine_btec, y_becd.astype(jnp.float32))
         return _sum_hidden(y_btd).astype(self.dtype)
 
-    def _sorted(self, x_btd, weights_btk, experts_btk, valid_bt, weights):
+    def _sorted(self, x_btd, weights_btk, experts_btk, valid_bt, weights, tap):
         """Sorted by expert, so that each expert's tokens are rows next to one another."""
         b, t, k = experts_btk.shape
         x_md = jnp.repeat(x_btd.reshape(b * t, -1), k, axis=0)
         # padding goes to an expert past the last, which is no group
         experts_m = jnp.where(valid_bt[..., None], experts_btk, self.config.num_experts).reshape(-1)
         axis = mesh_axis("experts")
-        run = _grouped if axis is None else _exchanged
-        y_md = run(x_md, experts_m, weights, self.config, axis)
+
+        def see(h_mf):  # as [b, t, k, f] and back
+            return tap("experts.hidden", h_mf.reshape(b, t, k, -1)).reshape(h_mf.shape)
+
+        if axis is None:
+            y_md = _grouped(x_md, experts_m, weights, self.config, see if tap else None)
+        else:
+            y_md = _exchanged(x_md, experts_m, weights, self.config, axis)
         y_btkd = y_md.reshape(b, t, k, -1).astype(jnp.float32)
         weights_btk = weights_btk * valid_bt[..., None]
         return _sum_hidden(jnp.einsum("btk,btkd->btd", weights_btk, y_btkd)).astype(self.dtype)
@@ -216,9 +226,11 @@ def _sum_hidden(y: jax.Array) -> jax.Array:
     return y if axis is None else jax.lax.psum(y, axis)
 
 
-def _grouped(x_md, experts_m, weights, config, axis):
-    """Each row through its expert among those held here; rows of no expert give 0."""
-    del axis
+def _grouped(x_md, experts_m, weights, config, see=None):
+    """Each row through its expert among those held here; rows of no expert give 0.
+
+    ``see`` maps the rows' hidden units, in the order of ``x_md``, to what goes on in their place.
+    """
     gate, up, down = weights
     activation, _ = ACTIVATIONS[config.activation]
     order = jnp.argsort(experts_m, stable=True)
@@ -226,6 +238,8 @@ def _grouped(x_md, experts_m, weights, config, axis):
     x_md = x_md[order]
     h = grouped_matmul(x_md, up, sizes)
     h = activation(h) if gate is None else activation(grouped_matmul(x_md, gate, sizes)) * h
+    if see is not None:
+        h = see(h[jnp.argsort(order)])[order]
     y_md = grouped_matmul(h, down, sizes)
     return y_md[jnp.argsort(order)]
 
@@ -246,26 +260,21 @@ def _exchanged(x_md, experts_m, weights, config, axis):
     which = jnp.where(mine, experts_m[None] % held, held)
     got = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True).reshape(ways * m, -1)
     which = jax.lax.all_to_all(which, axis, 0, 0, tiled=True).reshape(-1)
-    y = _grouped(got, which, weights, config, None)
+    y = _grouped(got, which, weights, config)
     y = jax.lax.all_to_all(y.reshape(ways, m, -1), axis, 0, 0, tiled=True)
     return jnp.sum(jnp.where(mine[..., None], y, 0), axis=0)
 
 
-def rebalance(mixtures: Sequence[Moe], counts_le: jax.Array, circuits: int = 1) -> None:
-    """Move the biases of sigmoid routers towards even loads (DeepSeek-V3, §2.1.2), in place.
+def rebalance(moe: Moe, counts_e: jax.Array) -> None:
+    """Move the biases of a sigmoid router towards even loads (DeepSeek-V3, §2.1.2), in place.
 
-    ``mixtures`` are a pattern's, stacked over its repeats, for each of the ``circuits``;
-    ``counts_le`` are of all their layers in order. An expert that got more than its share loses
-    ``bias_rate``, one that got less gains it.
+    An expert that got more than its share loses ``bias_rate``, one that got less gains it.
+    ``moe`` may be stacked layers; ``counts_e`` is then as well.
     """
-    each = len(mixtures) // circuits
-    of_circuit = jnp.split(counts_le, circuits)
-    for i, moe in enumerate(mixtures):
-        if moe.bias is None or not moe.config.bias_rate:
-            continue
-        counts_re = of_circuit[i // each][i % each :: each]
-        lack = jnp.mean(counts_re, axis=-1, keepdims=True) - counts_re
-        moe.bias[...] += moe.config.bias_rate * jnp.sign(lack)
+    if moe.bias is None or not moe.config.bias_rate:
+        return
+    lack = jnp.mean(counts_e, axis=-1, keepdims=True) - counts_e
+    moe.bias[...] += moe.config.bias_rate * jnp.sign(lack)
 
 
 def load_entropy(counts_le: jax.Array) -> jax.Array:

@@ -1,26 +1,37 @@
-"""What recurrent mixers share: the tokens just before, kept from call to call.
+"""What recurrent mixers share: the tokens just before, kept from call to call, and padding.
 
 Mamba's convolution looks three tokens back and RWKV's token shift one. `Tail` holds those tokens
-between calls; a token never sees one of another segment.
-
-Padding (position −1) must follow a row's tokens within a call, as `research.inference` lays it out:
-it changes no state.
+between calls; a token never sees one of another segment. Padding (position −1) changes no state,
+wherever it stands in a call that has one. Without a state it may stand before or after a row's
+tokens: it is a segment of its own.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from layers.config import ConfigError, check
 from layers.sharding import place
+from pallas_kernels.mask import Mask
 
-NO_SEGMENT = -1  # of what stands before the first token
+NO_SEGMENT = -1  # of padding, and of what stands before the first token
+
+
+class RecurrentState:
+    """A state that a later token overwrites."""
+
+    def rewind(self, count_b: jax.Array) -> Any:
+        """Raises `ConfigError`: the tokens before are gone. Keep an earlier state instead."""
+        raise ConfigError(
+            f"state={type(self).__name__}: a recurrent state cannot be rewound; keep a copy of it"
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tail:
+class Tail(RecurrentState):
     """The last ``n`` tokens' values and segments; zeros and `NO_SEGMENT` before the first."""
 
     values_bnd: jax.Array
@@ -35,32 +46,50 @@ class Tail:
 
 
 class Tokens(NamedTuple):
-    """One call's tokens as a recurrence sees them.
+    """One call's tokens as a recurrence sees them: with a state, a row's padding after its tokens.
 
     ``segments_bt`` is None where all are of one segment and nothing came before. ``valid_bt`` is
-    None where no token is padding (a call without state).
+    None where no token needs to be skipped (a call without state). ``order_bt`` is where each token
+    stood in the call; None: where it stands.
     """
 
     segments_bt: jax.Array | None
-    valid_bt: jax.Array | None
+    valid_bt: jax.Array | None = None
+    order_bt: jax.Array | None = None
 
     @classmethod
-    def of(cls, x_btd, positions_bt, segment_ids_bt, tail: Tail | None) -> "Tokens":
-        """``positions_bt`` and ``segment_ids_bt`` are one row or one a row of ``x_btd``."""
+    def of(cls, x_btd: jax.Array, mask: Mask, tail: Tail | None) -> "tuple[Tokens, jax.Array]":
+        """The tokens of a call, and ``x_btd`` in their order."""
+        check(mask.until_bt is None, "until", "given", "a recurrent layer sees no later token")
         rows = x_btd.shape[:2]
-        if segment_ids_bt is not None:
-            # every device needs to know where segments begin
-            segment_ids_bt = place(segment_ids_bt, "batch", None)
+        positions, segments = mask.q_positions_bt, mask.q_segments_bt
         if tail is None:
-            return cls(segment_ids_bt, None)
-        if segment_ids_bt is None:
-            segment_ids_bt = jnp.zeros(rows, jnp.int32)
-        segments_bt = jnp.broadcast_to(segment_ids_bt, rows)
-        valid_bt = jnp.broadcast_to(positions_bt >= 0, rows)
+            if positions is not None:
+                segments = jnp.zeros(rows, jnp.int32) if segments is None else segments
+                segments = jnp.where(positions >= 0, segments, NO_SEGMENT)
+            if segments is not None:
+                # every device needs to know where segments begin
+                segments = place(jnp.broadcast_to(segments, rows), "batch", None)
+            return cls(segments), x_btd
+        assert positions is not None
+        segments = jnp.zeros(rows, jnp.int32) if segments is None else segments
+        segments, positions = (jnp.broadcast_to(a, rows) for a in (segments, positions))
+        valid, order = positions >= 0, None
+        if rows[1] > 1:
+            order = jnp.argsort(~valid, axis=1, stable=True)
+            x_btd = jnp.take_along_axis(x_btd, order[..., None], axis=1)
+            segments, valid = (jnp.take_along_axis(a, order, axis=1) for a in (segments, valid))
         # padding goes on in the segment before it, or it would begin one of its own
-        known = jnp.concatenate((tail.segments_bn[:, -1:], segments_bt), axis=1)
-        last_b1 = jnp.take_along_axis(known, jnp.sum(valid_bt, axis=1, keepdims=True), axis=1)
-        return cls(jnp.where(valid_bt, segments_bt, last_b1), valid_bt)
+        known = jnp.concatenate((tail.segments_bn[:, -1:], segments), axis=1)
+        last = jnp.take_along_axis(known, jnp.sum(valid, axis=1, keepdims=True), axis=1)
+        return cls(jnp.where(valid, segments, last), valid, order), x_btd
+
+    def as_called(self, y: jax.Array) -> jax.Array:
+        """``y``, ``[b, t, …]``, in the order of the call."""
+        if self.order_bt is None:
+            return y
+        back = jnp.argsort(self.order_bt, axis=1)
+        return jnp.take_along_axis(y, back.reshape(*back.shape, *[1] * (y.ndim - 2)), axis=1)
 
     def continues(self, tail: Tail) -> jax.Array:
         """``[b]``: whether the first token is of the segment of the last one in ``tail``."""

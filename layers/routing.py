@@ -5,12 +5,13 @@ keep the experts busy and the logits small are `balance_loss` and `z_loss`. All 
 """
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from layers.config import check, check_choice
+from layers.config import TRAINING, check, check_choice
 from layers.mlp import ACTIVATIONS
 
 ROUTERS = ("softmax", "choice_softmax", "noisy", "expert_choice", "sigmoid")
@@ -45,10 +46,10 @@ class MoeConfig:
     top_groups: int = 1
     capacity_factor: float | None = None
     shared_experts: int = 0
-    balance_weight: float = 0.0
-    z_weight: float = 0.0
-    bias_rate: float = 0.0
-    jitter: float = 0.0
+    balance_weight: float = dataclasses.field(default=0.0, metadata=TRAINING)
+    z_weight: float = dataclasses.field(default=0.0, metadata=TRAINING)
+    bias_rate: float = dataclasses.field(default=0.0, metadata=TRAINING)
+    jitter: float = dataclasses.field(default=0.0, metadata=TRAINING)
 
     def __post_init__(self):
         for name in ("num_experts", "width", "groups", "scale"):
@@ -84,15 +85,11 @@ class MoeConfig:
             return self.capacity_factor * self.top_k
         return self.top_k
 
-    def capacity(self, tokens: int) -> int | None:
-        """Tokens an expert takes of a sequence of ``tokens``, at least 1 and at most all.
-
-        None where nothing limits it.
-        """
-        if self.capacity_factor is None:
-            return None
-        even = self.capacity_factor * tokens * self.top_k / self.num_experts
-        return min(max(1, math.ceil(even)), tokens)
+    def capacity(self, tokens: int | np.ndarray) -> Any:
+        """Tokens an expert takes of a sequence of ``tokens``, at least 1 and at most all."""
+        assert self.capacity_factor is not None
+        even = self.capacity_factor * np.asarray(tokens) * self.top_k / self.num_experts
+        return np.minimum(np.maximum(1, np.ceil(even)), tokens).astype(np.int32)
 
 
 def scores(config: MoeConfig, logits_bte: jax.Array) -> jax.Array:
@@ -125,32 +122,43 @@ def choose_experts(
     return weights_btk * config.scale, experts_btk
 
 
+def capacities(config: MoeConfig, valid_bt: jax.Array) -> tuple[int, jax.Array]:
+    """The most tokens that an expert takes of any row, and of each ``[b]``: padding takes none."""
+    t = valid_bt.shape[1]
+    of_count = jnp.asarray(config.capacity(np.arange(t + 1)))
+    return int(config.capacity(t)), of_count[jnp.sum(valid_bt, axis=1)]
+
+
 def assign(
-    weights_btk: jax.Array, experts_btk: jax.Array, valid_bt: jax.Array, e: int, capacity: int
+    config: MoeConfig, weights_btk: jax.Array, experts_btk: jax.Array, valid_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """``(dispatch_btec, combine_btec)``: a place of an expert for each token that finds one.
 
     All first choices come before any second one, and among these earlier tokens before later.
     """
-    b, t, k = experts_btk.shape
+    (b, t, k), e = experts_btk.shape, config.num_experts
+    capacity, capacity_b = capacities(config, valid_bt)
     hot_btke = (experts_btk[..., None] == jnp.arange(e)) & valid_bt[..., None, None]
     order = jnp.moveaxis(hot_btke, 2, 1).reshape(b, k * t, e).astype(jnp.int32)
     place = jnp.moveaxis((jnp.cumsum(order, axis=1) - 1).reshape(b, k, t, e), 1, 2)
+    hot_btke &= place < capacity_b[:, None, None, None]
     at_btkec = hot_btke[..., None] & (place[..., None] == jnp.arange(capacity))
     combine = jnp.sum(at_btkec * weights_btk[..., None, None], axis=2)
     return jnp.any(at_btkec, axis=2), combine
 
 
 def choose_tokens(
-    scores_bte: jax.Array, valid_bt: jax.Array, capacity: int, scale: float
+    config: MoeConfig, scores_bte: jax.Array, valid_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``(dispatch_btec, combine_btec)``: each expert takes its ``capacity`` best tokens a row."""
+    """``(dispatch_btec, combine_btec)``: each expert takes its best tokens of a row."""
     t = scores_bte.shape[1]
+    capacity, capacity_b = capacities(config, valid_bt)
     choice_bet = jnp.swapaxes(jnp.where(valid_bt[..., None], scores_bte, -1.0), 1, 2)
     _, tokens_bec = jax.lax.top_k(jax.lax.stop_gradient(choice_bet), capacity)
     hot_btec = tokens_bec[:, None] == jnp.arange(t)[:, None, None]
-    dispatch = hot_btec & valid_bt[..., None, None]
-    return dispatch, dispatch * scores_bte[..., None] * scale
+    taken = jnp.arange(capacity) < capacity_b[:, None]
+    dispatch = hot_btec & valid_bt[..., None, None] & taken[:, None, None]
+    return dispatch, dispatch * scores_bte[..., None] * config.scale
 
 
 def balance_loss(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.config import check, check_choice
+from layers.config import EXECUTION, check, check_choice
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before
 from layers.sharding import place
@@ -35,7 +36,7 @@ class RwkvConfig:
     rate_rank: int = 64
     value_rank: int = 32
     gate_rank: int = 128
-    implementation: str | None = None
+    implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
         for name in ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
@@ -119,16 +120,10 @@ class ChannelMix(nnx.Module):
         del max_length
         return Tail.empty(batch, 1, self.width, dtype or self.dtype)
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: Tail | None = None,
-    ) -> tuple[jax.Array, Tail | None]:
-        """Returns ``(y_btd, state)``."""
-        x_btd = place(x_btd, "batch", None, None)
-        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, state)
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Each token and the one before it; with a state, after the token it holds."""
+        state = context.state
+        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, state)
         [previous] = before(x_btd, 1, tokens, state)
 
         def shifted(mix):
@@ -136,9 +131,11 @@ class ChannelMix(nnx.Module):
             share = mix if self.gated else 1 - mix
             return x_btd * share + previous * (1 - share)
 
-        y = self.value(jnp.square(jax.nn.relu(self.key(shifted(self.mix_key)))))
+        h_btf = jnp.square(jax.nn.relu(self.key(shifted(self.mix_key))))
+        y = self.value(context.tap("mlp.hidden", h_btf))
         if self.receptance is not None and self.mix_receptance is not None:
             y = jax.nn.sigmoid(self.receptance(shifted(self.mix_receptance))) * y
         if state is not None:
             state = after(x_btd, tokens, state)
-        return place(y, "batch", "time", None), state
+        y = place(tokens.as_called(y), "batch", "time", None)
+        return y, context.replace(state=state)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.hooks import Tap
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
-from layers.recurrent import Tail, Tokens, after, before, carried
+from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
 from layers.sharding import island, place
 from layers.weights import read
@@ -20,7 +20,7 @@ CHANNELS = ("batch", None, "channels")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rwkv4State:
+class Rwkv4State(RecurrentState):
     """``tail`` of one token; numerator, denominator and greatest exponent of `wkv4`, float32."""
 
     tail: Tail
@@ -78,19 +78,11 @@ class Rwkv4(nnx.Module):
         tail = Tail.empty(batch, 1, self.width, dtype or self.dtype)
         return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: Rwkv4State | None = None,
-        tap: Tap | None = None,
-    ) -> tuple[jax.Array, Rwkv4State | None]:
-        """Mix along time; with ``state``, after the tokens it holds. Returns ``(y_btd, state)``."""
-        tap = tap or Tap()
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds."""
+        state = context.state
         tail = None if state is None else state.tail
-        x_btd = place(x_btd, "batch", None, None)
-        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tail)
+        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
         [previous] = before(x_btd, 1, tokens, tail)
 
         def shifted(mix):
@@ -143,5 +135,5 @@ class Rwkv4(nnx.Module):
             state = Rwkv4State(
                 after(x_btd, tokens, state.tail), numerator, denominator, greatest
             )  # fmt: skip
-        y = tap("mixer.output", r * y.astype(r.dtype))
-        return self.out(y), state
+        y = context.tap("mixer.hidden", tokens.as_called(r * y.astype(r.dtype)))
+        return self.out(y), context.replace(state=state)

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.config import check
-from layers.hooks import Tap
+from layers.context import Context
 from layers.linear import Linear, fan_in_normal
-from layers.recurrent import Tail, Tokens, after, before, carried
+from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
 from layers.sharding import island, place
 from layers.weights import read
 from pallas_kernels.wkv import wkv7
 
 HEADS = ("batch", None, "heads", None)
+FIRST_VALUES = "rwkv7.first_values"  # in `Context.shared`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rwkv7State:
+class Rwkv7State(RecurrentState):
     """``tail`` of one token; the matrix of `wkv7`, values by keys, float32."""
 
     tail: Tail
@@ -73,11 +74,7 @@ def _identity(x):
 
 
 class Rwkv7(nnx.Module):
-    """RWKV-7's time-mix (2503.14456, §4).
-
-    Layers above the first mix their values with the first layer's (value residual): the call takes
-    those and the layer's index, and returns them for the next.
-    """
+    """RWKV-7's time-mix (2503.14456, §4). ``first_layer``: the number of the first of its kind."""
 
     def __init__(
         self,
@@ -86,11 +83,13 @@ class Rwkv7(nnx.Module):
         *,
         rngs: nnx.Rngs,
         at: Place = Place(),  # noqa: B008
+        first_layer: int = 0,
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         c = config.head_dim
+        self.first_layer = first_layer
         check(width % c == 0, "rwkv.head_dim", c, f"must divide width={width}")
         self.heads, self.head_dim, h = width // c, c, width // c
         self.width, self.dtype, self.implementation = width, dtype, config.implementation
@@ -143,30 +142,21 @@ class Rwkv7(nnx.Module):
         matrix = jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32)
         return Rwkv7State(Tail.empty(batch, 1, self.width, dtype or self.dtype), matrix)
 
-    def __call__(
-        self,
-        x_btd: jax.Array,
-        positions_bt: jax.Array,
-        segment_ids_bt: jax.Array | None = None,
-        state: Rwkv7State | None = None,
-        tap: Tap | None = None,
-        *,
-        layer: jax.Array | int = 0,
-        first_values_bthc: jax.Array | None = None,
-    ) -> tuple[jax.Array, Rwkv7State | None, jax.Array]:
-        """Mix along time; with ``state``, after the tokens it holds.
+    def init_shared(self, x_btd: jax.Array) -> dict[str, jax.Array]:
+        """What the first RWKV-7 layer overwrites with its values."""
+        b, t, _ = x_btd.shape
+        zeros = jnp.zeros((b, t, self.heads, self.head_dim), jnp.float32)
+        return {FIRST_VALUES: place(zeros, *HEADS)}
 
-        Args:
-          layer: 0 at the bottom, whose own values are the first; may be traced.
-          first_values_bthc: what the layer below returned; not looked at in layer 0.
+    def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+        """Mix along time; with a state, after the tokens it holds.
 
-        Returns:
-          ``(y_btd, state, first_values_bthc)``.
+        The first RWKV-7 layer puts its values into ``context.shared``, from which later ones mix
+        them in (value residual); without any there it is the first itself.
         """
-        tap = tap or Tap()
+        state = context.state
         tail = None if state is None else state.tail
-        x_btd = place(x_btd, "batch", None, None)
-        tokens = Tokens.of(x_btd, positions_bt, segment_ids_bt, tail)
+        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
         [previous] = before(x_btd, 1, tokens, tail)
         change = previous - x_btd
 
@@ -184,12 +174,12 @@ class Rwkv7(nnx.Module):
         v = self.value(x_value).astype(jnp.float32)
         rate = jax.nn.sigmoid(self.rate(shifted("rate")))
         g = self.gate(shifted("gate"))
-        if first_values_bthc is None:
-            first_values_bthc = v
-        else:
-            mixed = v + (first_values_bthc - v) * jax.nn.sigmoid(self.residual(x_value))
-            v = jnp.where(layer == 0, v, mixed)
-            first_values_bthc = jnp.where(layer == 0, v, first_values_bthc)
+        shared = context.shared
+        if FIRST_VALUES in shared:
+            is_first, first = context.layer == self.first_layer, shared[FIRST_VALUES]
+            mixed = v + (first - v) * jax.nn.sigmoid(self.residual(x_value))
+            v = jnp.where(is_first, v, mixed)
+            shared = {**shared, FIRST_VALUES: jnp.where(is_first, v, first)}
         removal = k * channels(self.key_removal)
         length = jnp.sqrt(jnp.sum(jnp.square(removal), -1, keepdims=True) + 1e-24)
         removal = removal / length
@@ -224,8 +214,9 @@ class Rwkv7(nnx.Module):
         y = _head_norm(y, eps=64e-5)
         y = y * channels(self.norm_scale) + channels(self.norm_bias)
         y += jnp.sum(r * k * channels(self.bonus), -1, keepdims=True) * v
-        y = tap("mixer.output", (y * g).astype(x_btd.dtype))
-        return self.out(y), state, first_values_bthc
+        y = tokens.as_called((y * g).astype(x_btd.dtype))
+        y = self.out(context.tap("mixer.hidden", y))
+        return y, context.replace(state=state, shared=shared)
 
 
 def _head_norm(y: jax.Array, *, eps: float) -> jax.Array:

@@ -57,15 +57,19 @@ def upcycle(
             return have[name]
         _, position, part = name.split("/", 2)
         layers = range(old.num_layers)
-        places = [old.place(i) for i in layers if config.place(i)[0] == int(position)]
+        places = [old.locate(i) for i in layers if config.locate(i)[0] == int(position)]
 
         def rows(part):
-            return jnp.stack([have[f"blocks/{block}/{part}"][row] for block, row in places])
+            found = [have[f"blocks/{block}/{part}"] for block, _ in places]
+            found = [
+                a if row is None else a[row] for a, (_, row) in zip(found, places, strict=True)
+            ]
+            return jnp.stack(found) if config.scan else found[0]
 
         if feed_forward[int(position) % len(feed_forward)] == "mlp" or not part.startswith("mlp/"):
             return rows(part)
         if part in ("mlp/gate", "mlp/up", "mlp/down"):
-            return jnp.broadcast_to(rows(part + "/weight")[:, None], new.shape)
+            return jnp.broadcast_to(jnp.expand_dims(rows(part + "/weight"), -3), new.shape)
         return new
 
     leaves = [convert(name, new) for name, new in flat(fresh).items()]

@@ -68,6 +68,13 @@ class Mask:
         """Self-attention: queries and keys are the same tokens."""
         return cls(positions_bt, positions_bt, segments_bt, segments_bt, until_bt, **static)
 
+    def with_segments(self, b: int, t: int) -> "Mask":
+        """The same with the queries' positions and segments (one) written out, ``[b, t]``."""
+        q_at, _ = self._positions(t, t)
+        q_in = jnp.zeros((1, t), jnp.int32) if self.q_segments_bt is None else self.q_segments_bt
+        q_at, q_in = (jnp.broadcast_to(a, (b, t)) for a in (q_at, q_in))
+        return dataclasses.replace(self, q_positions_bt=q_at, q_segments_bt=q_in)
+
     def with_keys(self, positions_bs, segments_bs) -> "Mask":
         """The same queries before other keys."""
         return dataclasses.replace(self, k_positions_bs=positions_bs, k_segments_bs=segments_bs)

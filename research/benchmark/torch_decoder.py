@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layers.decoder import Decoder, DecoderConfig
+from layers.stack import unstacked
 from layers.weights import flat
 
 
@@ -76,11 +77,12 @@ def of_config(config: DecoderConfig, time: int) -> TorchDecoder:
 
 def copy(model: Decoder, theirs: TorchDecoder) -> None:
     """Put ``model``'s weights into ``theirs``; raises RuntimeError unless each has its place."""
+    model = unstacked(model)
     ours = {name: torch.tensor(np.asarray(leaf)) for name, leaf in flat(model).items()}
 
     def linear(name: str, inputs: int, i: int) -> torch.Tensor:
         # `nn.Linear` holds [out, in]; ours of layer i has ``inputs`` axes of input, then output
-        a = ours[f"blocks/0/{name}/weight"][i]
+        a = ours[f"blocks/{i}/{name}/weight"]
         return a.reshape(math.prod(a.shape[:inputs]), -1).T
 
     found = {
@@ -91,10 +93,10 @@ def copy(model: Decoder, theirs: TorchDecoder) -> None:
         qkv = [linear(f"mixer/{name}", 1, i) for name in ("query", "key", "value")]
         gate_up = [linear(f"mlp/{name}", 1, i) for name in ("gate", "up")]
         found |= {
-            f"blocks.{i}.mixer_norm.weight": ours["blocks/0/mixer_norm/scale"][i],
+            f"blocks.{i}.mixer_norm.weight": ours[f"blocks/{i}/mixer_norm/scale"],
             f"blocks.{i}.qkv.weight": torch.cat(qkv),
             f"blocks.{i}.out.weight": linear("mixer/out", 2, i),
-            f"blocks.{i}.mlp_norm.weight": ours["blocks/0/mlp_norm/scale"][i],
+            f"blocks.{i}.mlp_norm.weight": ours[f"blocks/{i}/mlp_norm/scale"],
             f"blocks.{i}.gate_up.weight": torch.cat(gate_up),
             f"blocks.{i}.down.weight": linear("mlp/down", 1, i),
         }

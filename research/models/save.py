@@ -13,7 +13,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from layers.architecture import FEED_FORWARDS, MIXERS
-from layers.config import ConfigError, check, check_choice
+from layers.config import (
+    EXECUTION,
+    PRECISION,
+    TRAINING,
+    ConfigError,
+    check,
+    check_choice,
+    decides,
+)
 from layers.decoder import Decoder, DecoderConfig
 from layers.rwkv import RwkvConfig
 from layers.weights import dense, flat
@@ -32,10 +40,6 @@ COMPANIONS = (
 )  # fmt: skip
 # a Decoder knows no special tokens, and transformers' defaults would be some other model's
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-# fields of a DecoderConfig that say how to compute, not what
-_EXECUTION = (
-    "circuits", "microbatches", "scan", "remat", "dtype", "param_dtype", "init_std", "max_length",
-)  # fmt: skip
 
 
 def save(
@@ -91,8 +95,10 @@ def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) 
     """config.json, after checking that it says all that ``config`` does."""
     described = {**source, **family.write(config)}
     again = _said(family.read(described))
+    # a length that the weights do not depend on is the tokenizer's business
+    free = {*decides(config, EXECUTION, PRECISION, TRAINING), "max_length"}
     for field, ours in _said(config).items():
-        if field not in _EXECUTION and ours != again.get(field):
+        if field not in free and ours != again.get(field):
             raise ConfigError(
                 f"{field}={ours!r}: a {family.architecture} would have {again.get(field)!r}"
             )
@@ -119,10 +125,7 @@ def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _explicit(config: DecoderConfig) -> DecoderConfig:
-    """``config`` with what is implied written out.
-
-    What only says how to compute is left out, and so are parts that no layer has.
-    """
+    """``config`` with what is implied written out, without parts that no layer has."""
     attention, sliding_rotary = config.attention, config.sliding_rotary
     latent, mamba, moe, rwkv = config.latent, config.mamba, config.moe, config.rwkv
     if attention is not None:
@@ -132,25 +135,19 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
             num_kv_heads=attention.kv_heads,
             head_dim=channels,
             scale=channels**-0.5 if attention.scale is None else attention.scale,
-            implementation=None,
         )
     if latent is not None:
         scale = latent.scale or (latent.head_dim + latent.rotary_dim) ** -0.5
         norm_eps = latent.norm_eps or config.norm_eps
-        latent = dataclasses.replace(latent, scale=scale, norm_eps=norm_eps, implementation=None)
+        latent = dataclasses.replace(latent, scale=scale, norm_eps=norm_eps)
     if mamba is not None:
         own = dict(delta_rank=mamba.rank(config.width)) if "mamba" in config.pattern else {}
         if "mamba2" in config.pattern:
             own |= dict(head_dim=mamba.head_dim, groups=mamba.groups)
-        unused = dict(delta_rank=None, head_dim=64, groups=1, implementation=None)
+        unused = dict(delta_rank=None, head_dim=64, groups=1)
         mamba = dataclasses.replace(mamba, **(unused | own))
-    if moe is not None:
-        # what only training looks at
-        moe = dataclasses.replace(moe, balance_weight=0, z_weight=0, bias_rate=0, jitter=0)
-    if rwkv is not None:
-        # RWKV-4 has no sizes but the width
-        keep = rwkv if "rwkv7" in config.pattern else RwkvConfig()
-        rwkv = dataclasses.replace(keep, implementation=None)
+    if rwkv is not None and "rwkv7" not in config.pattern:
+        rwkv = RwkvConfig()  # RWKV-4 has no sizes but the width
     if "sliding" in config.pattern:
         sliding_rotary = sliding_rotary or config.rotary
     parts: dict[str, Any] = dict(

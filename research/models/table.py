@@ -100,12 +100,12 @@ def _targets(rows, config, parameters) -> Iterator[Target]:
     experts = 0 if config.moe is None else config.moe.num_experts
     for row in rows:
         for layer in range(config.num_layers) if "{l}" in row.name else (None,):
-            block, place = config.place(layer or 0)
+            block, index = config.locate(layer or 0)
             prefix = "" if layer is None else f"blocks/{block}/"
             paths = tuple(prefix + path for path in row.paths)
             if not all(path in parameters for path in paths):
                 continue
-            repeat = () if layer is None else (place,)
+            repeat = () if layer is None or index is None else (index,)
             for expert in range(experts) if "{e}" in row.name else (None,):
                 index = repeat if expert is None else (*repeat, expert)
                 shape, *others = (parameters[path].shape[len(index) :] for path in paths)

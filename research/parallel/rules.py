@@ -218,6 +218,7 @@ def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None
         check(parts is None, "microbatches", parts, "changes nothing: mesh.stage=1 splits nothing")
         return
     repeats = config.repeats // circuits
+    check(config.scan, "scan", False, f"must be True: mesh stage={stages} shards stacked layers")
     check(
         repeats % stages == 0,
         "num_layers",

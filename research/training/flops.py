@@ -46,7 +46,8 @@ def recomputed_flops_per_token(model: Decoder, sequence_length: int) -> float:
     if remat in ("dots", "dots_offload"):
         return attended
     weights = _multiplied(model, model.blocks)
-    for block in blocks if remat != "full" else blocks[-1:]:
+    size = len(model.config.pattern)
+    for block in blocks if remat != "full" else blocks[size - 1 :: size]:
         weights -= _size(block.mlp.down) if isinstance(block.mlp, Mlp) else 0
     if remat == "narrow":
         weights -= sum(_size(_kept(block.mixer)) for block in blocks)

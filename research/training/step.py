@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from layers.decoder import Decoder
-from layers.moe import RouterStats, load_entropy, rebalance
+from layers.moe import RouterStats, load_entropy
 from layers.sharding import spec
 from research.parallel import zero
 from research.training.config import TrainingConfig
@@ -173,7 +173,7 @@ def make_step(
         metrics["weight"] = sums["weight"]
         state = state.apply(gradients, optimizer, stage)
         if "router_choices" in metrics:
-            rebalance(state.model.mixtures, metrics["router_choices"], state.model.config.circuits)
+            state.model.rebalance(metrics["router_choices"])
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from layers.config import ConfigError, check, from_mapping
+from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import fingerprint
 from research.files import read_json, write_text
@@ -63,22 +63,20 @@ def save_model(model: Decoder, workdir: Path) -> None:
         checkpoints.close()
 
 
-# how the numbers are computed and on what, which may change from one start to the next
-_HOW = ("mesh.", "model.attention.context", "model.microbatches")
-
-
 def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
     """Write what the run is, or refuse a workdir that holds another one.
 
-    `_HOW` may change between runs; whatever decides the numbers may not.
+    The mesh and what is metadata `EXECUTION` may change from one start to the next; whatever
+    decides the numbers may not.
     """
+    free = ("mesh.", *(f"model.{name}" for name in decides(configuration["model"], EXECUTION)))
     described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
     described = json.loads(json.dumps({**described, "seed": seed}))
     path = workdir / "config.json"
     if path.exists():
         before = read_json(path)
         for field, was, now in _differences(before, described):
-            if not field.startswith(_HOW):
+            if not field.startswith(free):
                 raise ConfigError(
                     f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
                 )

@@ -10,6 +10,7 @@ import pytest
 from layers import alibi
 from layers.attention import Attention, AttentionConfig, attention
 from layers.config import ConfigError
+from layers.context import Context
 from layers.context_parallel import sharded_attention
 from layers.rotary import RotaryConfig
 from pallas_kernels.mask import Mask
@@ -283,8 +284,8 @@ def test_layer_is_its_projections_around_the_function(rngs):
     layer = jax.tree.unflatten(structure, [rng.normal(size=a.shape) * 0.4 for a in leaves])
     x = rng.normal(size=(2, 5, 10))
     where = np.broadcast_to(np.arange(5), (2, 5))
-    got, state = layer(jnp.asarray(x, jnp.float32), jnp.asarray(where))
-    assert state is None
+    got, after = layer(jnp.asarray(x, jnp.float32), Context.of_tokens(jnp.asarray(where)))
+    assert after.state is None
 
     def project(linear):
         return np.einsum("btd,dhc->bthc", x, linear.weight[...]) + linear.bias[...]

@@ -12,9 +12,11 @@ from flax import nnx
 from layers.attention import AttentionConfig
 from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
-from layers.hooks import Hooks
+from layers.hooks import Capture, Hooks
 from layers.mlp import MlpConfig
-from layers.rotary import RotaryConfig
+from layers.rotary import RotaryConfig, RotaryScaling
+from layers.stack import rearranged
+from pallas_kernels.mask import Mask
 
 V, D, T = 13, 8, 6
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (2, T)), jnp.int32)
@@ -70,6 +72,7 @@ def make(name="llama", **changes):
 
 def with_config(model, **changes):
     """The same parameters under another configuration."""
+    model = rearranged(model, scan=changes.get("scan", model.config.scan))
     other = Decoder(dataclasses.replace(model.config, **changes), rngs=nnx.Rngs(0))
     return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
 
@@ -201,13 +204,22 @@ def test_matches_an_independent_decoder(name):
 def test_scanned_and_unrolled_agree_in_value_and_gradient(name):
     model = make(name)
     unrolled = with_config(model, scan=False)
-    assert jax.tree.map(jnp.shape, jax.tree.leaves(model)) == jax.tree.map(
-        jnp.shape, jax.tree.leaves(Decoder(unrolled.config, rngs=nnx.Rngs(0)))
-    )
+    assert len(unrolled.blocks) == model.config.num_layers
     np.testing.assert_allclose(logits(model, TOKENS), logits(unrolled, TOKENS), atol=2e-5)
-    for a, b in zip(*(jax.tree.leaves(gradients(m, TOKENS)) for m in (model, unrolled)),
-                    strict=True):  # fmt: skip
+    want, got = (gradients(m, TOKENS) for m in (model, unrolled))
+    got = rearranged(got, scan=True)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_a_list_of_layers_begins_as_the_stack_does():
+    scanned, unrolled = (
+        Decoder(dataclasses.replace(BASE, scan=scan), rngs=nnx.Rngs(0)) for scan in (True, False)
+    )
+    again = rearranged(unrolled, scan=True)
+    assert jax.tree.structure(again) == jax.tree.structure(scanned)
+    jax.tree.map(np.testing.assert_array_equal, again, scanned)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +230,8 @@ def test_scanned_and_unrolled_agree_in_value_and_gradient(name):
 def test_recomputing_activations_changes_no_gradient(remat, scan):
     model = make()
     want = jax.tree.leaves(gradients(model, TOKENS))
-    got = jax.tree.leaves(gradients(with_config(model, remat=remat, scan=scan), TOKENS))
-    for a, b in zip(got, want, strict=True):
+    got = rearranged(gradients(with_config(model, remat=remat, scan=scan), TOKENS), scan=True)
+    for a, b in zip(jax.tree.leaves(got), want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -238,7 +250,8 @@ def test_cached_logits_are_the_full_forwards(name, scan):
     model = with_config(make(name), scan=scan)
     step = jax.jit(lambda m, tokens, positions, state: m(tokens, positions, state=state))
     state, at, parts = model.init_state(2, T), 0, []
-    assert all(layer.mixer.keys_bskc.shape[0] == model.config.repeats for layer in state)
+    stacked = (model.config.repeats,) if scan else ()
+    assert all(layer.mixer.keys_bksc.shape[:-4] == stacked for layer in state)
     for n in (3, 1, 1, 1):
         positions = jnp.arange(at, at + n)[None]
         out = step(model, TOKENS[:, at : at + n], positions, state)
@@ -287,6 +300,50 @@ def test_hooks_capture_in_layer_order_and_edit_one_layer(scan):
     assert not np.any(cut["mlp.output"][2])
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_captures_choose_layers_and_positions_in_a_compiled_program(scan):
+    model = with_config(make(), scan=scan)
+    run = jax.jit(lambda m, tokens, hooks: m(tokens, hooks=hooks).taps)
+    whole = run(model, TOKENS, Hooks(capture=("residual", "attention.weights", "mlp.hidden")))
+    hooks = Hooks(
+        capture=(
+            Capture("residual", layers=(3, 0)),
+            Capture("attention.weights", layers=(2,), positions=jnp.array([1, -1])),
+            Capture("mlp.hidden", positions=jnp.array([0])),
+        )
+    )
+    some = run(model, TOKENS, hooks)
+    np.testing.assert_allclose(some["residual"], whole["residual"][jnp.array([3, 0])], atol=1e-6)
+    weights = whole["attention.weights"][2:3, :, :, jnp.array([1, T - 1])]
+    np.testing.assert_allclose(some["attention.weights"], weights, atol=1e-6)
+    np.testing.assert_allclose(some["mlp.hidden"], whole["mlp.hidden"][:, :, :1], atol=1e-6)
+    if not scan:  # nothing else is kept
+        kept = jax.eval_shape(lambda m, h: m(TOKENS, hooks=h).taps, model, hooks)
+        assert kept["residual"].shape[0] == 2
+    with pytest.raises(ConfigError, match=r"^capture.layers=4: the layers with 'residual' are"):
+        model(TOKENS, hooks=Hooks(capture=(Capture("residual", layers=(4,)),)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 2", "olmo 2", "vaswani", "parallel, both"])
+def test_taps_are_what_their_names_say(name):
+    """Each is what the next step reads, by the parts of one layer."""
+    model = with_config(make(name), scan=False)
+    places = ("residual", "mixer.input", "mixer.output", "mlp.input", "mlp.hidden", "mlp.output")
+    taps = jax.jit(lambda m: m(TOKENS, hooks=Hooks(capture=(*places, "attention.output"))).taps)(
+        model
+    )
+    for i, block in enumerate(model.blocks):
+        at = {name: a[i] for name, a in taps.items()}
+        np.testing.assert_allclose(
+            block.mixer.out(at["attention.output"]), at["mixer.output"], atol=1e-5
+        )
+        np.testing.assert_allclose(block.mlp.down(at["mlp.hidden"]), at["mlp.output"], atol=1e-5)
+        reads = at["residual"]
+        if block.mixer_norm is not None and block.norm_position != "post":
+            reads = block.mixer_norm(reads)
+        np.testing.assert_allclose(reads, at["mixer.input"], atol=1e-5)
+
+
 def test_scanned_and_unrolled_hooks_agree():
     hooks = Hooks(
         capture=("residual",), edit={"attention.weights": lambda x, layer: x * (1 + layer)}
@@ -304,7 +361,7 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     want = logits(make(), TOKENS)
     assert 0 < float(jnp.abs(got - want).max()) < 0.05 * float(jnp.abs(want).max())
     assert {a.dtype for a in jax.tree.leaves(gradients(model, TOKENS))} == {jnp.dtype("float32")}
-    assert model.init_state(1, 4)[0].mixer.keys_bskc.dtype == jnp.bfloat16
+    assert model.init_state(1, 4)[0].mixer.keys_bksc.dtype == jnp.bfloat16
     stored = Decoder(dataclasses.replace(BASE, param_dtype="bfloat16"), rngs=nnx.Rngs(0))
     assert {a.dtype for a in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
 
@@ -318,7 +375,7 @@ def test_a_70b_model_takes_no_memory_to_plan():
     assert all(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)
     assert sum(a.size for a in leaves) == 70_553_706_496  # Llama 3 70B
     cache = jax.eval_shape(lambda m: m.init_state(1, 8192), shapes)
-    assert cache[0].mixer.keys_bskc.shape == (80, 1, 8192, 8, 128)
+    assert cache[0].mixer.keys_bksc.shape == (80, 1, 8, 8192, 128)
 
 
 def test_gradients_reach_every_parameter():
@@ -351,3 +408,107 @@ def test_a_position_past_the_learned_table_is_nan():
     model = make("gpt-2")
     out = model(TOKENS[:, :2], jnp.array([[0, T]])).logits_btv
     assert np.all(np.isnan(out[:, 1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-2", "gemma 2"])
+def test_three_steps_in_a_row_are_the_model(name):
+    model = make(name)
+    positions, segments = jnp.array([[0, 1, 2, 3, 0, 1]]), jnp.array([[1, 1, 1, 1, 2, 2]])
+
+    @jax.jit
+    def steps(model):
+        x = model.embed(TOKENS, positions)
+        x, run = model.run_layers(x, Mask.of_tokens(positions, segments))
+        assert (run.state, run.taps, run.aux) == (None, {}, None)
+        return model.unembed(x)
+
+    want = jax.jit(lambda m: m(TOKENS, positions, segments).logits_btv)(model)
+    np.testing.assert_array_equal(steps(model), want)
+
+
+def test_embeddings_enter_between_the_steps():
+    """A soft prompt in place of the first embeddings changes what they would have changed."""
+    model = make()
+
+    @jax.jit
+    def run(model, tokens, first):
+        x = model.embed(tokens)
+        x, _ = model.run_layers(jnp.concatenate((first, x[:, 1:]), axis=1))
+        return model.unembed(x)
+
+    first = model.embed(TOKENS)[:, :1]
+    np.testing.assert_allclose(run(model, TOKENS, first), logits(model, TOKENS), atol=1e-6)
+    other = TOKENS.at[:, 0].set(0)
+    np.testing.assert_allclose(run(model, other, first), logits(model, TOKENS), atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_outputs_in_place_of_logits(outputs):
+    model = make("gpt-j", outputs=outputs)
+    got = logits(model, TOKENS)
+    x, _ = model.run_layers(model.embed(TOKENS))
+    want = model.final_norm(x) @ model.head.weight[...]
+    assert got.shape == (2, T, outputs) and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for changes, message in (
+        (dict(tie_embeddings=True), "tie_embeddings=True: must be False with outputs"),
+        (dict(logit_cap=3.0), "logit_cap=3.0: must be None with outputs"),
+        (dict(outputs=0), "outputs=0: must be > 0 or None"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            dataclasses.replace(model.config, **changes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma 2"])
+def test_a_prefix_is_seen_by_all_of_it_and_its_past_by_none_later(name):
+    """Sliding and full layers: a token of the prefix sees its end, within the window."""
+    model = make(name)
+    until = jnp.where(jnp.arange(T) < 4, 3, -1)[None]
+    run = jax.jit(lambda m, tokens: m(tokens, until_bt=until, hooks=hooks))
+    hooks = Hooks(capture=("attention.weights",))
+    weights = run(model, TOKENS).taps["attention.weights"]  # [layers, b, h, t, s]
+    here = np.arange(T)
+    allowed = (here[None] <= here[:, None]) | ((here[:, None] < 4) & (here[None] < 4))
+    near = np.abs(here[None] - here[:, None]) < 3
+    for layer, seen in enumerate((allowed & near, allowed) * 2):
+        np.testing.assert_array_equal(np.all(weights[layer] > 0, (0, 1)), seen)
+    plain = jax.jit(lambda m: m(TOKENS, until_bt=until).logits_btv)(model)
+    np.testing.assert_allclose(plain, run(model, TOKENS).logits_btv, atol=1e-5)
+    assert np.any(np.abs(plain - logits(model, TOKENS)) > 1e-3)
+
+
+def test_rotations_turn_by_positions_of_their_own():
+    model = make()
+    doubled = 2 * jnp.arange(T)[None]
+    other = jax.jit(lambda m: m(TOKENS, rotary_positions=doubled).logits_btv)(model)
+    halved = with_config(model, rotary=dataclasses.replace(
+        model.config.rotary, scaling=RotaryScaling("linear", 0.5)
+    ))  # fmt: skip
+    np.testing.assert_allclose(other, logits(halved, TOKENS), atol=1e-5)
+
+
+def test_decoding_copies_neither_parameters_nor_caches():
+    """Of the program that decodes a token, with a list of layers and the cache donated."""
+    config = DecoderConfig(
+        512, 128, 8, attention=AttentionConfig(4, 2), mlp=MlpConfig(344), scan=False
+    )
+    model = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    for batch, length in ((1, 256), (4, 64)):
+        state = jax.eval_shape(lambda m, b=batch, n=length: m.init_state(b, n), model)
+        token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+
+        def step(model, state, tokens, positions):
+            out = model(tokens, positions, state=state)
+            return jnp.argmax(out.logits_btv, -1), out.state
+
+        step = jax.jit(
+            step, donate_argnums=1, compiler_options={"xla_backend_optimization_level": 2}
+        )
+        compiled = step.lower(model, state, token, token).compile()
+        weights, cache = (
+            sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (model, state)
+        )
+        cost = compiled.cost_analysis()
+        cost = cost[0] if isinstance(cost, list) else cost
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * weights
+        assert cost["bytes accessed"] <= 1.5 * (weights + cache), batch

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.config import ConfigError
+from layers.context import Context
 from layers.decoder import DecoderConfig
 from layers.latent_attention import LatentAttention, LatentConfig
 from layers.mlp import MlpConfig
@@ -87,7 +88,7 @@ def test_values_and_gradients_of_transformers(query_rank, interleaved):
     ours = jax.tree.unflatten(jax.tree.structure(ours), leaves)
 
     def loss(mixer, x, state):
-        y, state = mixer(x, POSITIONS, state=state)
+        y, _ = mixer(x, Context.of_tokens(POSITIONS, state=state))
         return jnp.sum(jnp.sin(y)), y
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
@@ -104,25 +105,30 @@ def test_values_and_gradients_of_transformers(query_rank, interleaved):
 
 def test_a_token_is_kept_as_its_latent_and_its_turned_key():
     state = make(sizes()).init_state(B, 16)
-    assert state.keys_bskc.nbytes + state.values_bskc.nbytes == B * 16 * (RANK + TURNED) * 4
+    assert state.keys_bksc.nbytes + state.values_bksc.nbytes == B * 16 * (RANK + TURNED) * 4
     half = make(sizes()).init_state(B, 16, jnp.bfloat16)
-    assert half.keys_bskc.nbytes + half.values_bskc.nbytes == B * 16 * (RANK + TURNED) * 2
+    assert half.keys_bksc.nbytes + half.values_bksc.nbytes == B * 16 * (RANK + TURNED) * 2
     # as many heads as there may be, it is the same
     many = make(LatentConfig(48, RANK, OWN, TURNED, VALUE)).init_state(B, 16)
-    assert many.keys_bskc.nbytes == state.keys_bskc.nbytes
+    assert many.keys_bksc.nbytes == state.keys_bksc.nbytes
 
 
 def test_what_is_kept_of_a_token_is_what_the_paper_says():
     """Eq. 9 and 15: the normalised latent, and the key that is rotated to its position."""
     mixer = make(sizes())
-    _, state = jax.jit(lambda m: m(X, POSITIONS, state=m.init_state(B, T)))(mixer)
+
+    @jax.jit
+    def state_after(m):
+        return m(X, Context.of_tokens(POSITIONS, state=m.init_state(B, T)))[1].state
+
+    state = state_after(mixer)
     latent = X.astype(np.float64) @ np.asarray(mixer.latent_down.weight[...], np.float64)
     latent /= np.sqrt(np.mean(np.square(latent), -1, keepdims=True) + 1e-6)
     pairs = (X @ np.asarray(mixer.rotary_key.weight[...])).reshape(B, T, -1, 2)
     theta = 10_000.0 ** (-2 * np.arange(TURNED // 2) / TURNED)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * POSITIONS[..., None] * theta)
     turned = np.stack((turned.real, turned.imag), -1).reshape(B, T, TURNED)
-    kept = np.asarray(state.keys_bskc)[:, :, 0]
+    kept = np.asarray(state.keys_bksc)[:, 0]
     np.testing.assert_allclose(kept, np.concatenate((latent, turned), -1), atol=1e-5)
 
 

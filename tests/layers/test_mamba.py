@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from layers.config import ConfigError
+from layers.context import Context
 from layers.decoder import Decoder, DecoderConfig
 from layers.mamba import SELECTIVE, Mamba, MambaConfig
 from layers.mamba2 import CONVOLVED, Mamba2
@@ -100,7 +101,7 @@ def test_values_and_gradients_of_transformers(kind):
     ours = jax.tree.unflatten(jax.tree.structure(ours), leaves)
 
     def loss(mixer, x):
-        y, _ = mixer(x, POSITIONS)
+        y, _ = mixer(x, Context.of_tokens(POSITIONS))
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), (gradients, dx) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(ours, X)
@@ -128,7 +129,7 @@ def around_the_scan(mixer):
 
 @jax.jit
 def run(mixer):
-    return mixer(X, POSITIONS)[0]
+    return mixer(X, Context.of_tokens(POSITIONS))[0]
 
 
 @pytest.mark.parametrize(

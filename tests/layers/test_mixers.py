@@ -15,11 +15,14 @@ from flax import nnx
 
 from layers.architecture import MIXERS
 from layers.attention import AttentionConfig
+from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
+from layers.stack import unstacked
+from layers.state import rewind
 
 T = 5
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
@@ -56,8 +59,8 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 11)
 
 
 @functools.cache
-def make(name, scan=True):
-    options = {"position": "none", "scan": scan, **STACKS[name]}
+def make(name):
+    options = {"position": "none", **STACKS[name]}
     config = DecoderConfig(11, 16, 2 * len(STACKS[name]["pattern"]), mlp=MlpConfig(24), **options)
 
     @jax.jit
@@ -150,6 +153,58 @@ def test_padding_changes_no_state(name):
         np.testing.assert_allclose(jnp.concatenate(got[row]), want, atol=3e-5)
 
 
+LEFT = [[-1, -1, 0, 1, 2], [0, 1, 2, -1, -1], [-1, 0, 1, 2, -1], [-1] * 5]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_padding_on_either_side_is_no_token(name):
+    """The same three tokens behind padding, before it and between it: without and with a state."""
+    model = make(name)
+    three = TOKENS[:1, :3]
+    want = read(model, three, jnp.arange(3)[None], jnp.zeros((1, 3), jnp.int32)).logits_btv[0]
+    positions = jnp.array(LEFT)
+    tokens = jnp.where(positions >= 0, three[0, positions], 7)
+    segments = jnp.zeros_like(positions)
+    for state in (None, model.init_state(4, T)):
+        got = read(model, tokens, positions, segments, state)
+        for row, at in enumerate(LEFT[:3]):
+            real = np.array(at) >= 0
+            np.testing.assert_allclose(got.logits_btv[row, real], want, atol=3e-5)
+    # and what follows, in a call of its own with padding in its middle
+    after = jnp.array([[3, -1, 4]] * 3 + [[0, -1, 1]])
+    more = jnp.broadcast_to(TOKENS[1, :3], (4, 3))
+    out = read(model, more, after, jnp.zeros_like(after), got.state).logits_btv
+    whole = jnp.concatenate((three, TOKENS[1:, :1], TOKENS[1:, 2:3]), axis=1)
+    want = read(model, whole, jnp.arange(5)[None], jnp.zeros((1, 5), jnp.int32)).logits_btv[0, 3:]
+    for row in range(3):
+        np.testing.assert_allclose(out[row, jnp.array([0, 2])], want, atol=3e-5)
+    alone = read(model, whole[:, 3:], jnp.arange(2)[None], jnp.zeros((1, 2), jnp.int32))
+    np.testing.assert_allclose(out[3, jnp.array([0, 2])], alone.logits_btv[0], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_state_rewinds_or_says_that_it_cannot(name):
+    model = make(name)
+    positions, segments = jnp.tile(jnp.arange(T), (2, 1)), jnp.zeros((2, T), jnp.int32)
+    before = read(model, TOKENS[:, :3], positions[:, :3], segments[:, :3], model.init_state(2, T))
+    other = (TOKENS[:, 3:] + 1) % 11, positions[:, 3:], segments[:, 3:]
+    state = read(model, *other, before.state).state
+    if STACKS[name]["pattern"][0] not in ("attention", "latent") or "rwkv" in STACKS[name]:
+        with pytest.raises(ConfigError, match="^state='?(rolling KVCache|.*State)"):
+            rewind(state, jnp.array([2, 2]))
+        return
+    rest = TOKENS[:, 3:], positions[:, 3:], segments[:, 3:]
+    want = read(model, *rest, before.state).logits_btv
+    got = read(model, *rest, rewind(state, jnp.array([2, 2]))).logits_btv
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_recurrent_layers_refuse_what_they_cannot_see():
+    for name in ("mamba", "mamba2", "rwkv4", "rwkv7"):
+        with pytest.raises(ConfigError, match="^until='given': a recurrent layer sees no later"):
+            make(name)(TOKENS, until_bt=jnp.zeros((2, T), jnp.int32))
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_forward_mode_is_reverse_mode(name):
     """The derivative along one direction, of all parameters, by either mode."""
@@ -176,5 +231,5 @@ def test_forward_mode_is_reverse_mode(name):
 @pytest.mark.parametrize("name", ["rwkv7", "hybrid"])
 def test_scanned_is_unrolled(name):
     """The first layer's values travel through the scan."""
-    a, b = (make(name, scan=scan)(TOKENS).logits_btv for scan in (True, False))
+    a, b = (m(TOKENS).logits_btv for m in (make(name), unstacked(make(name))))
     np.testing.assert_allclose(a, b, atol=1e-5)

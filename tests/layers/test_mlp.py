@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from layers.config import ConfigError
+from layers.context import Context
 from layers.mlp import ACTIVATIONS, Mlp, MlpConfig
 
 
@@ -42,7 +43,7 @@ def test_value_and_gradient_match_torch(activation, bias, rngs):
         hidden = act(linear(mlp.up, tensor))
     want = linear(mlp.down, hidden)
     want.backward(torch.tensor(cotangent.astype(np.float64)))
-    y, back = jax.vjp(mlp, x)
+    y, back = jax.vjp(lambda x: mlp(x, Context())[0], x)
     np.testing.assert_allclose(y, want.detach().numpy(), atol=2e-6)
     np.testing.assert_allclose(back(cotangent)[0], tensor.grad.numpy(), atol=5e-6)
 

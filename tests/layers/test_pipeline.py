@@ -13,9 +13,9 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.hooks import Hooks
 from layers.mlp import MlpConfig
-from layers.moe import rebalance
 from layers.pipeline import idle
 from layers.routing import MoeConfig
+from layers.stack import rearranged, unstacked
 from research.models import load, save
 
 WHOLE = DecoderConfig(
@@ -37,9 +37,8 @@ def make(circuits: int, **changes) -> Decoder:
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_circuits_change_neither_logits_nor_taps_nor_what_is_cached(scan):
-    one, three = make(1), make(3, scan=scan)
+def test_circuits_change_neither_logits_nor_taps_nor_what_is_cached():
+    one, three = make(1), make(3)
     hooks = Hooks(capture=("residual",))
     want, got = (jax.jit(lambda m: m(TOKENS, hooks=hooks))(m) for m in (one, three))
     np.testing.assert_allclose(got.logits_btv, want.logits_btv, atol=1e-5)
@@ -58,10 +57,12 @@ def test_circuits_change_neither_logits_nor_taps_nor_what_is_cached(scan):
 def test_router_biases_move_by_their_own_layers_counts():
     one, three = make(1), make(3)
     counts = jnp.asarray(np.random.default_rng(1).integers(0, 9, (6, 4)))
-    rebalance(one.mixtures, counts)
-    rebalance(three.mixtures, counts, 3)
-    moved = [m.bias[...] for m in three.mixtures]
-    np.testing.assert_array_equal(jnp.concatenate(moved), one.mixtures[0].bias[...])
+    listed = unstacked(one)
+    for model in (one, three, listed):
+        model.rebalance(counts)
+    for other, join in ((three, jnp.concatenate), (listed, jnp.stack)):
+        moved = join([m.bias[...] for m in other.mixtures])
+        np.testing.assert_array_equal(moved, one.mixtures[0].bias[...])
     assert len(np.unique(one.mixtures[0].bias[...], axis=0)) > 1
 
 
@@ -77,9 +78,23 @@ def test_checkpoints_of_others_are_read_into_circuits_and_written_from_them(tmp_
 
 def test_places_of_layers():
     config = dataclasses.replace(WHOLE, circuits=3)
-    assert [config.place(i) for i in range(6)] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0)]
+    assert [config.locate(i) for i in range(6)] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0)]
     blocks = [(b, i) for b, block in enumerate(make(3).blocks) for i in range(_rows(block))]
-    assert sorted(map(config.place, range(12))) == blocks
+    assert sorted(map(config.locate, range(12))) == blocks
+
+
+@pytest.mark.parametrize("layout", [(True, 2), (True, 6), (False, 1)])
+def test_layers_rearranged_are_the_layers(layout):
+    scan, circuits = layout
+    three = make(3)
+    other = rearranged(three, scan=scan, circuits=circuits)
+    made = jax.eval_shape(lambda: make(circuits, scan=scan))
+    assert jax.tree.structure(other) == jax.tree.structure(made)
+    pairs = zip(jax.tree.leaves(other), jax.tree.leaves(made), strict=True)
+    assert all(a.shape == b.shape for a, b in pairs)
+    back = rearranged({"a": other}, scan=True, circuits=3)["a"]
+    jax.tree.map(np.testing.assert_array_equal, back, three)
+    assert three.config.circuits == 3
 
 
 def _rows(block) -> int:
@@ -89,6 +104,8 @@ def _rows(block) -> int:
 def test_circuits_divide_the_repeats():
     with pytest.raises(ConfigError, match="^circuits=4: must divide the pattern's 6 repeats"):
         dataclasses.replace(WHOLE, circuits=4)
+    with pytest.raises(ConfigError, match="^circuits=3: must be 1: scan=False"):
+        dataclasses.replace(WHOLE, circuits=3, scan=False)
 
 
 def test_idle_share():

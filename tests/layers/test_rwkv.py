@@ -14,18 +14,19 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.hooks import Hooks
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
+from layers.stack import rearranged
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 LAYERS, WIDTH, HIDDEN = 3, 16, 40
 
 
-def decoder(version, **options):
+def decoder(version):
     config = DecoderConfig(
         11, WIDTH, LAYERS,
         mlp=MlpConfig(HIDDEN), rwkv=RwkvConfig(8, 3, 4, 5, 6), position="none",
         pattern=(f"rwkv{version}",), feed_forward=(f"rwkv{version}",),
         norm="layernorm", norm_bias=True, norm_eps=1e-5, embedding_norm=True,
-        tie_embeddings=False, **options,
+        tie_embeddings=False,
     )  # fmt: skip
     return Decoder(config, rngs=nnx.Rngs(0))
 
@@ -187,7 +188,7 @@ def test_rwkv7_is_the_published_package(scan, tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     table = names(pairs, lambda name: held[name])
     table["embedding/table"] = held["emb.weight"].numpy()
-    ours = fill(decoder(7, scan=scan), table)
+    ours = rearranged(fill(decoder(7), table), scan=scan)
     got = ours(jnp.array([TOKENS])).logits_btv[0]
     np.testing.assert_allclose(got, want.numpy(), atol=1e-4, rtol=1e-4)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from layers.attention import Attention, AttentionConfig
 from layers.config import ConfigError
+from layers.context import Context
 from layers.rotary import RotaryConfig
-from layers.state import KVCache
+from layers.state import KVCache, rewind
 
 T, WIDTH = 9, 8
 MIXERS = {
@@ -63,16 +64,17 @@ def rows(name):
 
 @jax.jit
 def call(layer, x, positions, segments, state):
-    return layer(x, positions, segments, state)
+    y, after = layer(x, Context.of_tokens(positions, segments, state=state))
+    return y, after.state
 
 
-def in_chunks(layer, x, positions, segments, sizes, step=call):
+def in_chunks(layer, x, positions, segments, sizes):
     assert sum(sizes) == T
     state, at, ys = layer.init_state(2, T), 0, []
     for n in sizes:
         part = slice(at, at + n)
         held = None if segments is None else segments[:, part]
-        y, state = step(layer, x[:, part], positions[:, part], held, state)
+        y, state = call(layer, x[:, part], positions[:, part], held, state)
         ys.append(y)
         at += n
     return jnp.concatenate(ys, axis=1)
@@ -103,17 +105,17 @@ def test_any_chunking_is_the_parallel_form(mixer, sizes, row):
 def gradients(layer, x, positions, segments, sizes):
     def f(layer, x):
         if sizes is None:
-            y, _ = layer(x, positions, segments)
+            y, _ = call(layer, x, positions, segments, None)
         elif sizes == "tokens":  # scanned, to compile one step
 
             def step(state, inputs):
-                y, state = layer(*(a[:, None] for a in inputs), state)
+                y, state = call(layer, *(a[:, None] for a in inputs), state)
                 return state, y[:, 0]
 
             by_token = tuple(jnp.moveaxis(a, 1, 0) for a in (x, positions, segments))
             y = jnp.moveaxis(jax.lax.scan(step, layer.init_state(2, T), by_token)[1], 0, 1)
         else:
-            y = in_chunks(layer, x, positions, segments, sizes, lambda m, *a: m(*a))
+            y = in_chunks(layer, x, positions, segments, sizes)
         return jnp.vdot(y, COTANGENT)
 
     return jax.grad(f, argnums=(0, 1))(layer, x)
@@ -171,12 +173,37 @@ def test_tokens_past_a_contiguous_cache():
     layer = make("rotary")
     state = layer.init_state(2, 4)
     with pytest.raises(ConfigError, match="^tokens=9: the cache holds at most max_length=4$"):
-        layer(X, jnp.arange(T)[None], None, state)
+        layer(X, Context.of_tokens(jnp.arange(T)[None], state=state))
     # in pieces, shapes cannot tell: what does not fit is dropped, what was there stays
     _, state = call(layer, X[:, :4], jnp.arange(4)[None], None, state)
     _, after = call(layer, X[:, 4:5], jnp.full((1, 1), 4), None, state)
-    np.testing.assert_array_equal(after.keys_bskc, state.keys_bskc)
+    np.testing.assert_array_equal(after.keys_bksc, state.keys_bksc)
     np.testing.assert_array_equal(after.written_b, [5, 5])
+
+
+@pytest.mark.parametrize("row", ["plain", "ragged and packed"])
+def test_what_is_rewound_was_never_written(row):
+    layer, (positions, segments) = make("rotary"), rows(row)
+    segments = jnp.zeros_like(positions) if segments is None else segments
+    _, state = call(layer, X[:, :6], positions[:, :6], segments[:, :6], layer.init_state(2, T))
+    written, count = state.written_b, jnp.array([1, 3])
+    back = rewind(state, count)
+    np.testing.assert_array_equal(back.written_b, written - count)
+    # the same tokens without the last ones of each row
+    valid = positions[:, :6] >= 0
+    rank = jnp.cumsum(valid, axis=1)
+    shorter = jnp.where(rank <= (written - count)[:, None], positions[:, :6], -1)
+    _, want = call(layer, X[:, :6], shorter, segments[:, :6], layer.init_state(2, T))
+    np.testing.assert_array_equal(back.positions_bs, want.positions_bs)
+    after = (X[:, 6:], positions[:, 6:], segments[:, 6:])
+    got, want = (call(layer, *after, one)[0] for one in (back, want))
+    np.testing.assert_array_equal(got, want)
+    assert not np.any(rewind(state, jnp.array([9, 9])).written_b)
+
+
+def test_a_rolling_cache_cannot_be_rewound():
+    with pytest.raises(ConfigError, match="^state='rolling KVCache': has overwritten"):
+        rewind(make("rolling").init_state(2, T), jnp.ones(2, int))
 
 
 def test_refuses_an_empty_cache():
@@ -189,6 +216,6 @@ def test_a_bfloat16_cache_serves_float32_attention():
     layer, (positions, _) = make("rotary"), rows("plain")
     state = layer.init_state(2, T, jnp.bfloat16)
     y, state = call(layer, X, positions, None, state)
-    assert state.keys_bskc.dtype == jnp.bfloat16 and y.dtype == jnp.float32
+    assert state.keys_bksc.dtype == jnp.bfloat16 and y.dtype == jnp.float32
     want, _ = call(layer, X, positions, None, None)
     np.testing.assert_allclose(y, want, atol=3e-2)

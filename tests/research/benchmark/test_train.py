@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from layers.config import ConfigError
+from layers.stack import rearranged
 from layers.weights import flat
 from research import cli
 from research.benchmark import alone, measure, record, step, subject, train
@@ -99,7 +100,7 @@ def test_pytorch_learns_the_same_weights():
         # a copy: the step donates what it is given
         state, metrics = step.make_step(training)(state, jax.tree.map(jax.numpy.array, arrays))
         assert other.run() == pytest.approx(float(metrics["loss"]), abs=1e-5)
-    ours = flat(state.model)
+    ours = flat(rearranged(state.model, scan=True))
     learnt = torch_decoder.of_config(subject.decoder(size), subject.TIME)
     torch_decoder.copy(state.model, learnt)
     assert set(learnt.state_dict()) == set(theirs.state_dict()) and len(ours) == 11

@@ -156,7 +156,7 @@ def test_the_cache_is_donated_and_rolls():
         state, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jnp.int32(0)
     )
     module._decode(model, progress, jax.random.key(0), 3, sampling=GREEDY, most=3)
-    assert state[0].mixer.keys_bskc.is_deleted()
+    assert state[0].mixer.keys_bksc.is_deleted()
 
 
 def test_max_length_is_reached_exactly():

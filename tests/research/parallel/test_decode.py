@@ -31,14 +31,14 @@ def logits(mesh):
             out, state = step(model, x, at, state)
             found.append(np.asarray(out))
             start += size
-    held = state[0].mixer.keys_bskc
+    held = state[0].mixer.keys_bksc
     return np.concatenate(found, axis=1), tuple(held.sharding.shard_shape(held.shape))
 
 
 want, _ = logits(make_mesh(MeshConfig(), jax.devices()[:1]))
 for sizes, share in (
-    (dict(data=2, fsdp=2, tensor=2), (2, 2, 20, 1, 8)),
-    (dict(data=1, fsdp=8), (2, 1, 20, 2, 8)),
+    (dict(data=2, fsdp=2, tensor=2), (2, 2, 1, 20, 8)),
+    (dict(data=1, fsdp=8), (2, 1, 2, 20, 8)),
 ):
     got, held = logits(make_mesh(MeshConfig(**sizes)))
     assert held == share, (sizes, held)

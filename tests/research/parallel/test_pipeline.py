@@ -77,9 +77,9 @@ def found(mesh, config):
             continue
         block, _, rest = rest.partition("/")
         for layer in range(config.num_layers):
-            at, place = config.place(layer)
+            at, row = config.locate(layer)
             if at == int(block):
-                by_layer[f"{layer}/{rest}"] = a[place]
+                by_layer[f"{layer}/{rest}"] = a[row]
     return float(loss), by_layer, {name: np.asarray(a) for name, a in sums.items()}
 
 
@@ -111,7 +111,7 @@ CASES = {
     "attention": """[(PLAIN, (
         (dict(stage=2, data=2, fsdp=2), dict(microbatches=4)),
         (dict(stage=4, tensor=2), dict(microbatches=8, remat="full")),
-        (dict(stage=2, sequence=2, tensor=2), dict(microbatches=2, circuits=2, scan=False)),
+        (dict(stage=2, sequence=2, tensor=2), dict(microbatches=2, circuits=2)),
         (dict(stage=2, data=4), dict(microbatches=4, circuits=2)),
     ))]""",
     "others": """[

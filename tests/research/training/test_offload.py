@@ -57,8 +57,10 @@ def test_the_numbers_are_those_of_moments_on_the_device(run, options):
     want, got = run(3, False, **options), run(3, True, **options)
     assert got.metrics["loss"] == pytest.approx(want.metrics["loss"], rel=1e-6)
     for a, b in zip(jax.tree.leaves(got.model), jax.tree.leaves(want.model), strict=True):
-        # Adam divides by the root of a small second moment, and its steps are 1e-3
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        # Adam divides by the root of a small second moment, and its steps are 1e-3: here and there
+        # rounding shows
+        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert np.abs(a - b).mean() < 1e-7
 
 
 SHARDED = """
