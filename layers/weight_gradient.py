@@ -23,6 +23,10 @@ def product(
     preferred_element_type: jnp.dtype | None,
 ) -> jax.Array:
     """``jnp.einsum(subscripts, x, weight)`` on one device."""
+    # jnp.einsum contracts letters in alphabetical order: in that of memory, nothing is transposed
+    letters = dict.fromkeys(a for a in subscripts if a.isalpha())
+    in_order = dict(zip(letters, "abcdefghij", strict=False))
+    subscripts = "".join(in_order.get(a, a) for a in subscripts)
     return _op(subscripts, preferred_element_type)(x, weight)
 
 

@@ -38,10 +38,11 @@ def attention(
     some = total > 0
     total = jnp.where(some, total, 1.0)
     lse = jnp.where(some, jnp.log(total) + top, MASKED)
-    y_btkgc = jnp.einsum(
-        "bkgts,bskc->btkgc", weights_bkgts / total, v_bskc, preferred_element_type=total.dtype
+    y_bkgtc = jnp.einsum(
+        "bkgts,bskc->bkgtc", weights_bkgts / total, v_bskc, preferred_element_type=total.dtype
     )
-    return y_btkgc.reshape(b, t, h, -1).astype(v_bskc.dtype), lse.reshape(b, h, t)
+    y_bthc = jnp.moveaxis(y_bkgtc, 3, 1).reshape(b, t, h, -1)
+    return y_bthc.astype(v_bskc.dtype), lse.reshape(b, h, t)
 
 
 def _scores(spec: Spec, q_bthc, k_bskc, mask: Mask, slopes_h):

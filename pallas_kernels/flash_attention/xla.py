@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.ranges import Extremes, Visit, all_see, extremes, may_see
 from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient
 from pallas_kernels.mask import Mask, sees
@@ -151,6 +152,8 @@ def forward(
     """``y_bthc, lse_bht``; arguments as in `reference.attention`."""
     b, t, h, c = q_bthc.shape
     s, k = k_bskc.shape[1:3]
+    if t * h < k * c:
+        return reference.attention(spec, q_bthc, k_bskc, v_bskc, mask, slopes_h, sinks_h)
     exact = jnp.promote_types(jnp.float32, q_bthc.dtype)
     plan = _plan(spec, sizes, b, t, h, s)
     slopes = _slopes(slopes_h, k, exact)
