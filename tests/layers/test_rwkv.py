@@ -20,13 +20,13 @@ TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 LAYERS, WIDTH, HIDDEN = 3, 16, 40
 
 
-def decoder(version):
+def decoder(version, **fields):
     config = DecoderConfig(
         11, WIDTH, LAYERS,
         mlp=MlpConfig(HIDDEN), rwkv=RwkvConfig(8, 3, 4, 5, 6), position="none",
         pattern=(f"rwkv{version}",), feed_forward=(f"rwkv{version}",),
         norm="layernorm", norm_bias=True, norm_eps=1e-5, embedding_norm=True,
-        tie_embeddings=False,
+        tie_embeddings=False, **fields,
     )  # fmt: skip
     return Decoder(config, rngs=nnx.Rngs(0))
 
