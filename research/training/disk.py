@@ -1,6 +1,7 @@
 """Writing that can fail: a disk that is full, gone or read-only ends a run with one line."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -33,11 +34,13 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the system said, if it was the system: TensorStore tells it only in its text."""
+    """What the system said, if it was the system: others tell it only in their text."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if code := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
         return os.strerror(int(code[1]))
     if status := re.match(r"([A-Z_]+): .*\bError writing", str(error)):
         return status[1].lower().replace("_", " ")  # what it wrote into has gone meanwhile
+    if str(error).startswith("Checkpoint directory does not exist"):  # Orbax
+        return os.strerror(errno.ENOENT)
     return None

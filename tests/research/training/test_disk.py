@@ -42,10 +42,19 @@ def test_a_checkpoint_directory_that_is_lost_in_a_run(tmp_path, at):
     assert_same(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("what", ["", 'Error opening "zarr" driver: '])
-def test_what_tensorstore_says_without_a_code(tmp_path, what):
-    text = f'NOT_FOUND: {what}Error writing "model/a" in OCDBT database: Error reading ByteRange'
-    with pytest.raises(WriteError, match="cannot be written: not found; once it can"):
+WRITING = 'Error writing "model/a" in OCDBT database: Error reading ByteRange'
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (f"NOT_FOUND: {WRITING}", "not found"),
+        (f'NOT_FOUND: Error opening "zarr" driver: {WRITING}', "not found"),
+        ("Checkpoint directory does not exist: /tmp/run.", "No such file or directory"),
+    ],
+)
+def test_what_is_told_without_a_code(tmp_path, text, reason):
+    with pytest.raises(WriteError, match=f"cannot be written: {reason}; once it can"):
         with writing(tmp_path):
             raise ValueError(text)
     with pytest.raises(ValueError, match="^another$"):
