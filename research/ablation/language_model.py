@@ -18,7 +18,15 @@ from research.ablation.experiment import SCALES, Unit
 from research.data import DataConfig, vocabulary_size
 from research.files import parse_json
 from research.parallel import MeshConfig, make_mesh
-from research.training import TrainingConfig, TrainResult, evaluate, load_model, train
+from research.training import (
+    Objective,
+    Source,
+    TrainingConfig,
+    TrainResult,
+    evaluate,
+    load_model,
+    train,
+)
 
 # scale: width, layers, heads, mlp width, sequence length, batch size, steps
 _SIZES = {
@@ -76,20 +84,30 @@ def train_unit(
     unit: Unit,
     init: Callable[[Decoder], Decoder] | None = None,
     devices: Sequence[Any] | None = None,
+    *,
+    objective: Objective | None = None,
+    source: Source | None = None,
+    frozen: Any = None,
+    trainable: Sequence[str] = ("*",),
 ) -> TrainResult:
     """Train the unit's model on the unit's data, resuming what its workdir holds.
 
     ``init`` maps the freshly initialised model to the one to start from. ``devices``: of the unit's
-    mesh; None is all there are.
+    mesh; None is all there are. ``source`` gives the batches in place of the unit's data. The rest
+    is as `research.training.train` says.
     """
     return train(
         from_mapping(DecoderConfig, unit.config.model, "model"),
-        _data(unit),
+        _data(unit) if source is None else None,
         from_mapping(TrainingConfig, unit.config.training, "training"),
         mesh=_mesh(unit),
         seed=unit.seed,
         workdir=unit.workdir,
         init=init,
+        objective=objective,
+        source=source,
+        frozen=frozen,
+        trainable=trainable,
         progress=unit.progress,
         profile=unit.profile,
         devices=devices,
@@ -122,9 +140,9 @@ def evaluate_unit(
 ) -> dict[str, float]:
     """Held-out ``loss`` (nats a token) and ``accuracy`` of ``model`` on the unit's data.
 
-    Of mixtures of experts also ``router_entropy``, ``router_drop_rate`` and what else the routers
-    report (`research.training.step.report`). About ``tokens`` tokens (default: as in training) in
-    sequences of ``length`` (default: the trained one), the same ones for every model.
+    Of mixtures of experts also their `research.training.router_metrics`. About ``tokens`` tokens
+    (default: as in training) in sequences of ``length`` (default: the trained one), the same ones
+    for every model.
     """
     data = _data(unit)
     length = data.sequence_length if length is None else length

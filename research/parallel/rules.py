@@ -119,27 +119,37 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def shard_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, order: np.ndarray | None = None
-) -> dict[str, jax.Array]:
-    """A batch ``[batch, time]`` of this process's rows as global arrays on ``mesh``.
+def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of the array ``name`` of a batch: rows, and time in those of `BATCH`."""
+    return ("batch", "time" if name in BATCH and ndim > 1 else None)[:ndim] + (None,) * (ndim - 2)
 
-    ``order``: which token of the sequence stands at each place, from `time_order`.
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh, config: Any = None) -> dict[str, jax.Array]:
+    """A batch of this process's rows as global arrays on ``mesh``.
+
+    ``config``: of the model, whose attention may want tokens in another order (`time_order`).
     """
+    order = None
+    if isinstance(config, DecoderConfig) and "tokens" in batch:
+        order = time_order(config, mesh, batch["tokens"].shape[1])
     if order is not None:
-        batch = {name: value[:, order] for name, value in batch.items()}
+        batch = {name: a[:, order] if name in BATCH else a for name, a in batch.items()}
     if mesh.size == 1:
         return {name: jax.device_put(value) for name, value in batch.items()}
     table = _table(mesh, 1)
-    sharding = NamedSharding(mesh, PartitionSpec(table["batch"], table["time"]))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+
+    def sharded(name, value):
+        axes = (None if axis is None else table[axis] for axis in batch_axes(name, value.ndim))
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(value))
+
+    return {name: sharded(name, value) for name, value in batch.items()}
 
 
 def time_order(config: DecoderConfig, mesh: Mesh, length: int) -> np.ndarray | None:
-    """How a sequence of ``length`` is to be dealt out to ``mesh``, if not piece by piece."""
+    """Which token of a sequence of ``length`` stands at each place on ``mesh``; None: in order."""
     ways = mesh.shape["sequence"]
     zigzag = config.attention is not None and config.attention.context == "zigzag"
     return zigzag_order(length, ways) if zigzag and ways > 1 else None

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from layers.config import check
-from layers.decoder import Decoder, DecoderConfig
+from layers.decoder import DecoderConfig
 from layers.sharding import Scattered, named_axes, scatter, spec
 from research.parallel.rules import RULES, specs
 
@@ -50,9 +50,7 @@ def moved_per_parameter(stage: int, ways: int) -> float:
     return (3 if stage == 3 else 2) * (ways - 1) / ways
 
 
-def differentiated(
-    model: Decoder, stage: int, *, late: bool
-) -> tuple[Decoder, Callable[[Decoder], Decoder]]:
+def differentiated(model: Any, stage: int, *, late: bool) -> tuple[Any, Callable[[Any], Any]]:
     """``(variables, join)``: differentiate ``f(join(variables))`` by ``variables``.
 
     The gradient then comes as the ``stage`` keeps it. ``late``: whatever else it is to be summed
@@ -62,7 +60,7 @@ def differentiated(
         return model, lambda variables: variables
     mesh = jax.sharding.get_abstract_mesh()
     rows = frozenset(a for name in ("batch", "time") for a in _axes(name) if mesh.shape[a] > 1)
-    late = late and can_wait(model.config, dict(mesh.shape))
+    late = late and can_wait(getattr(model, "config", None), dict(mesh.shape))
 
     def marked(a: jax.Array, axes: PartitionSpec, wait: bool) -> jax.Array:
         reduced = rows - named_axes(axes) if wait else frozenset()
@@ -76,7 +74,7 @@ def differentiated(
         return jax.tree.map(lambda a, w: marked(a, w, True), model, whole), lambda v: v
     variables = jax.tree.map(lambda a, s: marked(a, s, late), model, split)
 
-    def join(variables: Decoder) -> Decoder:
+    def join(variables: Any) -> Any:
         def pair(share, a, s, w):
             return share if s == w else Scattered(marked(a, w, True), share)
 
@@ -101,17 +99,17 @@ def settle(tree: Any, *, split: bool = True) -> Any:
     return jax.tree.map(one, tree, specs(tree, mesh, split=split))
 
 
-def can_wait(config: DecoderConfig, sizes: dict[str, int]) -> bool:
-    """Whether gradients can be left unreduced: recurrent layers on a split ``time`` gather it, and
-    a pipeline's are those of an island."""
-    if sizes["stage"] > 1:
+def can_wait(config: Any, sizes: dict[str, int]) -> bool:
+    """Whether gradients can be left unreduced: recurrent layers on a sharded ``time`` gather it, a
+    pipeline's are those of per-device code, and of models other than decoders it is not known."""
+    if sizes["stage"] > 1 or not isinstance(config, DecoderConfig):
         return False
     shifted = {"rwkv4", "rwkv7"} & set(config.feed_forward)
     recurrent = shifted or set(config.pattern) - set(ATTENDING)
     return not (recurrent and sizes["sequence"] > 1)
 
 
-def check_stage(stage: int | None, config: DecoderConfig, sizes: dict[str, int]) -> None:
+def check_stage(stage: int | None, config: Any, sizes: dict[str, int]) -> None:
     """Raise `ConfigError` for a ``stage`` that changes nothing or cannot be, on axes of ``sizes``.
 
     None is what happens anyway: stage 3 of whatever ``fsdp`` splits.
@@ -125,7 +123,8 @@ def check_stage(stage: int | None, config: DecoderConfig, sizes: dict[str, int])
         "mesh.zero",
         stage,
         f"must be 3: gradients cannot be left unreduced by recurrent layers over "
-        f"mesh.sequence={sizes['sequence']} or by a pipeline over mesh.stage={sizes['stage']}",
+        f"mesh.sequence={sizes['sequence']}, by a pipeline over mesh.stage={sizes['stage']}, or by "
+        f"a model that is no decoder",
     )
 
 

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from layers.decoder import DecoderConfig
 from research.parallel import abstract_batch, use_mesh, validate
-from research.parallel.zero import settle
 from research.planning.program import collectives
 from research.planning.topology import compile_with_text
 from research.training import TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
-from research.training.step import make_gradients
+from research.training.step import finish, make_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +56,9 @@ def model_states(
     of_batch = make_gradients(training, stage=stage)
 
     def step(state, batch):
-        gradients, _ = of_batch(state.model, batch, jax.random.key(0))
-        return state.apply(settle(gradients), optimizer, stage), gradients
+        gradients, denominator, _ = of_batch(state.model, batch, jax.random.key(0))
+        finished = finish(gradients, denominator, training)
+        return state.apply(finished, optimizer, stage), gradients
 
     jitted = jax.jit(step, donate_argnums=0)
     with use_mesh(mesh):

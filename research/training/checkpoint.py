@@ -83,28 +83,29 @@ class Checkpoints:
                 metrics=None if loss is None else {"loss": loss},
             )
 
-    def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
+    def restore(
+        self, abstract: Callable[[Mapping[str, Any]], Tree]
+    ) -> tuple[Tree, dict[str, Any]] | None:
         """The newest readable checkpoint as ``(state, position)``, or None if there is none at all.
 
-        ``abstract`` holds shapes, dtypes and shardings. A checkpoint that cannot be read is
-        passed over with a warning, and moved aside once an older one could be.
+        ``abstract(position)`` holds shapes, dtypes and shardings of the state. A checkpoint that
+        cannot be read is passed over with a warning, and moved aside once an older one could be.
 
         Raises:
           ConfigError: there are checkpoints but none can be read, or the newest one holds another
             model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        wanted = _flatten(abstract)
         unreadable = []
         for step in steps:
+            wanted: dict[str, Any] = {}
             try:
-                found = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(wanted),
-                        position=ocp.args.JsonRestore(),
-                    ),
-                )
+                position = self._read(step, position=ocp.args.JsonRestore())
+                tree = abstract(position)
+                wanted = _flatten(tree)
+                found = self._read(step, state=ocp.args.StandardRestore(wanted))
+            except ConfigError:
+                raise
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
                 self._refuse_another_model(step, wanted)
                 reason = str(error).strip().splitlines()[0][:200]
@@ -117,13 +118,18 @@ class Checkpoints:
                 continue
             # Only now: were all moved away, the next start would find none and begin anew.
             self._set_aside(unreadable)
-            leaves = [found["state"][name] for name in wanted]
-            return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["position"]
+            leaves = [found[name] for name in wanted]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves), position
         if steps:
             raise ConfigError(
                 f"workdir={str(self.directory.parent)!r}: none of its checkpoints can be read"
             )
         return None
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """One item of a checkpoint."""
+        [name] = item
+        return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
 
     def close(self) -> None:
         """Wait for saves under way.

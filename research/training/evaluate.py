@@ -1,53 +1,51 @@
 """Held-out loss and accuracy."""
 
-import itertools
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from layers.config import check
-from layers.decoder import Decoder
-from research.data import DataConfig, make_dataset
-from research.parallel import MeshConfig, make_mesh, shard_batch, time_order, use_mesh
-from research.training.step import LossFn, make_eval_step, next_token_loss, report, scalars
+from research.data import DataConfig
+from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh
+from research.training.objectives import NextToken, Objective
+from research.training.source import Source, check_held_out, held_out
+from research.training.step import make_eval_step, scalars
 
 
 def evaluate(
-    model: Decoder,
-    data: DataConfig,
+    model: Any,
+    data: DataConfig | Source,
     *,
     batches: int,
     mesh: Mesh | None = None,
-    loss_fn: LossFn = next_token_loss,
+    objective: Objective = NextToken(),  # noqa: B008
+    frozen: Any = None,
 ) -> dict[str, float]:
-    """Means over the first ``batches`` batches of the held-out split, the same ones every time.
+    """Metrics of ``objective`` over the first ``batches`` held-out batches, the same every time.
 
-    Returns ``loss`` in nats a token, ``accuracy``, and whatever else is a number in the `report` of
-    what ``loss_fn`` sums.
+    Of the next token: ``loss`` in nats a token, ``accuracy``, and what mixtures of experts report.
 
     Raises:
-      ConfigError: ``batches`` < 1, or a held-out split without labels.
+      ConfigError: ``batches`` < 1, a source without held-out batches, or none with anything to
+        predict.
     """
     check(batches > 0, "batches", batches, "must be > 0")
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-    step = make_eval_step(loss_fn)
-    dataset = make_dataset(
-        data,
-        split="validation",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    totals: dict[str, np.ndarray] = {}
-    order = time_order(model.config, mesh, data.sequence_length)
+    step = make_eval_step(objective)
+    if isinstance(data, DataConfig):
+        name, given = data.source, held_out(data, batches)
+    else:
+        check_held_out(data, batches)
+        name, given = data.name, data.held_out(batches)  # type: ignore[attr-defined]
+    total: Any = 0.0
+    totals: dict[str, Any] = {}
+    config = getattr(model, "config", None)
     with use_mesh(mesh):
-        pending = [
-            step(model, shard_batch(batch, mesh, order))
-            for batch in itertools.islice(dataset, batches)
-        ]
-    for sums in pending:
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
-    something = float(totals.get("weight", 0.0)) > 0
-    check(something, "data", data.source, "its held-out split has nothing to predict")
-    return scalars(report(totals))
+        pending = [step(model, shard_batch(batch, mesh, config), frozen) for batch in given]
+    for denominator, sums in pending:
+        total = total + np.asarray(denominator, np.float64)
+        for metric, value in sums.items():
+            totals[metric] = totals.get(metric, 0.0) + np.asarray(value, np.float64)
+    check(float(total) > 0, "data", name, "its held-out split has nothing to predict")
+    return scalars(objective.metrics(totals, total))

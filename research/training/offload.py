@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from layers.architecture import OFFLOADED, DecoderConfig
+from layers.architecture import OFFLOADED
 from layers.config import ConfigError, check
 from research.parallel.mesh import MeshConfig
 from research.parallel.zero import settle
@@ -37,13 +37,14 @@ def with_moments_on_host(optimizer: optax.GradientTransformation) -> optax.Gradi
     return optax.GradientTransformation(init, moved.update)
 
 
-def check_host(model: DecoderConfig, strategy: MeshConfig, mesh: Mesh) -> None:
+def check_host(model: Any, strategy: MeshConfig, mesh: Mesh) -> None:
     """Raise `ConfigError` for what is moved to the host where devices have no other memory."""
     if mesh.devices.flat[0].platform != "cpu":
         return
     nothing = "changes nothing: a CPU's memory is the host's"
     check(not strategy.offload, "mesh.offload", True, nothing)
-    check(model.remat not in OFFLOADED, "model.remat", model.remat, nothing)
+    remat = getattr(model, "remat", "none")
+    check(remat not in OFFLOADED, "model.remat", remat, nothing)
 
 
 def rests_on_host(moment: Any) -> bool:

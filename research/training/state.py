@@ -1,6 +1,7 @@
 """Everything a run must remember, as one pytree."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from layers.config import check
-from layers.decoder import Decoder, DecoderConfig
+from layers.decoder import DecoderConfig
 from layers.sharding import named_axes
 from research.parallel import shardings
 from research.parallel.rules import placed
 from research.parallel.zero import settle
+from research.training import trainable
+from research.training.models import ModelConfig, build
 from research.training.offload import place_on_host
 
 
@@ -23,39 +26,50 @@ from research.training.offload import place_on_host
 class TrainState:
     """Parameters, optimiser moments, step and random key; the data iterator is saved beside it."""
 
-    model: Decoder
+    model: Any
     optimizer: Any
     step: jax.Array  # int32, steps done
     key: jax.Array  # uint32, a key's data
 
     @classmethod
     def begin(
-        cls, model: Decoder, optimizer: optax.GradientTransformation, seed: int
+        cls,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        seed: int | jax.Array,
+        patterns: Sequence[str] = trainable.ALL,
     ) -> "TrainState":
-        """Step 0 of training ``model``."""
-        params: Any = model  # optax's types know only containers of the language
+        """Step 0 of training what ``patterns`` name of ``model``: moments are of nothing else."""
+        params, _ = trainable.split(model, patterns)
         key = jax.random.key_data(jax.random.key(seed))
         return cls(model, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
     def apply(
-        self, gradients: Decoder, optimizer: optax.GradientTransformation, stage: int = 3
+        self,
+        gradients: Any,
+        optimizer: optax.GradientTransformation,
+        stage: int = 3,
+        patterns: Sequence[str] = trainable.ALL,
     ) -> "TrainState":
         """The state after one update by ``optimizer``, where the ``stage`` of ZeRO has it rest.
 
         Each device updates the share whose moments it has.
         """
-        params: Any = settle(self.model)
-        updates, moments = optimizer.update(gradients, self.optimizer, params)  # type: ignore[arg-type]
-        model: Any = settle(optax.apply_updates(params, updates), split=stage == 3)
+        params, fixed = trainable.split(self.model, patterns)
+        params: Any = settle(params)
+        updates, moments = optimizer.update(gradients, self.optimizer, params)
+        params = settle(optax.apply_updates(params, updates), split=stage == 3)
+        model = trainable.join(params, fixed)
         return TrainState(model, settle(moments), self.step + 1, self.key)
 
 
 def abstract_state(
-    model: DecoderConfig,
+    model: DecoderConfig | ModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     stage: int = 3,
     *,
+    patterns: Sequence[str] = trainable.ALL,
     offload: bool = False,
 ) -> TrainState:
     """The state of training ``model`` as `jax.ShapeDtypeStruct` with resting places on ``mesh``.
@@ -67,7 +81,9 @@ def abstract_state(
       ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits, or 8-bit moments
         whose blocks ``mesh`` would split.
     """
-    state = jax.eval_shape(lambda: TrainState.begin(Decoder(model, rngs=nnx.Rngs(0)), optimizer, 0))
+    state = jax.eval_shape(
+        lambda: TrainState.begin(build(model, nnx.Rngs(0)), optimizer, 0, patterns)
+    )
     moments = shardings(state.optimizer, mesh)
     _check_blocks(state.optimizer, moments)
     something = any("fsdp" in named_axes(s.spec) for s in jax.tree.leaves(moments))

@@ -11,19 +11,25 @@ from flax import nnx
 
 from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
-from research.data import fingerprint
+from research.data import DataConfig, fingerprint
 from research.files import read_json, write_text
 from research.parallel import MeshConfig, make_mesh, shardings
 from research.parallel.rules import placed
+from research.training import trainable
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
 from research.training.environment import environment
 from research.training.optimizers import make_optimizer
-from research.training.state import abstract_state
+from research.training.saved import SavedState
+from research.training.state import TrainState, abstract_state
 
 
-def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
+def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: Any = None) -> Any:
     """The model of the newest checkpoint in ``workdir``, as `train` or `save_model` left it.
+
+    Args:
+      model: its configuration; None: the `DecoderConfig` that ``workdir`` says. Fields that decide
+        execution alone may be others, e.g. ``scan``.
 
     Raises:
       ConfigError: ``workdir`` holds no run, or no checkpoint that can be read.
@@ -34,23 +40,39 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig()) -> Decoder:
     held = read_json(path)
     given = isinstance(held, dict) and "model" in held
     check(given, "workdir", str(workdir), "its config.json is not of a run")
-    config = from_mapping(DecoderConfig, held["model"], "model")
-    if "training" in held:
-        training = from_mapping(TrainingConfig, held["training"], "training")
+    config = from_mapping(DecoderConfig, held["model"], "model") if model is None else model
+    if "training" not in held:
+        return _load_alone(workdir, config, mesh)
+    training = from_mapping(TrainingConfig, held["training"], "training")
+    patterns = tuple(held.get("trainable", trainable.ALL))
+
+    def abstract(config: Any) -> TrainState:
         optimizer = make_optimizer(training.optimizer, training.steps)
-        keep = training.keep
-        abstract = abstract_state(config, optimizer, make_mesh(mesh), mesh.zero_stage)
-    else:
-        keep, abstract = 1, _model_alone(config, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep)
+        stage = mesh.zero_stage
+        return abstract_state(config, optimizer, make_mesh(mesh), stage, patterns=patterns)
+
+    saved = SavedState(workdir, training.keep, config, abstract, patterns)
     try:
-        restored = checkpoints.restore(abstract)
+        restored = saved.restore()
+    finally:
+        saved.close()
+    if restored is None:
+        raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
+    return restored[0].model
+
+
+def _load_alone(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
+    """What `save_model` wrote."""
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    wanted = {"model": placed(abstract, shardings(abstract, make_mesh(mesh)))}
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    try:
+        restored = checkpoints.restore(lambda position: wanted)
     finally:
         checkpoints.close()
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
-    state: Any = restored[0]
-    return state["model"] if isinstance(state, dict) else state.model
+    return restored[0]["model"]
 
 
 def save_model(model: Decoder, workdir: Path) -> None:
@@ -63,14 +85,24 @@ def save_model(model: Decoder, workdir: Path) -> None:
         checkpoints.close()
 
 
-def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool) -> None:
+def begin(
+    workdir: Path,
+    configuration: Mapping[str, Any],
+    seed: int,
+    lead: bool,
+    patterns: tuple[str, ...] = trainable.ALL,
+) -> None:
     """Write what the run is, or refuse a workdir that holds another one.
 
-    The mesh and what is metadata `EXECUTION` may change from one start to the next; whatever
-    decides the numbers may not.
+    ``configuration``: dataclasses by name, None where there is none. The mesh and what is metadata
+    `EXECUTION` may change from one start to the next; whatever decides the numbers may not.
     """
     free = ("mesh.", *(f"model.{name}" for name in decides(configuration["model"], EXECUTION)))
-    described = {name: dataclasses.asdict(part) for name, part in configuration.items()}
+    described: dict[str, Any] = {
+        name: _described(part) for name, part in configuration.items() if part is not None
+    }
+    if patterns != trainable.ALL:
+        described["trainable"] = patterns
     described = json.loads(json.dumps({**described, "seed": seed}))
     path = workdir / "config.json"
     if path.exists():
@@ -85,7 +117,8 @@ def begin(workdir: Path, configuration: Mapping[str, Any], seed: int, lead: bool
         return
     try:
         _write(workdir / "environment.json", environment())
-        _write(workdir / "data.json", fingerprint(configuration["data"]))
+        if configuration["data"] is not None:
+            _write(workdir / "data.json", fingerprint(configuration["data"]))
         _write(path, described)
     except OSError as error:
         raise ConfigError(
@@ -106,6 +139,7 @@ def _write(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def _model_alone(config: DecoderConfig, mesh: MeshConfig) -> dict[str, Decoder]:
-    model = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return {"model": placed(model, shardings(model, make_mesh(mesh)))}
+def _described(part: Any) -> dict[str, Any]:
+    """The fields of ``part``, and its class where that is no part of every run."""
+    known = isinstance(part, (DecoderConfig, DataConfig, TrainingConfig, MeshConfig))
+    return dataclasses.asdict(part) | ({} if known else {"class": type(part).__name__})

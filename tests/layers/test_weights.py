@@ -156,7 +156,7 @@ def test_checkpoints_keep_the_parts(tmp_path):
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), model
     )
-    (restored, _) = checkpoints.restore({"model": abstract})
+    (restored, _) = checkpoints.restore(lambda position: {"model": abstract})
     checkpoints.close()
     assert jax.tree.structure(restored["model"]) == jax.tree.structure(model)
     jax.tree.map(np.testing.assert_array_equal, restored["model"], model)

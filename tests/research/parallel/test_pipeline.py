@@ -28,8 +28,7 @@ from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from research.data import DataConfig, SyntheticConfig, make_dataset
 from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
-from research.parallel.rules import time_order
-from research.training.step import next_token_loss
+from research.training.objectives import NextToken
 
 PLAIN = DecoderConfig(
     vocab_size=64, width=32, num_layers=4, attention=AttentionConfig(num_heads=4, num_kv_heads=2),
@@ -60,11 +59,11 @@ def found(mesh, config):
         assert up.shape[0] == layers
         assert up.sharding.shard_shape(up.shape)[0] == layers // mesh.shape["stage"]
     with use_mesh(mesh):
-        loss = lambda m, b: next_token_loss(m, b, 1e-3)
-        value = jax.jit(jax.value_and_grad(lambda m, b: loss(m, b)[0] / 512))
-        order = time_order(config, mesh, 32)
-        rows = shard_batch(batch, mesh, order)
-        (loss, gradients), (_, sums) = value(model, rows), jax.jit(loss)(model, rows)
+        objective = NextToken(1e-3)
+        value = jax.jit(jax.value_and_grad(lambda m, b: objective(m, b).total / 512))
+        rows = shard_batch(batch, mesh, config)
+        loss, gradients = value(model, rows)
+        sums = jax.jit(lambda m, b: objective(m, b).reported)(model, rows)
     rests = jax.tree.leaves(shardings(gradients, mesh))
     for a, s in zip(jax.tree.leaves(gradients), rests, strict=True):
         assert mesh.size == 1 or a.sharding.is_equivalent_to(s, a.ndim), (a.sharding, s)

@@ -11,7 +11,7 @@ from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.data import DataConfig, SyntheticConfig, make_dataset
 from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, validate
-from research.training.step import next_token_loss
+from research.training.objectives import NextToken
 
 MODEL = DecoderConfig(
     vocab_size=64, width=32, num_layers=4, mlp=MlpConfig(64), position="none",
@@ -34,7 +34,7 @@ def found(mesh, config):
     if mesh.size > 1:
         model = jax.device_put(model, shardings(model, mesh))
     with use_mesh(mesh):
-        value = jax.jit(jax.value_and_grad(lambda m, b: next_token_loss(m, b)[0] / 256))
+        value = jax.jit(jax.value_and_grad(lambda m, b: NextToken()(m, b).total / 256))
         loss, gradients = value(model, shard_batch(batch, mesh))
     rests = jax.tree.leaves(shardings(gradients, mesh))
     for a, s in zip(jax.tree.leaves(gradients), rests, strict=True):

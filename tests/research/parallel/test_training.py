@@ -15,7 +15,8 @@ from research.parallel import MeshConfig, initialize, make_mesh, shard_batch, sh
 from research.training import OptimizerConfig, TrainingConfig, load_model, train
 from research.training.optimizers import make_optimizer
 from research.training.state import TrainState
-from research.training.step import make_step, next_token_loss
+from research.training.objectives import NextToken
+from research.training.step import make_step
 
 MODEL = DecoderConfig(
     vocab_size=64, width=32, num_layers=2, attention=AttentionConfig(num_heads=8),
@@ -63,7 +64,7 @@ def rests(tree, mesh):
 def state_rests(model, mesh):
     batch = shard_batch(next(iter(make_dataset(DATA))), mesh)
     with use_mesh(mesh):
-        rests(jax.jit(jax.grad(lambda m: next_token_loss(m, batch)[0]))(model), mesh)
+        rests(jax.jit(jax.grad(lambda m: NextToken()(m, batch).total))(model), mesh)
         state = TrainState.begin(model, optimizer, 0)
         state = jax.device_put(state, shardings(state, mesh))
         for _ in range(2):

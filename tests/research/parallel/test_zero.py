@@ -39,12 +39,11 @@ from layers.attention import AttentionConfig
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.parallel import MeshConfig, abstract_batch, make_mesh, use_mesh
-from research.parallel import zero
 from research.parallel.zero import MIXED, bytes_per_parameter
 from research.training import OptimizerConfig, TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
-from research.training.step import make_gradients
+from research.training.step import finish, make_gradients
 
 # mixed precision as in the paper: 2 bytes a parameter, 2 a gradient, 12 for a float32 copy and the
 # two moments
@@ -73,8 +72,9 @@ for ways in (2, 4, 8):
 
         def step(state, batch):
             # that of `make_step`, and the gradients as the stage keeps them
-            gradients, _ = of_batch(state.model, batch, jax.random.key(0))
-            return state.apply(zero.settle(gradients), optimizer, stage), gradients
+            gradients, denominator, _ = of_batch(state.model, batch, jax.random.key(0))
+            finished = finish(gradients, denominator, TRAINING)
+            return state.apply(finished, optimizer, stage), gradients
 
         of_batch = make_gradients(TRAINING, stage=stage)
         with use_mesh(mesh):
@@ -147,7 +147,7 @@ from layers.rwkv import RwkvConfig
 from research.data import DataConfig, SyntheticConfig, make_dataset
 from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh, zero
 from research.training import TrainingConfig
-from research.training.step import make_gradients
+from research.training.step import finish, make_gradients
 
 RECURRENT = DecoderConfig(
     vocab_size=64, width=32, num_layers=4, mlp=MlpConfig(64), position="none",
@@ -169,13 +169,15 @@ def found(config, mesh, stage, parts):
     model = jax.jit(lambda: jax.tree.map(lambda a: a + 0.01, Decoder(config, rngs=nnx.Rngs(0))))()
     if mesh.size > 1:
         model = jax.device_put(model, shardings(model, mesh, split=stage == 3))
-    of_batch = make_gradients(TrainingConfig(steps=3, gradient_accumulation=parts), stage=stage)
+    training = TrainingConfig(steps=3, gradient_accumulation=parts)
+    of_batch = make_gradients(training, stage=stage)
 
-    def settled(model, batch):
-        return zero.settle(of_batch(model, batch, jax.random.key(0))[0])
+    def finished(model, batch):
+        gradients, denominator, _ = of_batch(model, batch, jax.random.key(0))
+        return finish(gradients, denominator, training)
 
     with use_mesh(mesh):
-        gradients = jax.jit(settled)(model, shard_batch(batch, mesh))
+        gradients = jax.jit(finished)(model, shard_batch(batch, mesh))
     return [np.asarray(a) for a in jax.tree.leaves(gradients)]
 
 

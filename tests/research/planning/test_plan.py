@@ -24,7 +24,7 @@ from research.training.flops import (
     recomputed_flops_per_token,
     train_flops_per_token,
 )
-from research.training.step import next_token_loss
+from research.training.objectives import NextToken
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -157,7 +157,7 @@ def test_flops_are_those_of_the_traced_program(remat):
     b, t = 2, 64
     ids, weights = (jax.ShapeDtypeStruct((b, t), d) for d in ("int32", "float32"))
     batch = dict(tokens=ids, targets=ids, positions=ids, segment_ids=ids, weights=weights)
-    traced = jax.make_jaxpr(jax.grad(lambda m, b: next_token_loss(m, b)[0]))(model, batch)
+    traced = jax.make_jaxpr(jax.grad(lambda m, b: NextToken()(m, b).total))(model, batch)
     counted = _dots(traced.jaxpr) / (b * t)
     half = 4 * config.num_layers * 4 * 128 * (t - (t + 1) / 2)  # scores that causality masks
     forwards = 3 if remat == "none" else 4

@@ -21,7 +21,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, runs):
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [2, 4, 5]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    state, position = checkpoints.restore({"w": jnp.zeros(3)})
+    state, position = checkpoints.restore(lambda position: {"w": jnp.zeros(3)})
     checkpoints.close()
     np.testing.assert_array_equal(state["w"], np.full(3, 5.0))
     assert position == {"data": 5}
@@ -29,5 +29,5 @@ def test_the_newest_and_the_best_are_kept(tmp_path, runs):
 
 def test_nothing_there_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    assert checkpoints.restore({"w": jnp.zeros(3)}) is None
+    assert checkpoints.restore(lambda position: {"w": jnp.zeros(3)}) is None
     checkpoints.close()

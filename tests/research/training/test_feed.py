@@ -7,7 +7,7 @@ import grain
 import pytest
 
 from research.data import make_dataset
-from research.training import DataError, feed
+from research.training import DataError, source
 from tests.research.training.test_resume import assert_same, run
 
 
@@ -33,7 +33,7 @@ class Source:
                 )
             return dataset
 
-        monkeypatch.setattr("research.training.loop.make_dataset", made)
+        monkeypatch.setattr("research.training.source.make_dataset", made)
 
 
 def fail():
@@ -63,7 +63,7 @@ def test_a_source_that_ends_is_an_error(tmp_path, monkeypatch):
             return make_dataset(config, **options)
         return make_dataset(config, num_epochs=1, **options)
 
-    monkeypatch.setattr("research.training.loop.make_dataset", made)
+    monkeypatch.setattr("research.training.source.make_dataset", made)
     # 100 examples are 13 batches of 8
     with pytest.raises(DataError, match="^data.source='synthetic': ends before step 14$"):
         run(tmp_path)
@@ -71,7 +71,7 @@ def test_a_source_that_ends_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefetch", [0, 1])
 def test_a_source_that_hangs_is_told_and_waited_for(tmp_path, monkeypatch, capsys, prefetch):
-    monkeypatch.setattr(feed, "STALLED", 0.2)
+    monkeypatch.setattr(source, "STALLED", 0.2)
     Source(monkeypatch, lambda: time.sleep(1.5), prefetch=prefetch)
     run(tmp_path)
     lines = [line for line in capsys.readouterr().err.splitlines() if "no batch" in line]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from research.training import goodput, loop, train
+from research.training import goodput, loop, run, source, train
 from research.training.checkpoint import Checkpoints
 from research.training.goodput import Clock
 from tests.research.training.test_resume import DATA, MODEL, TRAINING, quiet
@@ -69,17 +69,21 @@ def hands(monkeypatch):
     def make_step(*arguments, **options):
         step, calls = make(*arguments, **options), []
 
-        def slow(state, batch):
+        def slow(state, batch, frozen):
             hands.now += 10 if calls else 100
             calls.append(None)
-            return hands.finish(step(state, batch))
+            return hands.finish(step(state, batch, frozen))
 
         return slow
 
-    make, make_dataset = loop.make_step, loop.make_dataset
+    def slow_dataset(*arguments, **options):
+        made = make_dataset(*arguments, **options)
+        return made if options.get("split") == "validation" else Slow(made)
+
+    make, make_dataset = loop.make_step, source.make_dataset
     monkeypatch.setattr(loop, "make_step", make_step)
-    monkeypatch.setattr(loop, "make_dataset", lambda *a, **o: Slow(make_dataset(*a, **o)))
-    monkeypatch.setattr(loop, "evaluate", taking(3, loop.evaluate))
+    monkeypatch.setattr(source, "make_dataset", slow_dataset)
+    monkeypatch.setattr(run, "evaluate", taking(3, run.evaluate))
     monkeypatch.setattr(Checkpoints, "save", taking(2, Checkpoints.save))
     monkeypatch.setattr(Checkpoints, "restore", taking(5, Checkpoints.restore))
     return hands

@@ -66,21 +66,21 @@ def test_the_numbers_are_those_of_moments_on_the_device(run, options):
 SHARDED = """
 import jax, numpy as np
 from research.parallel import MeshConfig
-from research.training import OptimizerConfig, TrainingConfig, check, loop, train
+from research.training import OptimizerConfig, TrainingConfig, check, run, train
 from research.training.state import TrainState
 from tests.research.training.test_offload import DATA, MODEL, quiet
 
 check.check_host = lambda *given: None
 kinds = []
-go = loop._Run.go
+go = run.Run.go
 
 
-def look(self, state, metrics):
+def look(self, state):
     kinds.append({a.sharding.memory_kind for a in jax.tree.leaves(state.optimizer) if a.ndim})
-    return go(self, state, metrics)
+    return go(self, state)
 
 
-loop._Run.go = look
+run.Run.go = look
 training = TrainingConfig(2, OptimizerConfig(), eval_batches=0)
 found = []
 for offload in (False, True):

@@ -16,9 +16,10 @@ from research.data import DataConfig, SyntheticConfig
 from research.training import OptimizerConfig, TrainingConfig, train
 from research.training.flops import train_flops_per_token
 from research.training.metrics import Metrics
+from research.training.objectives import NextToken, cross_entropy
 from research.training.optimizers import make_optimizer
 from research.training.state import TrainState
-from research.training.step import cross_entropy, make_step, next_token_loss
+from research.training.step import make_step
 
 MODEL = DecoderConfig(
     vocab_size=16,
@@ -72,7 +73,7 @@ def test_loss_accuracy_and_z_loss_against_float64(model, batch):
     norm = np.log(np.exp(logits).sum(-1))
     nats = norm - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     w = batch["weights"].astype(np.float64)
-    total, sums = next_token_loss(model, batch, 0.01)
+    total, tokens, sums = NextToken(0.01)(model, batch)
     right = logits.argmax(-1) == batch["targets"]
     for name, value in dict(loss=nats, z_loss=norm**2, accuracy=right).items():
         np.testing.assert_allclose(sums[name], (value * w).sum(), rtol=1e-5, err_msg=name)
