@@ -9,11 +9,8 @@ from layers.config import check, check_choice
 from research.files import check_new, new_directory
 from research.models.families import FAMILIES, family_of
 from research.models.load import load, open_model, read_object
-from research.models.save import copy_companions, save
+from research.models.save import ORIGIN, copy_companions, save
 from research.training import load_model, save_model
-
-# in an imported checkpoint: config.json and tokenizer as they came
-ORIGIN = "hugging_face"
 
 
 def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> None:

@@ -7,6 +7,7 @@ or SIGTERM: the same command goes on from there.
 
 import argparse
 import glob
+import io
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from layers.config import ConfigError
 from pallas_kernels.names import suggest
-from research.cli import bench, models, plan
+from research.cli import bench, generate, models, plan
 
 # Only argparse above: `ablate --help` answers at once, what needs JAX is imported in the commands.
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
     """
     if argv is None:
         _with_huge_pages()
+        _in_any_encoding()
     argv = list(sys.argv[1:] if argv is None else argv)
     _without_tpu()
     try:
@@ -100,6 +102,12 @@ def _with_huge_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _in_any_encoding() -> None:
+    """Print ``?`` for what the terminal's encoding lacks, in place of an error after a long run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _without_tpu() -> None:
     """Keep JAX from a TPU that is not here: where only its compiler is installed (as the tests
     want it), looking for the chip takes seconds and says at length that there is none."""
@@ -130,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_list, _add_run, _add_report, plan.add, bench.add, models.add):
+    for add in (_add_list, _add_run, _add_report, generate.add, plan.add, bench.add, models.add):
         add(commands)
     return parser
 

@@ -1,6 +1,13 @@
 """Text from tokens as they come, never half a character."""
 
-from research.data.tokenizers import Tokenizer
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class Decodes(Protocol):
+    """What a `TextStream` requires of a tokenizer."""
+
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class TextStream:
@@ -11,7 +18,7 @@ class TextStream:
     pieces joined are ``tokenizer.decode(tokens)``.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Decodes):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         # Tokens before _shown have been returned. Those from _context on are decoded again with

@@ -38,6 +38,8 @@ COMPANIONS = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
+# the folder of an imported checkpoint that holds its config.json and `COMPANIONS` as they came
+ORIGIN = "hugging_face"
 # a Decoder knows no special tokens, and transformers' defaults would be some other model's
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -243,6 +244,14 @@ def test_started_again_it_is_the_same_command(tmp_path):
     # the same process, so that signals to it arrive
     assert printed.splitlines()[-1] == f"0 {process.pid} glibc.malloc.hugetlb=1"
     assert (tmp_path / "README.md").exists()
+
+
+def test_a_terminal_that_lacks_a_character_gets_another(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    cli._in_any_encoding()
+    print("a ± b ≤ c", flush=True)
+    assert written.getvalue().decode("cp1252") == "a ± b ? c\n"
 
 
 def test_an_empty_board_is_still_a_board(ablate):
