@@ -63,6 +63,7 @@ class Verdict:
       seeds: how many seeds it rests on.
       values: one a seed.
       reason: why, in words.
+      missing: of a claim that was not run, the first arm that it lacks.
     """
 
     status: str
@@ -72,6 +73,7 @@ class Verdict:
     high: float | None = None
     seeds: int = 0
     values: tuple[float, ...] = ()
+    missing: str | None = None
 
 
 def difference(metric: str, arm: str, other: str, other_metric: str | None = None) -> Measure:
@@ -125,7 +127,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
         with np.errstate(all="ignore"):  # a division by 0 is reported below as not finite
             values = np.asarray(claim.measure(results), np.float64)
     except NotRun as missing:
-        return Verdict(NOT_RUN, str(missing))
+        return Verdict(NOT_RUN, str(missing), missing=missing.arm)
     if values.shape != (len(results.seeds),):
         raise ConfigError(
             f"claim {claim.name!r}: measure gave shape {values.shape}, "
@@ -148,15 +150,17 @@ def judge(claim: Claim, results: Results) -> Verdict:
     else:
         low, high = interval95(numbers, claim.interval)
         status, reason = _place(claim, low, high)
+    lacks = None
     if claim.gate is not None:
         gate = judge(claim.gate, results)
+        lacks = gate.missing
         if gate.status == NOT_RUN:
             status, reason = NOT_RUN, f"gate {claim.gate.name!r}: {gate.reason}"
         elif gate.status != SUPPORTED:
             status = INCONCLUSIVE
             reason = f"gate {claim.gate.name!r} is {gate.status}: {gate.reason}"
     bounds = (None, None) if len(numbers) == 1 and not claim.deterministic else (low, high)
-    return Verdict(status, reason, average, *bounds, len(numbers), numbers)
+    return Verdict(status, reason, average, *bounds, len(numbers), numbers, lacks)
 
 
 def target(claim: Claim) -> str:

@@ -9,7 +9,15 @@ from pallas_kernels.names import suggest
 
 
 class NotRun(Exception):
-    """A unit or a metric that a claim needs is not there; the message says which."""
+    """A unit or a metric that a claim needs is not there; the message says which.
+
+    Attributes:
+      arm: the arm of that unit.
+    """
+
+    def __init__(self, message: str, arm: str) -> None:
+        super().__init__(message)
+        self.arm = arm
 
 
 def comparable(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
@@ -55,14 +63,14 @@ class Results:
         rows = []
         for seed in self.seeds:
             if (arm, seed) not in self._units:
-                raise NotRun(f"arm {arm!r} seed {seed} is not finished")
+                raise NotRun(f"arm {arm!r} seed {seed} is not finished", arm)
             metrics = self._units[arm, seed]
             if name not in metrics:
                 known = suggest(name, sorted(metrics))
-                raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {known}")
+                raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {known}", arm)
             rows.append(np.asarray(metrics[name], np.float64))
         if len({row.shape for row in rows}) > 1:
-            raise NotRun(f"arm {arm!r}: {name!r} has another length for each seed")
+            raise NotRun(f"arm {arm!r}: {name!r} has another length for each seed", arm)
         return np.stack(rows) if rows else np.zeros(0)
 
     def scalars(self, arm: str) -> dict[str, dict[int, float]]:

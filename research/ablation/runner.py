@@ -48,10 +48,15 @@ class Plan:
     warnings: tuple[str, ...]
 
     def require_whole(self) -> None:
-        """`ConfigError` unless this is the experiment as declared, which alone is recorded."""
+        """`ConfigError` unless this is the experiment as declared, which alone is recorded.
+
+        Smoke scale decides nothing, so it is not recorded either.
+        """
         declared = tuple(arm.name for arm in self.experiment.arms), self.experiment.seeds
         if (self.chosen, self.seeds) != declared or self.overrides:
             raise ConfigError("--record: needs all arms and seeds, and no --config overrides")
+        if self.scale == "smoke":
+            raise ConfigError("--record: smoke scale decides nothing; choose another --scale")
 
 
 def plan(

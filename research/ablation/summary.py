@@ -14,6 +14,9 @@ from research.ablation.results import Results, comparable, metric_names
 from research.ablation.runner import RESULT, Plan, results, state
 from research.files import plain, read_json, write_atomically, write_json, write_text
 
+# of smoke scale, whose few steps decide nothing
+PLUMBING = "Smoke scale takes a few steps: verdicts show that all parts work, and are no findings."
+
 
 def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
     """Everything that the board and a reader need to know of a run, in JSON's types."""
@@ -35,6 +38,8 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
                 gate=claim.gate.statement if claim.gate else None,
                 **{key: getattr(verdict, key) for key in ("status", "reason", "mean", "low")},
                 **{key: getattr(verdict, key) for key in ("high", "seeds", "values")},
+                # else a record would have it for nothing: it lacks no arm
+                **({"missing": verdict.missing} if verdict.missing else {}),
             )
         )
     return plain(
@@ -91,6 +96,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The verdicts and the arms × metrics table as Markdown."""
     lines = [f"# {summary['title']}", "", f"Paper: {summary['paper']}  "]
     lines += [f"Matched on: {summary['matched']}  ", f"Scale: {summary['scale']}", ""]
+    lines += [PLUMBING, ""] if summary["scale"] == "smoke" else []
     lines += ["| claim | paper | verdict | effect | why |", "|---|---|---|---|---|"]
     for claim in summary["claims"]:
         row = (claim["statement"], claim["paper"], claim["status"], effect(claim), claim["reason"])
@@ -124,12 +130,21 @@ def arms_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def claim_lines(summary: Mapping[str, Any]) -> list[str]:
-    """One sentence a claim."""
-    return [
-        f"{claim['status'].upper()}: {claim['statement']} ({claim['reason']}; "
-        f"paper: {claim['paper'] or 'no number'})"
-        for claim in summary["claims"]
-    ]
+    """One sentence a claim; one for all that require arms which this run leaves out."""
+    lines = [PLUMBING] if summary["scale"] == "smoke" else []
+    left_out = 0
+    for claim in summary["claims"]:
+        missing = claim.get("missing")
+        if missing is not None and missing not in summary["arms"]:
+            left_out += 1
+            continue
+        lines.append(
+            f"{claim['status'].upper()}: {claim['statement']} ({claim['reason']}; "
+            f"paper: {claim['paper'] or 'no number'})"
+        )
+    if left_out:
+        lines.append(f"NOT RUN: claims that require arms which --arms leaves out: {left_out}")
+    return lines
 
 
 def number(spread: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from research import cli
+from research.ablation import summary
 from research.cli import main
 from tests.research.conftest import SOURCE
 
@@ -79,6 +80,28 @@ def test_a_failed_unit_exits_1_and_is_not_recorded(ablate, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "wide seed 0 failed: RuntimeError: lost" in captured.err
     assert "NOT RUN: Wide has a lower loss (arm 'wide' seed 0 is not finished" in captured.out
+    assert not ablate.results.exists()
+
+
+def test_claims_of_arms_left_out_are_counted_and_not_read_out(ablate, capsys):
+    assert ablate("run", "--arms=wide") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "SUPPORTED: Wide holds at most 64 bytes (64 is ≤ 64; paper: no number)" in lines
+    assert [line for line in lines if line.startswith("NOT RUN")] == [
+        "NOT RUN: claims that require arms which --arms leaves out: 2"
+    ]
+    # the table has them all
+    assert "Tuning helps by more than 1 | none | not run" in (ablate.work / "table.md").read_text()
+
+
+def test_smoke_scale_says_that_it_decides_nothing(ablate, capsys):
+    assert ablate("run", "--scale=smoke") == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "SUPPORTED" in line)
+    assert lines[first - 1] == summary.PLUMBING
+    assert summary.PLUMBING in (ablate.work / "table.md").read_text()
+    assert ablate("run", "--scale=smoke", "--record") == 2
+    assert "--record: smoke scale decides nothing" in capsys.readouterr().err
     assert not ablate.results.exists()
 
 

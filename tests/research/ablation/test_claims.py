@@ -110,7 +110,8 @@ def test_missing_units_metrics_and_gates_are_not_run():
     )
     unknown = judge(claim(measure=mean("y", "a")), found)
     assert unknown.status == "not run" and "known: x" in unknown.reason
-    assert judge(claim(gate=claim(measure=mean("x", "b"))), found).status == "not run"
+    gated = judge(claim(gate=claim(measure=mean("x", "b"))), found)
+    assert (gated.status, gated.missing) == ("not run", "b")
 
 
 def test_measures_pair_by_seed():
