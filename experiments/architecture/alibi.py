@@ -10,8 +10,8 @@ Here one decoder is trained with ALiBi, rotary, sinusoidal and learned positions
 with sinusoidal positions at twice that length (same tokens a step), and all are tested at 1, 2, 4
 and 8 times the length.
 
-    ablate run architecture/alibi --scale=smoke    # seconds
-    ablate run architecture/alibi                  # cpu: 2 cores, about 12 minutes
+    ablate run architecture/alibi --scale=smoke    # a few steps, no findings
+    ablate run architecture/alibi                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/alibi --scale=gpu      # one accelerator, under an hour
     ablate run architecture/alibi --scale=paper    # the WikiText-103 model; 8 chips of TPU v5p
 """

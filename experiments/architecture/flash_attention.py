@@ -10,8 +10,8 @@ read from the program compiled for this machine and, with libtpu, for a TPU v5p 
 there; and it is timed in turn with attention that stores its scores. Then a decoder is trained with
 each.
 
-    ablate run architecture/flash_attention --scale=smoke    # seconds
-    ablate run architecture/flash_attention                  # cpu: 2 cores, about 10 minutes
+    ablate run architecture/flash_attention --scale=smoke    # a few steps, no findings
+    ablate run architecture/flash_attention                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/flash_attention --scale=gpu      # one accelerator, under an hour
     ablate run architecture/flash_attention --scale=paper    # GPT-2 medium; 8 chips of TPU v5p
 """

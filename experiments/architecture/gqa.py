@@ -10,8 +10,8 @@ scratch on equal tokens. The multi-head model is then converted to GQA in the th
 for 5% more steps, beside the multi-head model trained on for as long. At cpu scale 5% are a dozen
 steps: do not expect them to do what the paper's 50,000 do.
 
-    ablate run architecture/gqa --scale=smoke    # seconds
-    ablate run architecture/gqa                  # cpu: 2 cores, under 10 minutes
+    ablate run architecture/gqa --scale=smoke    # a few steps, no findings
+    ablate run architecture/gqa                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/gqa --scale=gpu      # one accelerator, under an hour
     ablate run architecture/gqa --scale=paper    # T5-XXL's decoder; 64 chips of TPU v5p
 """

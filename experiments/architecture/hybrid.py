@@ -14,8 +14,8 @@ the steps that `cpu` has. There Mamba alone stays at chance, and any attention a
 everything: how much of it recall takes, `cpu` cannot tell apart. (Recall of one in 16 keys' values,
 tried first, nobody learned.)
 
-    ablate run architecture/hybrid --scale=smoke    # seconds
-    ablate run architecture/hybrid                  # cpu: 2 cores, under 20 minutes
+    ablate run architecture/hybrid --scale=smoke    # a few steps, no findings
+    ablate run architecture/hybrid                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/hybrid --scale=gpu      # one accelerator, under an hour
     ablate run architecture/hybrid --scale=paper    # Jamba's 7B ablation; 64 chips of TPU v5p
 """

@@ -10,8 +10,8 @@ linear in the length.
 Here two layers of width 64 learn both tasks. Copying is 4 symbols among 32 tokens at cpu scale, and
 the induction task is trained with eight queries a sequence and tested with one, wherever it stands.
 
-    ablate run architecture/mamba --scale=smoke    # seconds
-    ablate run architecture/mamba                  # cpu: 2 cores, under 20 minutes
+    ablate run architecture/mamba --scale=smoke    # a few steps, no findings
+    ablate run architecture/mamba                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/mamba --scale=gpu      # one accelerator, under an hour
     ablate run architecture/mamba --scale=paper    # up to 400,000 steps; one TPU v5p
 """

@@ -12,8 +12,8 @@ Here every MLP of a decoder becomes 8 experts: one a token as wide as the dense 
 that width, so that a token costs what it costs the dense model (but for the router). Capacities are
 of a sequence, as on the paper's devices, not of the batch.
 
-    ablate run architecture/moe --scale=smoke    # seconds
-    ablate run architecture/moe                  # cpu: 2 cores, under 20 minutes
+    ablate run architecture/moe --scale=smoke    # a few steps, no findings
+    ablate run architecture/moe                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/moe --scale=gpu      # one accelerator, under an hour
     ablate run architecture/moe --scale=paper    # Switch-Base, 128 experts; 64 chips of TPU v5p
 """

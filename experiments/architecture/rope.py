@@ -8,8 +8,8 @@ sequence length" among its properties (abstract).
 Here one decoder is trained with rotary, learned, sinusoidal and no positions for equal steps, and
 then tested at four times the length it was trained at.
 
-    ablate run architecture/rope --scale=smoke    # seconds
-    ablate run architecture/rope                  # cpu: 2 cores, about 10 minutes
+    ablate run architecture/rope --scale=smoke    # a few steps, no findings
+    ablate run architecture/rope                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/rope --scale=gpu      # one accelerator, under an hour
     ablate run architecture/rope --scale=paper    # BERT-base's size; 4 chips of TPU v5p
 """

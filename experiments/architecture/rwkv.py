@@ -11,8 +11,8 @@ Here all three are trained on text with equal parameters, and on the word proble
 symmetric group: swaps of neighbours come in, the permutation that they make together is asked for
 after each.
 
-    ablate run architecture/rwkv --scale=smoke    # seconds
-    ablate run architecture/rwkv                  # cpu: 2 cores, under 20 minutes
+    ablate run architecture/rwkv --scale=smoke    # a few steps, no findings
+    ablate run architecture/rwkv                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/rwkv --scale=gpu      # one accelerator, under an hour
     ablate run architecture/rwkv --scale=paper    # 1.5 billion parameters; 64 chips of TPU v5p
 """

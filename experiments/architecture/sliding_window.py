@@ -9,8 +9,8 @@ Here the decoder is trained on text with full attention and with windows of a qu
 the sequence. Reach is measured apart, where it can be decided: copying 24 symbols, each 24 tokens
 after its original, with a window of 16. One layer cannot see that far; two or four can relay.
 
-    ablate run architecture/sliding_window --scale=smoke    # seconds
-    ablate run architecture/sliding_window                  # cpu: 2 cores, about 15 minutes
+    ablate run architecture/sliding_window --scale=smoke    # a few steps, no findings
+    ablate run architecture/sliding_window                  # cpu: 2 cores; time in `ablate list`
     ablate run architecture/sliding_window --scale=gpu      # one accelerator, under an hour
     ablate run architecture/sliding_window --scale=paper    # Mistral 7B; 64 chips of TPU v5p
 """

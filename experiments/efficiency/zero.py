@@ -17,8 +17,8 @@ because stage 2 scatters there.
 Where there are no accelerators, the CPU is taken for 8 devices; where there are fewer than 8,
 JAX_PLATFORMS=cpu does that.
 
-    ablate run efficiency/zero --scale=smoke    # seconds
-    ablate run efficiency/zero                  # cpu: 2 cores, about 10 minutes
+    ablate run efficiency/zero --scale=smoke    # a few steps, no findings
+    ablate run efficiency/zero                  # cpu: 2 cores; time in `ablate list`
     ablate run efficiency/zero --scale=gpu      # 8 accelerators, under an hour
     ablate run efficiency/zero --scale=paper --arms=zero1,zero2,zero3    # 7.5B; 64 TPU v5p
 """

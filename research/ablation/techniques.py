@@ -2,7 +2,7 @@
 
 An experiment names its code (`CODE`). Kernels are what that code imports, or a helper: a file that
 the code imports from, or a file of research/ that the experiment imports from. Oracles are what the
-tests of code and kernels import to compare with; verdicts and scales are of the records.
+tests of code and kernels import to compare with; verdicts, scales and times are of the records.
 """
 
 import ast
@@ -31,7 +31,7 @@ def with_table(
     _, end, after = rest.partition(END)
     if not (begin and end):
         return readme
-    head = ("technique", "code", "kernels", "tested against", "claims", "scales run")
+    head = ("technique", "code", "kernels", "tested against", "claims", "recorded runs")
     lines = [_row(head), "|" + "---|" * len(head)]
     for experiment in experiments:
         own = [r for r in records if r["experiment"] == experiment.name]
@@ -50,11 +50,16 @@ def with_table(
                     ", ".join(_oracles(root / test for test in tests)),
                     "; ".join(f"{record['scale']}: {_tally(record)}" for record in own)
                     or f"{len(experiment.claims)} not run",
-                    ", ".join(record["scale"] for record in own) or "none",
+                    ", ".join(map(took, own)) or "none",
                 )
             )
         )
     return before + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + after
+
+
+def took(record: Mapping[str, Any]) -> str:
+    """The scale of a recorded run, and for how long its units ran: ``cpu, 11 min``."""
+    return f"{record['scale']}, {max(1, round(record['seconds'] / 60))} min"
 
 
 def _kernels(root: Path, path: Path) -> Iterator[str]:

@@ -196,9 +196,12 @@ def _list(options) -> int:
 
     from research.ablation import report
     from research.ablation.experiment import discover, load
+    from research.ablation.techniques import took
 
     verdicts: dict[tuple[str, str], str] = {}
+    runs: dict[str, list[str]] = {}
     for record in report.records(options.results or report.results_folder(options.package)):
+        runs.setdefault(record["experiment"], []).append(took(record))
         for claim in record["claims"]:
             known = verdicts.get((record["experiment"], claim["name"]))
             text = f"{claim['status']} ({record['scale']})"
@@ -212,7 +215,7 @@ def _list(options) -> int:
             broken = 2
             print(f"ablate: {name}: {_line(error)}", file=sys.stderr)
             continue
-        console.print(name, style="bold")
+        console.print(f"{name} ({'; '.join(runs.get(name, ['not run']))})", style="bold")
         console.print(f"  {experiment.paper}", style="dim", soft_wrap=True)
         for claim in experiment.claims:
             verdict = verdicts.get((name, claim.name), "not run")

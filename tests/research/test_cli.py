@@ -55,7 +55,8 @@ def test_run_record_report(ablate, capsys):
     _assert_balanced(page)
     capsys.readouterr()
     assert ablate("list") == 0
-    assert "better: supported (cpu)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("branch/wide (cpu, 1 min)\n") and "better: supported (cpu)" in printed
 
 
 def _assert_balanced(page):

@@ -44,13 +44,14 @@ def test_code_kernels_oracles_and_verdicts(checkout, make_package, monkeypatch):
     experiment = load("branch/wide", make_package())
     monkeypatch.setattr(experiment.module, "CODE", ("layers/wide.py",))
     statuses = ("supported", "not supported", "supported")
-    record = dict(experiment="branch/wide", scale="cpu", claims=[dict(status=s) for s in statuses])
+    claims = [dict(status=s) for s in statuses]
+    record = dict(experiment="branch/wide", scale="cpu", seconds=200.0, claims=claims)
     readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     text = with_table(readme, checkout, [experiment], [record])
     row = (
         "| [branch/wide](experiments/branch/wide.py) | [wide](layers/wide.py) | "
         "[widen](pallas_kernels/widen/__init__.py) | float64 NumPy, torch, transformers | "
-        "cpu: 2 supported, 1 not supported | cpu |"
+        "cpu: 2 supported, 1 not supported | cpu, 3 min |"
     )
     assert row in text and "old" not in text
     assert text.startswith("before\n") and text.endswith("after\n")
