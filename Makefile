@@ -1,4 +1,4 @@
-# make demo   set up and run one ablation on this machine, to its verdicts
+# make demo   set up; train two arms of one ablation to verdicts, a picture and a text
 # make test   set up and pass the tests
 # make soak   kill a run 50 times, also in the middle of a save: 6 minutes on 2 cores
 # make check  lint and types
@@ -16,7 +16,10 @@ WORKERS ?= 2
 .PHONY: demo test test-slow soak test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
-	$(VENV)/bin/ablate run architecture/gqa --scale=cpu --workdir=runs/demo
+	$(VENV)/bin/ablate run architecture/gqa --arms=mha,gqa --workdir=runs/demo
+	@echo; echo "A text by the model with grouped queries:"
+	@$(VENV)/bin/ablate generate runs/demo/gqa/seed0 --prompt="def " --temperature=0.5
+	@echo; echo "The picture: runs/demo/figure.png"
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow and not soak and not gpu"
