@@ -20,7 +20,7 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
-from layers.sharding import island
+from layers.sharding import per_device
 from layers.state import KVCache
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
@@ -292,11 +292,11 @@ def observed_attention(
     def weights(q, k, mask, slopes, sinks):
         return attention_weights(q, k, mask, alibi_slopes_h=slopes, sinks_h=sinks, **options)
 
-    weights_bhts = island(
+    weights_bhts = per_device(
         weights,
         (q_bthc, k_bskc, mask, slopes_h, sinks_h),
         (q_axes, k_axes, mask.sides(row, k_row), ("heads",), ("heads",)),
         weights_axes,
     )
     weights_bhts = tap("attention.weights", weights_bhts)
-    return island(weighted_sum, (weights_bhts, v_bskc), (weights_axes, k_axes), q_axes)
+    return per_device(weighted_sum, (weights_bhts, v_bskc), (weights_axes, k_axes), q_axes)

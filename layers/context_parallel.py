@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.sharding import island, mesh_axis, spec
+from layers.sharding import mesh_axis, per_device, spec
 from layers.state import Keys
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
@@ -67,7 +67,7 @@ def sharded_attention(
             q, keys, mask, slopes, sinks, axis=axis, contiguous=contiguous, **options
         )
 
-    return island(
+    return per_device(
         attend,
         (q_bthc, k_bskc, v_bskc, mask, slopes_h, sinks_h),
         (q_axes, k_axes, k_axes, mask_axes, ("heads",), ("heads",)),

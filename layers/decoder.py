@@ -23,7 +23,7 @@ from layers.linear import Linear
 from layers.moe import Moe, RouterStats, rebalance
 from layers.pipeline import pipeline, stages
 from layers.rwkv import Place
-from layers.sharding import all_but_gathered, place
+from layers.sharding import all_but_gathered, reshard
 from layers.weights import gathers
 from pallas_kernels.mask import CAUSAL, Mask
 
@@ -207,7 +207,7 @@ class Decoder(nnx.Module):
         if config.position in ("learned", "sinusoidal"):
             at = jnp.arange(t)[None] if positions_bt is None else jnp.maximum(positions_bt, 0)
             if self.positions is not None:
-                at = place(jnp.broadcast_to(at, tokens_bt.shape), "batch", "time")
+                at = reshard(jnp.broadcast_to(at, tokens_bt.shape), "batch", "time")
                 x = x + self.positions(at)
             else:
                 x = x + sinusoidal(at, config.width).astype(x.dtype)

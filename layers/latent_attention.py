@@ -21,7 +21,7 @@ from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig, rotated_channels
-from layers.sharding import place
+from layers.sharding import reshard
 from layers.state import KVCache
 from layers.weights import einsum
 from pallas_kernels.dispatch import IMPLEMENTATIONS
@@ -135,7 +135,7 @@ class LatentAttention(nnx.Module):
         if context.state is None:
             keys = self.key(latent_btr)
             shared = jnp.broadcast_to(turned_btkp, (*keys.shape[:3], p))
-            shared = place(shared, "batch", "time", "heads", None)
+            shared = reshard(shared, "batch", "time", "heads", None)
             k = jnp.concatenate((keys, shared), axis=-1)
             q = tap("attention.query", jnp.concatenate((q_plain, q_turned), axis=-1))
             k, v = tap("attention.key", k), tap("attention.value", self.value(latent_btr))
@@ -177,7 +177,7 @@ class LatentAttention(nnx.Module):
 
 def _attend(q, k, v, mask: Mask, *, tap: Tap, implementation: str | None, scale: float):
     """Attention with values of fewer channels than the keys have (or more)."""
-    k, v = (place(a, "batch", None, "kv_heads", None) for a in (k, v))
+    k, v = (reshard(a, "batch", None, "kv_heads", None) for a in (k, v))
     channels = v.shape[-1]
 
     def widen(a):

@@ -16,7 +16,7 @@ from layers.config import EXECUTION, TRAINING, check, check_choice
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
-from layers.sharding import island, place
+from layers.sharding import per_device, reshard
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.selective_scan import selective_scan
@@ -224,7 +224,7 @@ class Mamba(nnx.Module):
         """Mix along time; with a state, after the tokens it holds."""
         state = context.state
         tail = None if state is None else state.tail
-        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
+        tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
         inputs_bti, z_bti = self.into(x_btd), self.gate(x_btd)
         x_bti = self.convolution(inputs_bti, tokens, tail)
         if self.delta_down is not None and self.delta_up is not None:
@@ -260,7 +260,7 @@ class Mamba(nnx.Module):
             read(parameter, jnp.float32, deferred=True)
             for parameter in (self.log_rate, self.skip, self.delta_bias)
         )
-        y_bti, scan_bdn = island(
+        y_bti, scan_bdn = per_device(
             run,
             (x_bti, delta_bti, rate, b[0], c[0], skip, z_bti, bias, tokens.segments_bt, initial),
             (

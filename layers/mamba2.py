@@ -18,7 +18,7 @@ from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.mamba import CHANNELS, SELECTIVE, STILL, Convolution, MambaConfig, step_bias
 from layers.recurrent import RecurrentState, Tail, Tokens, after, carried
-from layers.sharding import island, mesh_axis, place
+from layers.sharding import mesh_axis, per_device, reshard
 from layers.weights import read
 from pallas_kernels.ssd import ssd
 
@@ -130,7 +130,7 @@ class Mamba2(nnx.Module):
         """Mix along time; with a state, after the tokens it holds."""
         state = context.state
         tails = (None,) * len(CONVOLVED) if state is None else state.tails
-        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tails[0])
+        tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tails[0])
         inputs = self.into(x_btd), self.b(x_btd), self.c(x_btd)
         x_bti, b_btm, c_btm = (
             self.convolutions[name](each, tokens, tail)
@@ -166,7 +166,7 @@ class Mamba2(nnx.Module):
             return read(parameter, jnp.float32)
 
         heads, state_axes = ("heads",), ("batch", "heads", None, None)
-        y_bti, scan_bhpn = island(
+        y_bti, scan_bhpn = per_device(
             run,
             (
                 x_bti, delta_bth, of_heads(self.log_rate), b_btm, c_btm, of_heads(self.skip),

@@ -26,7 +26,7 @@ from layers.routing import (
     scores,
     z_loss,
 )
-from layers.sharding import island, mesh_axis, place, spec
+from layers.sharding import mesh_axis, per_device, reshard, spec
 from layers.weights import read
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -110,7 +110,7 @@ class Moe(nnx.Module):
         """Each token through its experts; the context with a `RouterStats`. Padding takes none."""
         config, tap, positions = self.config, context.tap, context.mask.q_positions_bt
         valid_bt = jnp.asarray(True) if positions is None else positions >= 0
-        valid_bt = place(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
+        valid_bt = reshard(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
         logits_bte = tap("router.logits", self._logits(x_btd, context.key))
         scores_bte = scores(config, logits_bte)
         dropless = config.capacity_factor is None
@@ -134,7 +134,7 @@ class Moe(nnx.Module):
                     return y, chosen_bte, jnp.zeros(valid_bt.shape, jnp.int32)
                 dispatch, combine = assign(config, weights_btk, experts_btk, valid_bt)
                 lost_bt = jnp.sum(chosen_bte, axis=-1) - jnp.sum(dispatch, axis=(2, 3))
-            y = self._placed(x_btd, dispatch, combine, weights, observed)
+            y = self._by_slots(x_btd, dispatch, combine, weights, observed)
             return y, chosen_bte, lost_bt.astype(jnp.int32)
 
         weights = [
@@ -143,13 +143,13 @@ class Moe(nnx.Module):
         ]
         bias = None if self.bias is None else self.bias[...]
         hidden = ("experts", None, "mlp")
-        y_btd, chosen_bte, lost_bt = island(
+        y_btd, chosen_bte, lost_bt = per_device(
             local,
             (x_btd.astype(self.dtype), scores_bte, valid_bt, bias, *weights),
             (row, row, row[:2], (None,), hidden, hidden, ("experts", "mlp", None)),
             [row, row, row[:2]],
         )
-        y_btd = place(y_btd, "batch", "time", None)
+        y_btd = reshard(y_btd, "batch", "time", None)
         if self.shared is not None:
             y_btd = y_btd + self.shared(x_btd, context)[0]
         counts_e = jnp.sum(chosen_bte, axis=(0, 1)).astype(jnp.float32)
@@ -172,14 +172,14 @@ class Moe(nnx.Module):
         if config.jitter:
             low, high = 1 - config.jitter, 1 + config.jitter
             drawn = jax.random.uniform(spread, x_btd.shape, jnp.float32, low, high)
-            x_btd = x_btd * place(drawn, "batch", "time", None)
+            x_btd = x_btd * reshard(drawn, "batch", "time", None)
         logits_bte = self.router(x_btd)
         if self.noise is not None:
-            drawn = place(jax.random.normal(normal, logits_bte.shape), "batch", "time", None)
+            drawn = reshard(jax.random.normal(normal, logits_bte.shape), "batch", "time", None)
             logits_bte = logits_bte + drawn * jax.nn.softplus(self.noise(x_btd))
         return logits_bte
 
-    def _placed(self, x_btd, dispatch_btec, combine_btec, weights, tap):
+    def _by_slots(self, x_btd, dispatch_btec, combine_btec, weights, tap):
         """Through the places of `assign`: one dense product over experts of equal loads."""
         gate, up, down = weights
         activation, _ = ACTIVATIONS[self.config.activation]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.core.spmd import get_logical_axis_rules, logical_axis_rules
 from jax.sharding import PartitionSpec
 
-from layers.sharding import axes_of, copies, mesh_axis, named_axes
+from layers.sharding import axes_of, mesh_axis, named_axes, replicate
 
 AXIS = "layers"  # logical, of stacked parameters
 
@@ -181,7 +181,7 @@ def _deal(a: jax.Array, parts: int, axis: str, mesh, *, copied: bool) -> jax.Arr
     if not copied:
         return jax.sharding.reshard(a, PartitionSpec(None, inner, *rest))
     whole = jax.sharding.reshard(a, PartitionSpec(None, inner, *rest, reduced=frozenset({axis})))
-    return copies(whole, PartitionSpec(axis, None, inner, *rest))
+    return replicate(whole, PartitionSpec(axis, None, inner, *rest))
 
 
 def _collect(a: jax.Array, axis: str, count: int) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.config import ConfigError, check
-from layers.sharding import place
+from layers.sharding import reshard
 from pallas_kernels.mask import Mask
 
 NO_SEGMENT = -1  # of padding, and of what stands before the first token
@@ -69,7 +69,7 @@ class Tokens(NamedTuple):
                 segments = jnp.where(positions >= 0, segments, NO_SEGMENT)
             if segments is not None:
                 # every device needs to know where segments begin
-                segments = place(jnp.broadcast_to(segments, rows), "batch", None)
+                segments = reshard(jnp.broadcast_to(segments, rows), "batch", None)
             return cls(segments), x_btd
         assert positions is not None
         segments = jnp.zeros(rows, jnp.int32) if segments is None else segments
@@ -106,12 +106,12 @@ def before(
     """
     b, t, d = x_btd.shape
     held = Tail.empty(b, n, d, x_btd.dtype) if tail is None else tail
-    values_bnd = place(held.values_bnd.astype(x_btd.dtype), "batch", None, axis)
+    values_bnd = reshard(held.values_bnd.astype(x_btd.dtype), "batch", None, axis)
     whole = jnp.concatenate((values_bnd, x_btd), axis=1)
     parts = [whole[:, i : i + t] for i in range(n)]
     if tokens.segments_bt is None:
         return parts
-    held_bn = place(held.segments_bn, "batch", None)
+    held_bn = reshard(held.segments_bn, "batch", None)
     segments = jnp.concatenate((held_bn, tokens.segments_bt), axis=1)
     same = [segments[:, i : i + t] == tokens.segments_bt for i in range(n)]
     return [jnp.where(seen[..., None], part, 0) for seen, part in zip(same, parts, strict=True)]

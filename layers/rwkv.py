@@ -16,7 +16,7 @@ from layers.config import EXECUTION, check, check_choice
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before
-from layers.sharding import place
+from layers.sharding import reshard
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -57,7 +57,7 @@ class Place(NamedTuple):
         return self.layer / max(self.num_layers - 1, 1)
 
     @property
-    def rest(self) -> Any:
+    def remaining(self) -> Any:
         """1 at the bottom, almost 0 at the top."""
         return 1 - self.layer / self.num_layers
 
@@ -94,8 +94,8 @@ class ChannelMix(nnx.Module):
     ):
         self.width, self.gated, self.dtype = width, gated, dtype
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        own = ramp(width) ** at.rest
-        start = own if gated else 1 - ramp(width) ** (at.rest**4)
+        own = ramp(width) ** at.remaining
+        start = own if gated else 1 - ramp(width) ** (at.remaining**4)
         self.mix_key = vector(start, "norm", param_dtype)
         self.mix_receptance = vector(own, "norm", param_dtype) if gated else None
         hidden_axes = ("batch", None, "mlp")
@@ -123,7 +123,7 @@ class ChannelMix(nnx.Module):
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Each token and the one before it; with a state, after the token it holds."""
         state = context.state
-        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, state)
+        tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, state)
         [previous] = before(x_btd, 1, tokens, state)
 
         def shifted(mix):
@@ -137,5 +137,5 @@ class ChannelMix(nnx.Module):
             y = jax.nn.sigmoid(self.receptance(shifted(self.mix_receptance))) * y
         if state is not None:
             state = after(x_btd, tokens, state)
-        y = place(tokens.as_called(y), "batch", "time", None)
+        y = reshard(tokens.as_called(y), "batch", "time", None)
         return y, context.replace(state=state)

@@ -11,7 +11,7 @@ from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
-from layers.sharding import island, place
+from layers.sharding import per_device, reshard
 from layers.weights import read
 from pallas_kernels.wkv import EMPTY, wkv4
 
@@ -48,10 +48,10 @@ class Rwkv4(nnx.Module):
     ):
         self.width, self.dtype, self.implementation = width, dtype, config.implementation
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        own = ramp(width) ** at.rest
+        own = ramp(width) ** at.remaining
         self.mix_key = vector(own, "norm", param_dtype)
         self.mix_value = vector(own + 0.3 * at.height, "norm", param_dtype)
-        self.mix_receptance = vector(ramp(width) ** (0.5 * at.rest), "norm", param_dtype)
+        self.mix_receptance = vector(ramp(width) ** (0.5 * at.remaining), "norm", param_dtype)
         spread = jnp.arange(width) / max(width - 1, 1)
         decay = -5 + 8 * spread ** (0.7 + 1.3 * at.height)
         self.decay = vector(decay, "channels", param_dtype)
@@ -82,7 +82,7 @@ class Rwkv4(nnx.Module):
         """Mix along time; with a state, after the tokens it holds."""
         state = context.state
         tail = None if state is None else state.tail
-        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
+        tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
         [previous] = before(x_btd, 1, tokens, tail)
 
         def shifted(mix):
@@ -121,7 +121,7 @@ class Rwkv4(nnx.Module):
             return y, *end
 
         row = ("batch", "channels")
-        y, *end = island(
+        y, *end = per_device(
             run,
             (decay, bonus, k, v, tokens.segments_bt, initial),
             (("channels",), ("channels",), CHANNELS, CHANNELS, ("batch", None), (row, row, row)),

@@ -12,7 +12,7 @@ from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Place, RwkvConfig, ramp, vector
-from layers.sharding import island, place
+from layers.sharding import per_device, reshard
 from layers.weights import read
 from pallas_kernels.wkv import wkv7
 
@@ -97,7 +97,7 @@ class Rwkv7(nnx.Module):
         powers = dict(receptance=0.2, decay=0.9, key=0.7, value=0.7, rate=0.9, gate=0.2)
         self.mixes = nnx.Dict(
             {
-                name: vector(1 - ramp(width) ** (power * at.rest), "norm", param_dtype)
+                name: vector(1 - ramp(width) ** (power * at.remaining), "norm", param_dtype)
                 for name, power in powers.items()
             }
         )
@@ -146,7 +146,7 @@ class Rwkv7(nnx.Module):
         """What the first RWKV-7 layer overwrites with its values."""
         b, t, _ = x_btd.shape
         zeros = jnp.zeros((b, t, self.heads, self.head_dim), jnp.float32)
-        return {FIRST_VALUES: place(zeros, *HEADS)}
+        return {FIRST_VALUES: reshard(zeros, *HEADS)}
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix along time; with a state, after the tokens it holds.
@@ -156,7 +156,7 @@ class Rwkv7(nnx.Module):
         """
         state = context.state
         tail = None if state is None else state.tail
-        tokens, x_btd = Tokens.of(place(x_btd, "batch", None, None), context.mask, tail)
+        tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
         [previous] = before(x_btd, 1, tokens, tail)
         change = previous - x_btd
 
@@ -203,7 +203,7 @@ class Rwkv7(nnx.Module):
             )  # fmt: skip
 
         matrix_axes = ("batch", "heads", None, None)
-        y, matrix = island(
+        y, matrix = per_device(
             run,
             (r, w, k, v, -removal, put_back, tokens.segments_bt, initial),
             (*[HEADS] * 6, ("batch", None), matrix_axes),

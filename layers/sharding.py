@@ -38,7 +38,7 @@ def spec(*axes: str | None) -> PartitionSpec | None:
     return PartitionSpec(*(None if axis is None else rules.get(axis) for axis in axes))
 
 
-def place(x: jax.Array, *axes: str | None) -> jax.Array:
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """``x`` resharded so that its dimensions lie as the logical ``axes`` say; values unchanged."""
     target = spec(*axes)
     return x if target is None else jax.sharding.reshard(x, target)
@@ -98,7 +98,7 @@ def named_axes(axes: PartitionSpec | None) -> frozenset[str]:
     return frozenset(names)
 
 
-def spread(weight: jax.Array, x: jax.Array) -> jax.Array:
+def broadcast_to(weight: jax.Array, x: jax.Array) -> jax.Array:
     """``weight``, of ``x``'s last dimensions, as something that multiplies or adds to ``x``.
 
     Where its gradient is to stay unreduced it becomes a product with ones, which XLA takes out
@@ -145,7 +145,7 @@ def _scattered(target: PartitionSpec):
     )
 
 
-def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):
+def per_device(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | list[tuple]):
     """``function(*arguments)``, each device with its own share of every array.
 
     For what explicit sharding cannot follow: kernels, sorts, scatters. ``axes`` are the logical
@@ -178,7 +178,7 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
         marked = PartitionSpec(*target, reduced=frozenset(copied[i]))
         share = jax.sharding.reshard(arrays[i], marked)
         target = PartitionSpec(copied[i], *target)
-        return copies(share, target), target
+        return replicate(share, target), target
 
     entering, in_specs = zip(*map(enter, given), strict=True)
     mesh = jax.sharding.get_abstract_mesh()
@@ -190,7 +190,7 @@ def island(function: Callable, arguments: tuple, axes: tuple, out_axes: tuple | 
 
 
 def mesh_axis(axis: str) -> str | tuple[str, ...] | None:
-    """The mesh axis that splits the logical ``axis``, for collectives inside an `island`."""
+    """The mesh axis that splits the logical ``axis``, for collectives inside `per_device`."""
     found = spec(axis)
     return None if found is None else found[0]
 
@@ -200,7 +200,7 @@ def axes_of(a: jax.Array) -> PartitionSpec:
     return jax.typeof(a).sharding.spec
 
 
-def copies(a: jax.Array, target: PartitionSpec) -> jax.Array:
+def replicate(a: jax.Array, target: PartitionSpec) -> jax.Array:
     """``a`` once for each device of the axes that split the first dimension of ``target``."""
     mesh = jax.sharding.get_abstract_mesh()
     first = PartitionSpec(target[0])

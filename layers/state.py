@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.config import check
-from layers.sharding import axes_of, island, place, spec
+from layers.sharding import axes_of, per_device, reshard, spec
 
 
 class Keys(NamedTuple):
@@ -70,11 +70,11 @@ class KVCache:
         values = channels if value_channels is None else value_channels
         heads, row = ("batch", "kv_heads", None, None), ("batch", None)
         return cls(
-            keys_bksc=place(jnp.zeros((batch, kv_heads, capacity, channels), dtype), *heads),
-            values_bksc=place(jnp.zeros((batch, kv_heads, capacity, values), dtype), *heads),
-            positions_bs=place(jnp.full((batch, capacity), -1, jnp.int32), *row),
-            segments_bs=place(jnp.zeros((batch, capacity), jnp.int32), *row),
-            written_b=place(jnp.zeros((batch,), jnp.int32), "batch"),
+            keys_bksc=reshard(jnp.zeros((batch, kv_heads, capacity, channels), dtype), *heads),
+            values_bksc=reshard(jnp.zeros((batch, kv_heads, capacity, values), dtype), *heads),
+            positions_bs=reshard(jnp.full((batch, capacity), -1, jnp.int32), *row),
+            segments_bs=reshard(jnp.zeros((batch, capacity), jnp.int32), *row),
+            written_b=reshard(jnp.zeros((batch,), jnp.int32), "batch"),
             rolling=rolling,
         )
 
@@ -154,7 +154,7 @@ class KVCache:
             row = ("batch", None)
             axes = ("batch", *heads, None, None) if heads else row
             new_axes = (*row, *heads, None) if heads else row
-            return island(local, (old, new, slots), (axes, new_axes, row), axes)
+            return per_device(local, (old, new, slots), (axes, new_axes, row), axes)
 
         return dataclasses.replace(
             self,

@@ -19,11 +19,11 @@ from layers.sharding import (
     Axes,
     Scattered,
     axes_of,
+    broadcast_to,
     gather,
     named_axes,
-    place,
+    reshard,
     spec,
-    spread,
 )
 from layers.weight_gradient import product
 
@@ -79,7 +79,7 @@ def read(
     Args:
       like: make it something that multiplies or adds to ``like`` elementwise, along its last
         dimensions.
-      deferred: only products and `layers.sharding.island` use it. With ``like`` or ``deferred``
+      deferred: only products and `layers.sharding.per_device` use it. With ``like`` or ``deferred``
         each device may keep its own share of the gradient for a later sum over rows.
     """
     value = param.get_value()
@@ -87,7 +87,7 @@ def read(
         return value.read(dtype)
     rows = ROWS if deferred or like is not None else None
     array = gather(jnp.asarray(value[...], dtype), param.axes, rows=rows)
-    return array if like is None else spread(array, like)
+    return array if like is None else broadcast_to(array, like)
 
 
 def einsum(
@@ -129,7 +129,7 @@ def _multiply(subscripts, x, weight, weight_axes, dtype, out_axes, out_dtype) ->
     named = dict(zip(weight_letters, weight_axes, strict=True))
     named |= dict(zip(output, out_axes, strict=True))
     rows = tuple(named[letter] for letter in output if letter not in weight_letters)
-    x = place(x.astype(dtype), *(named[letter] for letter in x_letters))
+    x = reshard(x.astype(dtype), *(named[letter] for letter in x_letters))
     weight = gather(weight, weight_axes, rows=rows)
     if (out_sharding := spec(*out_axes)) is None:
         return product(subscripts, x, weight, preferred_element_type=out_dtype)

@@ -1,4 +1,4 @@
-"""The pages for readers: links resolve, paths are there, commands are those of `ablate`, code runs."""
+"""Pages for readers: links resolve, paths are there, commands are those of `ablate`, code runs."""
 
 import re
 import shlex

@@ -71,13 +71,13 @@ def scores(spec: Spec, q, k, q_side: Side, k_side: Side, slope, masked: bool):
     return found, sees(spec, q_at, k_at, q_in, k_in, until)
 
 
-def visits(row, meet, carry, cleared: bool = False):
-    """``meet(masked)(block, carry)`` for the blocks of a `Visit` that ``row[…]`` holds.
+def visits(row, body, carry, cleared: bool = False):
+    """``body(masked)(block, carry)`` for the blocks of a `Visit` that ``row[…]`` holds.
 
     ``cleared``: those without a mask are in ``carry`` already.
     """
     visit = Visit(*(row[i] for i in range(4)))
-    return visit.loop(meet(True), (lambda _, carry: carry) if cleared else meet(False), carry)
+    return visit.loop(body(True), (lambda _, carry: carry) if cleared else body(False), carry)
 
 
 def _forward_kernel(spec: Spec, key: int, has, *refs):
@@ -88,7 +88,7 @@ def _forward_kernel(spec: Spec, key: int, has, *refs):
     q, q_side = q_ref[...], q_side.read()
     slope = slopes[h] if has[0] else None
 
-    def meet(masked):
+    def body(masked):
         def block(j, carry):
             top, total, y = carry
             here = pl.ds(j * key, key)
@@ -110,7 +110,7 @@ def _forward_kernel(spec: Spec, key: int, has, *refs):
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    top, total, y = visits(visit, meet, start, cleared=bool(begun))
+    top, total, y = visits(visit, body, start, cleared=bool(begun))
     # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
     some = top > MASKED / 2
     keep = jnp.where(some, 1.0, 0.0)

@@ -34,7 +34,7 @@ def _dq_kernel(spec: Spec, key: int, has, *refs):
     q, dy, lse, delta = q_ref[...], dy_ref[...], lse_ref[...], delta_ref[...]
     q_side = q_side.read()
 
-    def meet(masked):
+    def body(masked):
         def block(j, dq):
             here = pl.ds(j * key, key)
             k = k_ref[here, :]
@@ -45,7 +45,7 @@ def _dq_kernel(spec: Spec, key: int, has, *refs):
 
         return block
 
-    dq_ref[...] = visits(visit, meet, jnp.zeros(q.shape, jnp.float32)).astype(dq_ref.dtype)
+    dq_ref[...] = visits(visit, body, jnp.zeros(q.shape, jnp.float32)).astype(dq_ref.dtype)
 
 
 def _dkv_kernel(spec: Spec, query: int, has, *refs):
@@ -59,7 +59,7 @@ def _dkv_kernel(spec: Spec, query: int, has, *refs):
     def of_head(g, carry):
         slope = slopes[first + g] if has[0] else None
 
-        def meet(masked):
+        def body(masked):
             def block(i, carry):
                 dk, dv = carry
                 here = pl.ds(i * query, query)
@@ -74,7 +74,7 @@ def _dkv_kernel(spec: Spec, query: int, has, *refs):
 
             return block
 
-        return visits(visit, meet, carry)
+        return visits(visit, body, carry)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))

@@ -121,8 +121,8 @@ class Scalars:
         """From what a kernel or an index map is given: `count` arrays."""
         return cls(refs[0], refs[1], Extremes(*refs[2:7]), Extremes(*refs[7:]))
 
-    def visit(self, spec: Spec, shape: Shape, b, i, j, inside, meet):
-        """Do ``meet(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
+    def visit(self, spec: Spec, shape: Shape, b, i, j, inside, body):
+        """Do ``body(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
         # a step beyond the last block must read no extremes beyond the end
         q_at = b * shape.q_blocks + jnp.minimum(i, shape.q_blocks - 1)
         k_at = b * shape.k_blocks + jnp.minimum(j, shape.k_blocks - 1)
@@ -133,11 +133,11 @@ class Scalars:
 
         @pl.when(see & clear)
         def _():
-            meet(False)
+            body(False)
 
         @pl.when(see & ~clear)
         def _():
-            meet(True)
+            body(True)
 
 
 def split_scalars(spec: Spec, refs) -> tuple[Scalars, Any]:
@@ -183,7 +183,7 @@ def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
         total_ref[...] = jnp.zeros_like(total_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def meet(masked):
+    def body(masked):
         slope = slopes[h] if has[0] else None
         s, seen = scores(spec, shape, q_ref[0, 0], k_ref[0, 0], places, slope, i, j, masked)
         if seen is not None:
@@ -197,7 +197,7 @@ def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
         y = dot(v_ref[0, 0], weights.astype(v_ref.dtype), FIRST)
         acc_ref[...] = acc_ref[...] * shrink + y
 
-    scalars.visit(spec, shape, b, i, j, j <= scalars.last[row], meet)
+    scalars.visit(spec, shape, b, i, j, j <= scalars.last[row], body)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():

@@ -49,13 +49,13 @@ def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def meet(masked):
+    def body(masked):
         slope = slopes[h] if has[0] else None
         _, d_scores = _gradients(spec, shape, block, places, slope, i, j, masked)
         k = block[1][0, 0]
         acc_ref[...] += dot(d_scores.astype(k.dtype), k, FIRST)
 
-    scalars.visit(spec, shape, b, i, j, j <= scalars.last[row], meet)
+    scalars.visit(spec, shape, b, i, j, j <= scalars.last[row], body)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -75,14 +75,14 @@ def _dkv_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
 
-    def meet(masked):
+    def body(masked):
         slope = slopes[k * shape.group + head] if has[0] else None
         weights, d_scores = _gradients(spec, shape, block, places, slope, i, j, masked)
         q, dy = block[0][0, 0], block[3][0, 0]
         dv_acc[...] += dot(weights.astype(dy.dtype), dy, PLAIN)
         dk_acc[...] += dot(d_scores.astype(q.dtype), q, PLAIN)
 
-    scalars.visit(spec, shape, b, i, j, i <= scalars.last[row], meet)
+    scalars.visit(spec, shape, b, i, j, i <= scalars.last[row], body)
 
     @pl.when((head == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1))
     def _():

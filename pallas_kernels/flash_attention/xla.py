@@ -172,7 +172,7 @@ def forward(
             q_i = q_n[i]
             visit = Visit.of(may_see(spec, ours, k_side.see), all_see(spec, ours, k_side.see))
 
-            def meet(j, carry, masked):
+            def body(j, carry, masked):
                 top, total, y = carry
                 scores, seen = _scores(
                     spec, exact, slopes, q_i, k_n[j], q_side, k_side, i, j, masked
@@ -198,7 +198,7 @@ def forward(
                 jnp.zeros(row, exact),
                 jnp.zeros((*row, c), exact),
             )
-            masked, unmasked = (functools.partial(meet, masked=m) for m in (True, False))
+            masked, unmasked = (functools.partial(body, masked=m) for m in (True, False))
             top, total, y = visit.loop(masked, unmasked, start)
             # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
             some = top > MASKED / 2
@@ -260,7 +260,7 @@ def backward(
             k_j, v_j = k_n[j], v_n[j]
             visit = Visit.of(may_see(spec, q_side.see, theirs), all_see(spec, q_side.see, theirs))
 
-            def meet(i, carry, masked):
+            def body(i, carry, masked):
                 dq_n, dk, dv = carry
                 scores, seen = _scores(
                     spec, exact, slopes, q_n[i], k_j, q_side, k_side, i, j, masked
@@ -289,7 +289,7 @@ def backward(
                 return dq_n.at[i].add(dq), dk, dv
 
             zeros = jnp.zeros_like(k_n[0], exact).swapaxes(-1, -2)
-            masked, unmasked = (functools.partial(meet, masked=m) for m in (True, False))
+            masked, unmasked = (functools.partial(body, masked=m) for m in (True, False))
             dq_n, dk, dv = visit.loop(masked, unmasked, (dq_n, zeros, zeros))
             dk, dv = (jnp.swapaxes(a, -1, -2) for a in (dk, dv))
             return dq_n, (dk.astype(k_n.dtype), dv.astype(v_n.dtype))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.grouped_matmul.visits import bounds, spread
+from pallas_kernels.grouped_matmul.visits import bounds, visit_groups
 from pallas_kernels.triton_kernels import FIRST, LAST, PLAIN, dot, named
 
 # the least side of a tensor core's product
@@ -102,7 +102,7 @@ def _product(name, sizes, x_mk, weights, group_sizes_e, transposed):
     bounds_g = bounds(group_sizes_e, m)
     number_g = (bounds_g[1:] - bounds_g[:-1] + tile - 1) // tile
     most = pl.cdiv(m, tile) + e + 1
-    group_v, nth_v, count = spread(number_g, most)
+    group_v, nth_v, count = visit_groups(number_g, most)
     begin_v = bounds_g[group_v] + nth_v * tile
     end_v = jnp.minimum(begin_v + tile, bounds_g[group_v + 1])
     blocks = pl.cdiv(wide, columns)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.visits import bounds, spread, touched
+from pallas_kernels.grouped_matmul.visits import bounds, touched, visit_groups
 
 LANES = 128
 # bfloat16 packs two rows into each of 8 sublanes
@@ -156,7 +156,7 @@ def _product(name, sizes, x_mk, weights, group_sizes_e, transposed):
 
     bounds_g = bounds(group_sizes_e, m)
     first_g, number_g = touched(bounds_g, tile, empty=0)
-    group_v, nth_v, count = spread(number_g, pl.cdiv(m, tile) + e)
+    group_v, nth_v, count = visit_groups(number_g, pl.cdiv(m, tile) + e)
     tile_v = first_g[group_v] + nth_v
     # the last visit that brings something: those of the rest ask for the same again
     last = jnp.maximum(jnp.sum(number_g[:e]) - 1, 0)
@@ -235,7 +235,7 @@ def backward(sizes: Mapping[str, int], x_md, weights_edf, group_sizes_e, dy_mf):
 
     bounds_g = bounds(group_sizes_e, m)
     first_e, number_e = touched(bounds_g[:-1], tile, empty=1)
-    group_v, nth_v, count = spread(number_e, tiles + e)
+    group_v, nth_v, count = visit_groups(number_e, tiles + e)
     # a group without rows may begin where they end
     tile_v = jnp.minimum(first_e[group_v] + nth_v, tiles - 1)
     dweights_edf = _call(

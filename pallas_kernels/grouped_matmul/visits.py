@@ -16,7 +16,7 @@ def bounds(group_sizes_e: jax.Array, rows: int) -> jax.Array:
     return jnp.concatenate([edge, ends_e, edge + rows])
 
 
-def spread(number_g: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def visit_groups(number_g: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Lay ``number_g[g]`` visits of each group ``g`` in a row of length ``most``.
 
     Returns:

@@ -149,7 +149,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
         status, reason = INCONCLUSIVE, "one seed has no interval"
     else:
         low, high = interval95(numbers, claim.interval)
-        status, reason = _place(claim, low, high)
+        status, reason = _compare(claim, low, high)
     lacks = None
     if claim.gate is not None:
         gate = judge(claim.gate, results)
@@ -178,7 +178,7 @@ def _sides(claim: Claim) -> tuple[float, float]:
     return (-np.inf, claim.margin) if claim.comparison == "<" else (claim.margin, np.inf)
 
 
-def _place(claim: Claim, low: float, high: float) -> tuple[str, str]:
+def _compare(claim: Claim, low: float, high: float) -> tuple[str, str]:
     lower, upper = _sides(claim)
     where = f"[{low:.4g}, {high:.4g}]"
     if lower < low and high < upper:

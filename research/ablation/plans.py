@@ -138,8 +138,8 @@ def plans(wanted: Wanted) -> list[Planned]:
     return [Planned(arms, plan(one)) for arms, each in wanted.items() for one in each]
 
 
-def largest(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
-    """Of each the largest batch that fits, with the next one; ``tell`` says where none does.
+def largest(wanted: Wanted, print_line: Callable[[str], None]) -> list[Planned]:
+    """Of each the largest batch that fits, with the next one; ``print_line`` says where none does.
 
     Raises:
       ConfigError: none fits anywhere.
@@ -153,14 +153,14 @@ def largest(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
                 found.append(Planned(arms, *sweeps.fit(one)))
             except sweeps.TooLarge as error:
                 refused.append(error)
-                tell(f"{', '.join(arms)}, {spell_mesh(error.smallest)}: {error}")
+                print_line(f"{', '.join(arms)}, {spell_mesh(error.smallest)}: {error}")
     if not found:
         raise refused[0]
     return found
 
 
-def sweep(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
-    """Of each the candidates of `research.planning.sweep`; ``tell`` says how far it is."""
+def sweep(wanted: Wanted, print_line: Callable[[str], None]) -> list[Planned]:
+    """Of each the candidates of `research.planning.sweep`; ``print_line`` says how far it is."""
     found = []
     for arms, each in wanted.items():
         for setup in each:
@@ -169,7 +169,7 @@ def sweep(wanted: Wanted, tell: Callable[[str], None]) -> list[Planned]:
             meshes = sweeps.candidates(setup)
             for number, mesh in enumerate(meshes, 1):
                 one = plan(dataclasses.replace(setup, mesh=mesh))
-                tell(f"{number}/{len(meshes)} {spell_mesh(one)}: {spell_fit(one)}")
+                print_line(f"{number}/{len(meshes)} {spell_mesh(one)}: {spell_fit(one)}")
                 found.append(Planned(arms, one))
     if not found:
         why = "no mesh of this slice, of two devices or more, divides the model and the batch"

@@ -239,7 +239,7 @@ def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str
             unit.workdir / RESULT,
             dict(described, metrics=metrics, started=started, seconds=time.time() - started),
         )
-    processes.meet()  # what starts from this unit reads its result
+    processes.barrier()  # what starts from this unit reads its result
     return message
 
 

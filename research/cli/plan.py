@@ -82,14 +82,14 @@ def _plan(options) -> int:
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, markup=False, width=width)
 
-    def tell(text: str) -> None:
+    def print_line(text: str) -> None:
         console.print(text, soft_wrap=True)
 
     with _quiet():
         if options.sweep:
-            found = plans.sweep(setups, tell)
+            found = plans.sweep(setups, print_line)
         elif options.fit:
-            found = plans.largest(setups, tell)
+            found = plans.largest(setups, print_line)
         else:
             found = plans.plans(setups)
     if len(found) == 1 and not options.record:

@@ -44,7 +44,7 @@ class PromptTokenizer:
         return self.to_text(list(ids))
 
 
-def load_prompt_tokenizer(workdir: Path) -> PromptTokenizer:
+def load_prompt_tokenizer(workdir: Path | str) -> PromptTokenizer:
     """The tokenizer of the run or the imported checkpoint in ``workdir``.
 
     A prompt of a run begins with the token that begins its documents. Of an imported checkpoint it
@@ -53,6 +53,7 @@ def load_prompt_tokenizer(workdir: Path) -> PromptTokenizer:
     Raises:
       ConfigError: ``workdir`` names no tokenizer, or one that cannot be read.
     """
+    workdir = Path(workdir)
     path = workdir / "config.json"
     check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
     held: Any = read_json(path)

@@ -20,7 +20,7 @@ from layers.weights import flat
 from research.files import read_json
 from research.models.families import Family, decoder_config, family_of
 from research.models.pth import SUFFIX, PthReader
-from research.models.table import Target, forth, targets
+from research.models.table import Target, from_theirs, targets
 from research.parallel import make_mesh, shardings, use_mesh
 
 
@@ -157,7 +157,7 @@ def _read(
         list(tensor.shape),
         f"must have shape {list(target.shape)}",
     )
-    return forth(target, tensor, config)
+    return from_theirs(target, tensor, config)
 
 
 def _put(

@@ -30,7 +30,7 @@ from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
 from research.models.load import read_object
 from research.models.pth import SUFFIX, write_pth
-from research.models.table import Target, back, targets
+from research.models.table import Target, targets, to_theirs
 
 # what a model is used with, beside its weights
 COMPANIONS = (
@@ -196,7 +196,7 @@ def _write_tensors(
 
 def _tensor(target: Target, config: DecoderConfig, parameters: dict[str, jax.Array]) -> np.ndarray:
     host = [_on_host(parameters[path], target.index) for path in target.paths]
-    return np.ascontiguousarray(back(target.row, host, config))
+    return np.ascontiguousarray(to_theirs(target.row, host, config))
 
 
 def _on_host(array: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:

@@ -77,14 +77,14 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
     return {"c": config.part("rwkv").head_dim} if "rwkv7" in config.pattern else {}
 
 
-def forth(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
+def from_theirs(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
     """``x`` of the checkpoint as the parts that go to ``target.paths``."""
     pattern = target.row.pattern
     ours = einops.rearrange(x, pattern, **_used(pattern, config))
     return np.split(ours, np.cumsum(target.sizes)[:-1], axis=target.row.join)
 
 
-def back(row: Row, parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
+def to_theirs(row: Row, parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
     """``parts`` of ours as the one tensor of the checkpoint."""
     ours = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=row.join)
     left, right = row.pattern.split("->")
@@ -113,5 +113,5 @@ def _targets(rows, config, parameters) -> Iterator[Target]:
                 # a view of nothing: only the shape is wanted
                 whole = (*shape[: row.join], sum(each), *shape[row.join + 1 :])
                 empty = np.broadcast_to(np.zeros(()), whole)
-                shape = back(row, [empty], config).shape
+                shape = to_theirs(row, [empty], config).shape
                 yield Target(row.name.format(l=layer, e=expert), row, paths, index, each, shape)

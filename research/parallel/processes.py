@@ -134,7 +134,7 @@ def first_failure(message: str) -> str:
     if not _name:
         return message
     if not message:
-        meet()
+        barrier()
     else:
         try:
             _barrier("work", PATIENCE)
@@ -147,7 +147,7 @@ def first_failure(message: str) -> str:
     return next(filter(None, texts), "")
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if not _name:
         return

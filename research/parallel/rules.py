@@ -106,7 +106,7 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
     return map_named(of_array, tree)
 
 
-def placed(abstract: Tree, where: Tree) -> Tree:
+def with_shardings(abstract: Tree, where: Tree) -> Tree:
     """The arrays of ``abstract`` as `jax.ShapeDtypeStruct` with the shardings ``where``."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where

@@ -8,10 +8,10 @@ with Ψ parameters in all, each device keeps (§5) and moves in a step (§7)
     2       all          1/N         1/N       2Ψ: the same, a layer's gradients at a time
     3       1/N          1/N         1/N       3Ψ: parameters gathered for either pass, as well
 
-(``data`` copies everything, which is no stage at all.) In the types of explicit sharding: a
-gradient that is whole on every device is *unreduced*, each device's own sum over its rows. It is
-never reduced in place: to `settle` it is to scatter it. Micro-batches add up what stage 1 keeps
-whole, and what ``data`` copies at any stage, without a word between devices.
+``data`` replicates everything, which is no stage. In the terms of explicit sharding, a gradient
+that is replicated is *unreduced*: each device has the sum over its own rows. It is never reduced
+where it is: `to_stored_sharding` reduce-scatters it. Micro-batches are added up without any
+collective, where stage 1 keeps the gradient replicated, and over ``data`` at every stage.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def differentiated(model: Any, stage: int, *, late: bool) -> tuple[Any, Callable
     """``(variables, join)``: differentiate ``f(join(variables))`` by ``variables``.
 
     The gradient then comes as the ``stage`` keeps it. ``late``: whatever else it is to be summed
-    over waits for `settle`.
+    over waits for `to_stored_sharding`.
     """
     if spec() is None:
         return model, lambda variables: variables
@@ -83,7 +83,7 @@ def differentiated(model: Any, stage: int, *, late: bool) -> tuple[Any, Callable
     return variables, join
 
 
-def settle(tree: Any, *, split: bool = True) -> Any:
+def to_stored_sharding(tree: Any, *, split: bool = True) -> Any:
     """Every leaf where the rules say that it rests, summed over all devices; see `specs`.
 
     What lies in the host's memory rests already.

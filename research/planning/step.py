@@ -13,7 +13,7 @@ from layers.config import check
 from layers.decoder import Decoder, DecoderConfig
 from layers.pipeline import idle
 from research.parallel import MeshConfig, abstract_batch, shardings, use_mesh, validate
-from research.parallel.rules import placed
+from research.parallel.rules import with_shardings
 from research.planning.topology import topology_mesh
 from research.training import TrainingConfig
 from research.training.check import check_run
@@ -144,14 +144,14 @@ def _decoding(setup: Setup, mesh: Mesh) -> Step:
     """One more token for each row of the batch."""
     config, size = setup.model, setup.batch_size
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    model = placed(abstract, shardings(abstract, mesh))
+    model = with_shardings(abstract, shardings(abstract, mesh))
     with use_mesh(mesh):
         empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
     # on one device there are no sharded types
     where = jax.tree.map(
         lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec()), empty
     )
-    cache, batch = placed(empty, where), abstract_batch(mesh, size, 1)
+    cache, batch = with_shardings(empty, where), abstract_batch(mesh, size, 1)
 
     def step(model, cache, tokens_bt, positions_bt):
         output = model(tokens_bt, positions_bt, state=cache)

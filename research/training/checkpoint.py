@@ -183,12 +183,12 @@ def _goodness(metrics: Mapping[str, float]) -> float:
     return -metrics.get("loss", float("inf"))
 
 
-def _of_others(tell: Callable[[Any], Any], report: Any, name: str = _WRITE) -> None:
+def _of_others(hook: Callable[[Any], Any], report: Any, name: str = _WRITE) -> None:
     # all of a closed loop, whose it is Python does not say; `name`, for at the interpreter's end
     # there is no `_WRITE` any more
     hanging = name in getattr(report.object, "__qualname__", "")
     if not hanging and str(report.exc_value) != "Event loop is closed":
-        tell(report)
+        hook(report)
 
 
 def _is_not_a_write(record: logging.LogRecord) -> bool:

@@ -145,7 +145,7 @@ def train(
             training=training,
             objective=objective or default_objective(training),
             source=source,
-            frozen=_placed(frozen, the_mesh),
+            frozen=_on_mesh(frozen, the_mesh),
             mesh=the_mesh,
             checkpoints=saved.checkpoints if saved else None,
             save=saved.save if saved else None,
@@ -207,7 +207,7 @@ def _begin(model, training, mesh: Mesh, *, stage, patterns, offload) -> tuple[An
     )
 
 
-def _placed(frozen: Any, mesh: Mesh) -> Any:
+def _on_mesh(frozen: Any, mesh: Mesh) -> Any:
     return frozen if mesh.size == 1 else jax.device_put(frozen, shardings(frozen, mesh))
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from layers.architecture import OFFLOADED
 from layers.config import ConfigError, check
 from research.parallel.mesh import MeshConfig
-from research.parallel.zero import settle
+from research.parallel.zero import to_stored_sharding
 from research.training.layerwise import between
 
 HOST = "pinned_host"
@@ -30,7 +30,7 @@ def with_moments_on_host(optimizer: optax.GradientTransformation) -> optax.Gradi
     def init(params):
         # where they are to lie, `abstract_state` says
         state = optimizer.init(params)
-        if not any(map(rests_on_host, jax.tree.leaves(state))):
+        if not any(map(is_on_host, jax.tree.leaves(state))):
             raise ConfigError("mesh.offload=True: changes nothing: the optimiser has no moments")
         return state
 
@@ -47,21 +47,21 @@ def check_host(model: Any, strategy: MeshConfig, mesh: Mesh) -> None:
     check(remat not in OFFLOADED, "model.remat", remat, nothing)
 
 
-def rests_on_host(moment: Any) -> bool:
+def is_on_host(moment: Any) -> bool:
     """Whether an array of the optimiser's state is moved: all but counters."""
     return moment.ndim > 0
 
 
-def place_on_host(rests: Any, state: Any) -> Any:
+def to_host(rests: Any, state: Any) -> Any:
     """The shardings ``rests`` of an optimiser's ``state``, its moments in the host's memory."""
     return jax.tree.map(
-        lambda a, rest: rest.with_memory_kind(HOST) if rests_on_host(a) else rest, state, rests
+        lambda a, rest: rest.with_memory_kind(HOST) if is_on_host(a) else rest, state, rests
     )
 
 
 def _to(space: Any):
     def move(state):
-        settled = settle(state) if space == jax.memory.Space.Host else state
-        return jax.tree.map(lambda a: jax.device_put(a, space) if rests_on_host(a) else a, settled)
+        settled = to_stored_sharding(state) if space == jax.memory.Space.Host else state
+        return jax.tree.map(lambda a: jax.device_put(a, space) if is_on_host(a) else a, settled)
 
     return move

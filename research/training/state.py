@@ -14,11 +14,11 @@ from layers.config import check
 from layers.decoder import DecoderConfig
 from layers.sharding import named_axes
 from research.parallel import shardings
-from research.parallel.rules import placed
-from research.parallel.zero import settle
+from research.parallel.rules import with_shardings
+from research.parallel.zero import to_stored_sharding
 from research.training import trainable
 from research.training.models import ModelConfig, build
-from research.training.offload import place_on_host
+from research.training.offload import to_host
 
 
 @jax.tree_util.register_dataclass
@@ -56,11 +56,11 @@ class TrainState:
         Each device updates the share whose moments it has.
         """
         params, fixed = trainable.split(self.model, patterns)
-        params: Any = settle(params)
+        params: Any = to_stored_sharding(params)
         updates, moments = optimizer.update(gradients, self.optimizer, params)
-        params = settle(optax.apply_updates(params, updates), split=stage == 3)
+        params = to_stored_sharding(optax.apply_updates(params, updates), split=stage == 3)
         model = trainable.join(params, fixed)
-        return TrainState(model, settle(moments), self.step + 1, self.key)
+        return TrainState(model, to_stored_sharding(moments), self.step + 1, self.key)
 
 
 def abstract_state(
@@ -95,9 +95,9 @@ def abstract_state(
     )
     model_rests = shardings(state.model, mesh, split=stage == 3)
     if offload:
-        moments = place_on_host(moments, state.optimizer)
+        moments = to_host(moments, state.optimizer)
     rests = dataclasses.replace(shardings(state, mesh), model=model_rests, optimizer=moments)
-    return placed(state, rests)
+    return with_shardings(state, rests)
 
 
 def _check_blocks(moments: Any, rests: Any) -> None:

@@ -105,7 +105,7 @@ def finish(gradients: Any, denominator: jax.Array, config: TrainingConfig) -> An
     One micro-batch's were divided in the backward pass already, where it costs nothing. Sums are
     divided after the reduction, which XLA would not recognise otherwise.
     """
-    gradients = zero.settle(gradients)
+    gradients = zero.to_stored_sharding(gradients)
     if config.gradient_accumulation == 1:
         return gradients
     return jax.tree.map(lambda g: g * (1 / denominator).astype(g.dtype), gradients)

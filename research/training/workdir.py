@@ -14,7 +14,7 @@ from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint
 from research.files import read_json, write_text
 from research.parallel import MeshConfig, make_mesh, shardings
-from research.parallel.rules import placed
+from research.parallel.rules import with_shardings
 from research.training import trainable
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
@@ -64,7 +64,7 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
 def _load_alone(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
     """What `save_model` wrote."""
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    wanted = {"model": placed(abstract, shardings(abstract, make_mesh(mesh)))}
+    wanted = {"model": with_shardings(abstract, shardings(abstract, make_mesh(mesh)))}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
         restored = checkpoints.restore(lambda position: wanted)

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from flax.core.spmd import logical_axis_rules
 from jax.sharding import PartitionSpec
 
-from layers.sharding import gather, place, spec
+from layers.sharding import gather, reshard, spec
 
 
 def test_without_rules_nothing_happens():
     x = jnp.ones((2, 3))
     assert spec("batch", None) is None
-    assert place(x, "batch", None) is x and gather(x, ("batch", None)) is x
+    assert reshard(x, "batch", None) is x and gather(x, ("batch", None)) is x
 
 
 def test_rules_name_mesh_axes():

@@ -147,7 +147,7 @@ elif what == "told":
     assert processes.first_failure("") == ""
     assert processes.same_everywhere(np.arange(3))
     assert not processes.same_everywhere(np.arange(3) + me)
-    processes.meet()
+    processes.barrier()
 elif what == "late":  # a process that is slow is not lost
     if me == 1:
         time.sleep(15)
