@@ -127,7 +127,7 @@ def import_small_model() -> None:
     import_directory(theirs, Path("runs/qwen3"))
 
 
-SLOW = ("README.md", "models.md")  # these train
+SLOW = ("README.md", "models.md", "training.md")  # these train
 
 
 @pytest.mark.parametrize(
@@ -143,5 +143,6 @@ def test_code_runs(page, reader):
         pytest.skip("requires the TPU compiler")
     if page.name == "models.md":
         import_small_model()
+    names = {"__name__": "page"}  # a page is read, and runs, from top to bottom
     for text in blocks(page, "python"):
-        exec(compile(text, page.name, "exec"), {"__name__": "block"})
+        exec(compile(text, page.name, "exec"), names)
