@@ -20,7 +20,8 @@ from jaxlib.xla_client import CompileOptions  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 # Compiling is most of the time, and how good the code is that XLA makes for the CPU is not tested.
-HASTE = "--xla_backend_optimization_level=0"
+# One part a program: with several workers there is no core that could compile another part.
+HASTE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 
 
 def compile_in_haste() -> None:

@@ -76,7 +76,7 @@ def language_model(scale: str) -> Any:
     training.optimizer.warmup_steps = max(1, steps // 20)
     training.eval_batches = 2 if scale == "smoke" else 16
     training.eval_every = max(1, steps // 4)
-    training.checkpoint_every = max(1, steps // 4)
+    training.checkpoint_every = max(2, steps // 4)
     return config
 
 

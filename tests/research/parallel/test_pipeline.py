@@ -60,10 +60,13 @@ def found(mesh, config):
         assert up.sharding.shard_shape(up.shape)[0] == layers // mesh.shape["stage"]
     with use_mesh(mesh):
         objective = NextToken(1e-3)
-        value = jax.jit(jax.value_and_grad(lambda m, b: objective(m, b).total / 512))
-        rows = shard_batch(batch, mesh, config)
-        loss, gradients = value(model, rows)
-        sums = jax.jit(lambda m, b: objective(m, b).reported)(model, rows)
+
+        def loss_and_sums(model, batch):
+            found = objective(model, batch)
+            return found.total / 512, found.reported
+
+        value = jax.jit(jax.value_and_grad(loss_and_sums, has_aux=True))
+        (loss, sums), gradients = value(model, shard_batch(batch, mesh, config))
     rests = jax.tree.leaves(shardings(gradients, mesh))
     for a, s in zip(jax.tree.leaves(gradients), rests, strict=True):
         assert mesh.size == 1 or a.sharding.is_equivalent_to(s, a.ndim), (a.sharding, s)

@@ -44,7 +44,7 @@ def found(mesh, config):
 
 split = dict(data=1, fsdp=2, tensor=4)
 for config, meshes in (
-    (MODEL, (dict(data=8), split, dict(data=2, sequence=2, tensor=2))),
+    (MODEL, (split, dict(data=2, sequence=2, tensor=2))),
     (GROUPS, (split,)),
 ):
     want = found(make_mesh(MeshConfig(), jax.devices()[:1]), config)

@@ -52,6 +52,9 @@ else:
 
 want, reference = curve(MeshConfig(data=1), devices=jax.devices()[:1])
 reference = [np.asarray(a) for a in jax.tree.leaves(reference)]
+OTHER_SIZES = [s for s in itertools.product((1, 2, 4), repeat=4)
+               if math.prod(s) == 8 and 4 in s and s.index(4) < s.index(2)]
+assert len(OTHER_SIZES) == 6
 assert want[2] < want[0], want
 optimizer = make_optimizer(TRAINING.optimizer, TRAINING.steps)
 
@@ -77,10 +80,12 @@ def state_rests(model, mesh):
 
 shapes = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) == 8]
 assert len(shapes) == 20
-for data, fsdp, sequence, tensor in shapes[PART::4]:
+# every set of axes once; their other sizes are among the slow tests
+shapes.sort(key=lambda s: s in OTHER_SIZES)
+for data, fsdp, sequence, tensor in shapes[PART]:
     config = MeshConfig(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
     runs = [TRAINING]
-    if (data, fsdp, sequence, tensor) in ((2, 2, 1, 2), (1, 2, 2, 2), (1, 4, 2, 1)):
+    if (data, fsdp, sequence, tensor) in ((2, 2, 1, 2), (1, 2, 2, 2), (1, 2, 4, 1)):
         runs.append(dataclasses.replace(TRAINING, gradient_accumulation=2))
     for training in runs:
         got, model = curve(config, training)
@@ -97,6 +102,6 @@ print("passed")
 )
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [":7", "7:14", pytest.param("14:", marks=pytest.mark.slow)])
 def test_every_mesh_of_eight_devices_trains_alike(run_script, part):
-    assert run_script(ALL_MESHES.replace("PART", str(part))).endswith("passed\n")
+    assert run_script(ALL_MESHES.replace("PART", part)).endswith("passed\n")

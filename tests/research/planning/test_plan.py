@@ -187,7 +187,7 @@ def test_a_tpu_holds_of_activations_what_remat_says():
 
 
 def test_8bit_moments_are_a_quarter_and_the_update_makes_no_others():
-    model = dataclasses.replace(MODEL, width=1024, mlp=MlpConfig(4096), remat="full", scan=True)
+    model = dataclasses.replace(MODEL, width=512, mlp=MlpConfig(2048), remat="full", scan=True)
     full, packed = (
         plan(
             dataclasses.replace(

@@ -58,7 +58,10 @@ def test_a_program_has_its_text_also_where_its_lookup_goes_to_a_sparsecore():
     assert "s32[65536]" in text and "s32[65536]" in str(compiled.as_text())
 
 
-@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "slice_name",
+    ["v5e:2x2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("v5p:2x2x1", "v6e:2x2"))],
+)
 def test_a_sharded_training_step_holds_the_kernels(slice_name):
     """Forward, dQ and dK/dV run on each chip's own heads and rows: none is left to XLA."""
     mesh = topology_mesh(slice_name, MeshConfig(data=1, fsdp=2, tensor=2))

@@ -151,17 +151,17 @@ from tests.research.training.test_objectives import Preference, batch, close, gr
 
 rows = batch.__wrapped__()
 policy, reference = make(0), make(1)
-for objective in (Preference(), NextToken(0.1)):
+MESHES = (
+    (dict(data=2, fsdp=2, tensor=2), 2, 4),
+    (dict(data=2, fsdp=4), 3, 2),
+    (dict(data=1, fsdp=4, sequence=2), 1, 2),
+)
+for objective, meshes in ((Preference(), MESHES), (NextToken(0.1), MESHES[:1])):
     def of(parts, stage, *arguments):
         training = TrainingConfig(steps=1, gradient_accumulation=parts)
         return gradients_of(training, objective, stage)(*arguments)[0]
     want = of(1, 3, policy, rows, reference)
-    for axes, stage, parts in (
-        (dict(data=2, fsdp=4), 3, 2),
-        (dict(data=2, fsdp=2, tensor=2), 2, 4),
-        (dict(data=1, fsdp=4, sequence=2), 1, 2),
-        (dict(data=4, fsdp=2), 1, 2),
-    ):
+    for axes, stage, parts in meshes:
         mesh = make_mesh(MeshConfig(**axes, zero=stage))
         rests = shardings(policy, mesh, split=stage == 3)
         model = jax.device_put(policy, rests)
