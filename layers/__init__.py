@@ -1,1 +1,1 @@
-"""What function? Pure functions of arrays, each beside the thin `nnx.Module` with its weights."""
+"""Layers: pure functions of arrays, each with a thin `nnx.Module` that declares its parameters."""

@@ -10,10 +10,10 @@ import numpy as np
 
 
 def slopes(num_heads: int) -> np.ndarray:
-    """Slopes ``m_h``, float32 ``[h]``: ``2^(−8(h+1)/n)`` for ``n`` a power of two (§3).
+    """The slopes ``m_h``, float32 ``[h]``: ``2^(−8(h+1)/n)`` if ``n`` is a power of two (§3).
 
-    For other ``n``, those of the power of two below, then every other slope of the one above, as
-    the authors' code and BLOOM do.
+    For other ``n``: the slopes of the next lower power of two, then every other slope of the next
+    higher one, as in the authors' code and BLOOM.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     values = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]

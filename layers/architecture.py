@@ -1,4 +1,4 @@
-"""What a decoder is made of: every choice in one dataclass, checked against one another."""
+"""The configuration of a decoder: all choices in one dataclass, which checks them together."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
-# name → the field of the configuration that it needs
+# name → the field of `DecoderConfig` that it requires
 MIXERS = {
     "attention": "attention",
     "sliding": "attention",
@@ -28,12 +28,12 @@ MIXERS = {
 }
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
-# what a block makes that is as wide as the model or its heads, by the names of `layers.hooks`
+# the taps (`layers.hooks`) in a block whose activations are as wide as the model or its heads
 NARROW = (
     "attention.query", "attention.key", "attention.value", "mixer.output", "mlp.output",
 )  # fmt: skip
 _POLICIES = jax.checkpoint_policies
-# name → policy of jax.checkpoint; "none" keeps every activation
+# name → policy of jax.checkpoint; "none" stores every activation
 REMAT = {
     "none": None,
     "full": _POLICIES.nothing_saveable,
@@ -53,51 +53,53 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model: what it computes, and how.
+    """The configuration of a decoder-only language model.
 
-    Norms, softmax and logits are float32 whatever ``dtype`` is. Weights are initialised by their
-    fan-in, residual outputs by ``1/sqrt(2·num_layers)`` more (GPT-2, §2.3).
+    Norms, softmax and logits are float32 for every ``dtype``. Weights are initialised by their
+    fan-in; the projections that add to the residual also by ``1/sqrt(2·num_layers)`` (GPT-2, §2.3).
     """
 
     vocab_size: int
     width: int
     num_layers: int
-    # The parts that layers of the pattern are made of; None where no layer needs them.
+    # The configurations of mixers and feed-forward layers; None if no layer requires it.
     attention: AttentionConfig | None = None
     mlp: MlpConfig | None = None  # its width is also the hidden size of RWKV's channel-mix
     latent: LatentConfig | None = None
     mamba: MambaConfig | None = None
     rwkv: RwkvConfig | None = None
     moe: MoeConfig | None = None
-    # The sequence mixer of each layer in turn (`MIXERS`), repeated to num_layers: "attention" sees
-    # everything before, "sliding" the last attention.window tokens, "latent" everything before
-    # through keys and values of low rank (DeepSeek); the others a state of fixed size.
+    # The mixers of consecutive layers (`MIXERS`), repeated up to num_layers. "attention" sees all
+    # earlier tokens, "sliding" the last attention.window tokens, "latent" all earlier tokens
+    # through keys and values of low rank (DeepSeek). The others have a state of fixed size.
     pattern: tuple[str, ...] = ("attention",)
-    # The layer after each mixer (`FEED_FORWARDS`): one for each of the pattern, or one for all.
+    # The feed-forward layers (`FEED_FORWARDS`): one for each mixer of pattern, or one for all.
     feed_forward: tuple[str, ...] = ("mlp",)
-    # How positions enter (`POSITIONS`): "rotary" and "alibi" in attention, the others once, added
-    # to the embeddings.
+    # How positions are encoded (`POSITIONS`): "rotary" and "alibi" in attention, "learned" and
+    # "sinusoidal" by a sum with the embeddings.
     position: str = "rotary"
     rotary: RotaryConfig = RotaryConfig()
-    # Of sliding layers (Gemma 3); None: as the others.
+    # The rotation of sliding layers (Gemma 3); None: `rotary`.
     sliding_rotary: RotaryConfig | None = None
-    # Rows of the learned position table; nothing else limits the length.
+    # The number of learned positions; other encodings do not limit the length.
     max_length: int | None = None
     norm: str = "rmsnorm"  # of `NORMS`
     norm_eps: float = 1e-6
     norm_bias: bool = False
-    # "pre" (GPT-2, Llama), "post" (Vaswani 2017), "both" (Gemma 2), or "output", of what a layer
-    # adds to the residual (OLMo 2).
+    # "pre" (GPT-2, Llama), "post" (Vaswani 2017), "both" (Gemma 2), or "output": the norm of what
+    # a layer adds to the residual (OLMo 2).
     norm_position: str = "pre"
-    # Mixer and feed-forward layer read the same input and are added together (GPT-J, GPT-NeoX) …
+    # True: mixer and feed-forward layer have the same input, and both outputs are added to it
+    # (GPT-J, GPT-NeoX).
     parallel_residual: bool = False
-    # … normalised once for both (GPT-J), or by a norm each (GPT-NeoX).
+    # With parallel_residual. True: one norm for both (GPT-J). False: one norm each (GPT-NeoX).
     shared_norm: bool = True
-    # A norm of the embeddings themselves (BLOOM, RWKV).
+    # True: embeddings are normalised (BLOOM, RWKV).
     embedding_norm: bool = False
-    # Logits are products with the embedding table; False: with a head of their own.
+    # True: logits are products with the embedding table. False: with a separate head.
     tie_embeddings: bool = True
-    # Numbers that the head gives for each token in place of logits: 1 for a reward or value model.
+    # The number of outputs of the head for each token, instead of logits: 1 for a reward or value
+    # model.
     outputs: int | None = None
     # Multiplies embeddings (Gemma).
     embedding_scale: float | None = None
@@ -105,18 +107,18 @@ class DecoderConfig:
     logit_cap: float | None = None
     # Standard deviation of initial embeddings.
     init_std: float = dataclasses.field(default=0.02, metadata=TRAINING)
-    # How often a batch goes round the stages of a pipeline (`layers.pipeline`) …
+    # The number of circuits of a pipeline (`layers.pipeline`).
     circuits: int = dataclasses.field(default=1, metadata=EXECUTION)
-    # … and in how many parts; None without stages.
+    # The number of micro-batches of a pipeline; None without stages.
     microbatches: int | None = dataclasses.field(default=None, metadata=EXECUTION)
-    # True: layers are stacked and scanned, one body is compiled. False: a list of layers, each
-    # compiled; faster on CPUs and in decoding.
+    # True: layers are stacked and scanned; one body is compiled. False: layers are a list; each is
+    # compiled, which is faster on CPUs and in decoding.
     scan: bool = dataclasses.field(default=True, metadata=EXECUTION)
-    # What is kept for the backward pass; the rest is computed again. "none": all is kept. "dots":
-    # every product with a weight; attention, norms and activations are computed again. "narrow":
-    # queries, keys, values and what mixers and MLPs add to the residual; the MLP's hidden layer,
-    # most of "dots", is computed again too. "full": the input of each repeat of the pattern.
-    # "dots_offload" and "full_offload" keep theirs in the host's memory.
+    # What is stored for the backward pass; everything else is recomputed. "none": all activations.
+    # "dots": every product with a weight; attention, norms and activation functions are
+    # recomputed. "narrow": queries, keys, values and what mixers and MLPs add to the residual; the
+    # MLP's hidden units, the largest part of "dots", are recomputed too. "full": the input of each
+    # repeat of the pattern. "dots_offload" and "full_offload" store in the host's memory.
     remat: str = dataclasses.field(default="none", metadata=EXECUTION)
     dtype: str = dataclasses.field(default="float32", metadata=PRECISION)  # of computation
     param_dtype: str = dataclasses.field(default="float32", metadata=PRECISION)  # of storage
@@ -148,7 +150,9 @@ class DecoderConfig:
             self.circuits,
             f"must divide the pattern's {self.repeats} repeats",
         )
-        check(self.scan or self.circuits == 1, "circuits", self.circuits, "must be 1: scan=False")
+        check(
+            self.scan or self.circuits == 1, "circuits", self.circuits, "must be 1 with scan=False"
+        )
         if self.outputs is not None:
             check(not self.tie_embeddings, "tie_embeddings", True, "must be False with outputs")
             check(self.logit_cap is None, "logit_cap", self.logit_cap, "must be None with outputs")
@@ -160,52 +164,52 @@ class DecoderConfig:
         )
         for i, kind in enumerate(self.feed_forward):
             check_choice(f"feed_forward[{i}]", kind, FEED_FORWARDS)
-        needed = {MIXERS[kind]: kind for kind in self.pattern}
-        needed |= {FEED_FORWARDS[kind]: kind for kind in self.feed_forward}
-        for name, kind in needed.items():
-            given = name is None or getattr(self, name) is not None
-            check(given, str(name), None, f"the {kind!r} layers need it")
+        required = {MIXERS[kind]: kind for kind in self.pattern}
+        required |= {FEED_FORWARDS[kind]: kind for kind in self.feed_forward}
+        for name, kind in required.items():
+            present = name is None or getattr(self, name) is not None
+            check(present, str(name), None, f"is required by {kind!r} layers")
         check(
             self.position != "learned" or self.max_length is not None,
             "max_length",
             None,
-            "learned positions need it",
+            "is required by position='learned'",
         )
         check(
             self.position != "sinusoidal" or self.width % 2 == 0,
             "width",
             self.width,
-            "sinusoidal positions need an even one",
+            "must be even with position='sinusoidal'",
         )
         check(
             not self.norm_bias or self.norm == "layernorm",
             "norm_bias",
             self.norm_bias,
-            "only layernorm has one",
+            "requires norm='layernorm'",
         )
         check(
             not self.parallel_residual or self.norm_position in ("pre", "both"),
             "parallel_residual",
             True,
-            "needs norm_position=pre or both",
+            "requires norm_position='pre' or 'both'",
         )
         check(
             self.shared_norm or self.parallel_residual,
             "shared_norm",
             False,
-            "only with parallel_residual is there a norm to share",
+            "requires parallel_residual=True",
         )
         check(
             self.sliding_rotary is None or "sliding" in self.pattern,
             "sliding_rotary",
             self.sliding_rotary,
-            "no layer of pattern is sliding",
+            "requires a 'sliding' layer in pattern",
         )
         check(
             "latent" not in self.pattern or self.position == "rotary",
             "position",
             self.position,
-            "must be rotary: latent attention has no other",
+            "must be 'rotary' with 'latent' layers",
         )
         if self.attention is not None:
             self._check_attention(self.attention)
@@ -221,7 +225,9 @@ class DecoderConfig:
             sliding == (window is not None),
             "attention.window",
             window,
-            "the pattern's sliding layers need it" if sliding else "no layer of pattern is sliding",
+            "is required by 'sliding' layers"
+            if sliding
+            else "requires a 'sliding' layer in pattern",
         )
         try:
             channels = attention.channels(self.width)
@@ -233,23 +239,23 @@ class DecoderConfig:
                 rotated_channels(channels, self.sliding_rotary.fraction)
 
     def part(self, name: str) -> Any:
-        """The configuration of ``attention``, ``mlp``, …; `ConfigError` if the model has none."""
-        found = getattr(self, name)
-        check(found is not None, name, None, "this model has none")
-        return found
+        """The field ``name`` (``attention``, ``mlp``, …); raises `ConfigError` if it is None."""
+        value = getattr(self, name)
+        check(value is not None, name, None, "this model has none")
+        return value
 
     @property
     def layers(self) -> tuple[tuple[str, str], ...]:
         """The pattern's (mixer, feed-forward) pairs."""
-        each = self.feed_forward * (len(self.pattern) // len(self.feed_forward))
-        return tuple(zip(self.pattern, each, strict=True))
+        feed_forward = self.feed_forward * (len(self.pattern) // len(self.feed_forward))
+        return tuple(zip(self.pattern, feed_forward, strict=True))
 
     @property
     def repeats(self) -> int:
         return self.num_layers // len(self.pattern)
 
     def locate(self, layer: int) -> tuple[int, int | None]:
-        """Which of a decoder's ``blocks`` holds ``layer``, and its row if blocks are stacked."""
+        """The index of ``layer`` in ``Decoder.blocks``, and its row if blocks are stacked."""
         if not self.scan:
             return layer, None
         repeat, p = divmod(layer, len(self.pattern))

@@ -1,4 +1,4 @@
-"""Attention: multi-head, grouped-query and multi-query in one function, and the layer around it.
+"""Multi-head, grouped-query and multi-query attention: the function and its layer.
 
 Multi-head attention (Vaswani 2017, eq. 1) when ``k == h``; multi-query (Shazeer 2019) when
 ``k == 1``; grouped-query (Ainslie 2023, arXiv:2305.13245) between.
@@ -32,7 +32,7 @@ def attention(
 ) -> jax.Array:
     """``softmax(q kᵀ / √c) v`` (Vaswani 2017, eq. 1) over the keys that ``mask`` lets a query see.
 
-    This is the equation, with every score in memory, on one device; the layer runs its fused form,
+    This is the equation on one device, with all scores in memory. The layer calls its fused form,
     `pallas_kernels.flash_attention`. ``options`` are those of `attention_weights`.
     """
     weights_bhts = attention_weights(q_bthc, k_bskc, mask, **options)
@@ -51,34 +51,35 @@ def attention_weights(
 ) -> jax.Array:
     """The softmax's weights ``[b, h, t, s]``, float32 (float64 if ``q`` is).
 
-    ``scale``: of scores, default ``1 / √c``. ``alibi_slopes_h``: subtracts ``slope · distance``
-    (ALiBi). ``soft_cap``: ``cap · tanh(score / cap)`` (Gemma 2). ``sinks_h``: a logit a head that
-    joins the denominator and has no value (gpt-oss). A query that sees nothing has weights of 0.
+    ``scale``: of scores, default ``1 / √c``. ``alibi_slopes_h``: ``slope · distance`` is subtracted
+    from scores (ALiBi). ``soft_cap``: scores are ``cap · tanh(score / cap)`` (Gemma 2).
+    ``sinks_h``: one logit for each head, which is added to the denominator and has no value
+    (gpt-oss). A query that sees no key has weights of 0.
     """
     (b, t, h, c), (s, k) = q_bthc.shape, k_bskc.shape[1:3]
-    exact = jnp.promote_types(jnp.float32, q_bthc.dtype)
-    # scores: query heads in k groups, each of which shares one key head
+    score_dtype = jnp.promote_types(jnp.float32, q_bthc.dtype)
+    # scores: query heads are in k groups; each group shares one key head
     q_btkgc = q_bthc.reshape(b, t, k, h // k, c)
-    scores = jnp.einsum("btkgc,bskc->bkgts", q_btkgc, k_bskc, preferred_element_type=exact)
+    scores = jnp.einsum("btkgc,bskc->bkgts", q_btkgc, k_bskc, preferred_element_type=score_dtype)
     scores_bhts = scores.reshape(b, h, t, s) * (c**-0.5 if scale is None else scale)
     if alibi_slopes_h is not None:
         scores_bhts -= jnp.asarray(alibi_slopes_h)[:, None, None] * mask.distance(t, s)[:, None]
     if soft_cap is not None:
         scores_bhts = soft_cap * jnp.tanh(scores_bhts / soft_cap)
     # mask
-    seen = mask.visible(t, s)[:, None]
-    scores_bhts = jnp.where(seen, scores_bhts, -jnp.inf)
-    # softmax, less the maximum: exp does not overflow
-    sink = -jnp.inf if sinks_h is None else sinks_h.astype(exact)[:, None, None]
-    top = jnp.maximum(jnp.max(scores_bhts, axis=-1, keepdims=True), sink)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-    weights_bhts = jnp.exp(scores_bhts - top)
-    total = jnp.sum(weights_bhts, axis=-1, keepdims=True) + jnp.exp(sink - top)
+    visible = mask.visible(t, s)[:, None]
+    scores_bhts = jnp.where(visible, scores_bhts, -jnp.inf)
+    # softmax; the maximum is subtracted so that exp does not overflow
+    sink = -jnp.inf if sinks_h is None else sinks_h.astype(score_dtype)[:, None, None]
+    maximum = jnp.maximum(jnp.max(scores_bhts, axis=-1, keepdims=True), sink)
+    maximum = jax.lax.stop_gradient(jnp.where(jnp.isfinite(maximum), maximum, 0))
+    weights_bhts = jnp.exp(scores_bhts - maximum)
+    total = jnp.sum(weights_bhts, axis=-1, keepdims=True) + jnp.exp(sink - maximum)
     return weights_bhts / jnp.where(total > 0, total, 1)
 
 
 def weighted_sum(weights_bhts: jax.Array, v_bskc: jax.Array) -> jax.Array:
-    """``Σ_s weights · v`` as ``[b, t, h, c]`` in ``v``'s dtype; heads in groups as the scores."""
+    """``Σ_s weights · v``: ``[b, t, h, c]`` in ``v``'s dtype; heads are grouped as in scores."""
     b, h, t, s = weights_bhts.shape
     k, c = v_bskc.shape[2:]
     weights_bkgts = weights_bhts.reshape(b, k, h // k, t, s)
@@ -90,15 +91,15 @@ def weighted_sum(weights_bhts: jax.Array, v_bskc: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """One attention layer.
+    """The configuration of attention layers.
 
     ``num_kv_heads`` None: as many as ``num_heads``. ``head_dim`` None: width / num_heads.
-    ``window``: reach of the pattern's ``"sliding"`` layers, in tokens, the query's own included.
-    ``soft_cap``, ``sinks``, ``scale``: see `attention`. ``qk_norm``: RMSNorm of queries and keys
-    over each head's channels (Henry 2020; Qwen3), ``qk_norm_across_heads``: over those of all heads
-    together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
+    ``window``: the number of tokens that a query of a ``"sliding"`` layer sees, itself included.
+    ``soft_cap``, ``sinks``, ``scale``: see `attention_weights`. ``qk_norm``: RMSNorm of queries and
+    keys over each head's channels (Henry 2020; Qwen3); ``qk_norm_across_heads``: over the channels
+    of all heads together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform. ``context``:
-    how queries meet keys on a mesh that shards time, one of `layers.context_parallel.CONTEXTS`.
+    the algorithm where time is sharded, one of `layers.context_parallel.CONTEXTS`.
     """
 
     num_heads: int
@@ -132,7 +133,7 @@ class AttentionConfig:
             self.qk_norm or not self.qk_norm_across_heads,
             "qk_norm_across_heads",
             self.qk_norm_across_heads,
-            "qk_norm is off",
+            "requires qk_norm=True",
         )
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
@@ -142,20 +143,20 @@ class AttentionConfig:
         return self.num_kv_heads or self.num_heads
 
     def channels(self, width: int) -> int:
-        """Channels of a head in a model of ``width``; raises `ConfigError` if they don't divide."""
+        """The channels of a head; raises `ConfigError` if ``num_heads`` does not divide width."""
         if self.head_dim is not None:
             return self.head_dim
         heads = self.num_heads
-        check(width % heads == 0, "num_heads", heads, f"must divide width={width}, or set head_dim")
+        check(width % heads == 0, "num_heads", heads, f"must divide width={width} without head_dim")
         return width // heads
 
 
 class Attention(nnx.Module):
-    """Projections, positions, `attention`, output projection: one sequence mixer.
+    """A sequence mixer: projections, position encoding, `attention`, output projection.
 
-    ``sliding`` limits the reach to ``config.window`` and makes the cache roll; ``rotary_config``
-    and ``use_alibi`` say how positions enter, if they do; ``qk_norm`` which RMSNorm queries and
-    keys have, if any.
+    ``sliding``: a query sees ``config.window`` tokens, and the cache is rolling. ``rotary_config``,
+    ``use_alibi``: how positions are encoded. ``qk_norm``: the kind of RMSNorm of queries and keys,
+    if ``config.qk_norm``.
     """
 
     def __init__(
@@ -175,7 +176,9 @@ class Attention(nnx.Module):
     ):
         h, k, c = config.num_heads, config.kv_heads, config.channels(width)
         if sliding:
-            check(config.window is not None, "attention.window", None, "a sliding layer needs it")
+            check(
+                config.window is not None, "attention.window", None, "is required by sliding layers"
+            )
         if rotary_config is not None:
             rotated_channels(c, rotary_config.fraction)
         self.config, self.rotary_config, self.use_alibi = config, rotary_config, use_alibi
@@ -232,7 +235,7 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds."""
+        """Mix tokens along time; with a state, these tokens follow those that it holds."""
         tap, state, (b, t) = context.tap, context.state, x_btd.shape[:2]
         q, k, v = self.query(x_btd), self.key(x_btd), self.value(x_btd)
         if self.query_norm is not None and self.key_norm is not None:
@@ -279,9 +282,9 @@ def observed_attention(
     sinks_h: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`attention` on whatever mesh is in force, its weights shown to ``tap``.
+    """`attention` on the current mesh; its weights pass through ``tap``.
 
-    Takes the square of the length in memory, and every device has all keys.
+    Its memory grows with the square of the length, and keys are not sharded over time.
     """
     row, k_row = ("batch", "time"), ("batch", None)
     q_axes, k_axes = (*row, "heads", None), (*k_row, "kv_heads", None)

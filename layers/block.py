@@ -22,7 +22,7 @@ from layers.rwkv7 import Rwkv7
 
 
 class BlockState(NamedTuple):
-    """What one layer remembers; None where its feed-forward layer remembers nothing."""
+    """The states of a layer's mixer and feed-forward layer; None if that has no state."""
 
     mixer: Any
     feed_forward: Any
@@ -31,7 +31,7 @@ class BlockState(NamedTuple):
 class Block(nnx.Module):
     """A mixer and a feed-forward layer, each with its norms and residual connection.
 
-    ``at`` is its place in the stack, which RWKV's initial values depend on.
+    ``at``: the index of the layer in the stack; initial values of RWKV depend on it.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Block(nnx.Module):
         self.mlp: Any = _make_feed_forward(config, feed_forward, at, options)
         self.norm_position = config.norm_position
         self.parallel = config.parallel_residual
-        has_mlp, norms = self.mlp is not None, config.norm_position
+        has_mlp, position = self.mlp is not None, config.norm_position
         shared_norm = self.parallel and config.shared_norm
 
-        def norm(there: bool) -> Any:
-            return make_norm(config) if there else None
+        def norm(present: bool) -> Any:
+            return make_norm(config) if present else None
 
-        # of what a layer reads ("post": of the residual behind it), and of what it adds
-        reads, adds = norms != "output", norms in ("both", "output")
-        self.mixer_norm = norm(reads)
-        self.mlp_norm = norm(reads and has_mlp and not shared_norm)
-        self.mixer_post_norm = norm(adds)
-        self.mlp_post_norm = norm(adds and has_mlp)
+        # norms of a layer's input ("post": of the residual after it), and of its output
+        of_input, of_output = position != "output", position in ("both", "output")
+        self.mixer_norm = norm(of_input)
+        self.mlp_norm = norm(of_input and has_mlp and not shared_norm)
+        self.mixer_post_norm = norm(of_output)
+        self.mlp_post_norm = norm(of_output and has_mlp)
 
     def init_state(self, batch: int, max_length: int, dtype) -> BlockState:
         """The empty state for ``max_length`` tokens."""
@@ -69,11 +69,11 @@ class Block(nnx.Module):
         )
 
     def init_shared(self, x_btd: jax.Array) -> dict[str, Any]:
-        """What `Context.shared` begins with for this layer's sake."""
+        """The initial entries of `Context.shared` that this layer requires."""
         return self.mixer.init_shared(x_btd) if hasattr(self.mixer, "init_shared") else {}
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """``context.state`` is a `BlockState` or None."""
+        """The residual after this layer, and the context; its state is a `BlockState` or None."""
         mixer_state, mlp_state = (None, None) if context.state is None else context.state
         has_state, tap = context.state is not None, context.tap
 
@@ -95,13 +95,13 @@ class Block(nnx.Module):
         if self.parallel:
             x = self._parallel(x, mix, feed)
         else:
-            x = tap("residual.middle", self._mixed(x, mix))
+            x = tap("residual.middle", self._add_mixer(x, mix))
             if self.mlp is not None:
-                x = self._fed(x, feed)
+                x = self._add_feed_forward(x, feed)
         state = BlockState(mixer_state, mlp_state) if has_state else None
         return x, context.replace(state=state)
 
-    def _mixed(self, x, mix):
+    def _add_mixer(self, x, mix):
         if self.norm_position == "pre":
             return x + mix(self.mixer_norm(x))
         if self.norm_position == "post":
@@ -111,7 +111,7 @@ class Block(nnx.Module):
         assert self.norm_position == "output"
         return x + self.mixer_post_norm(mix(x))
 
-    def _fed(self, x, feed):
+    def _add_feed_forward(self, x, feed):
         if self.norm_position == "pre":
             return x + feed(self.mlp_norm(x))
         if self.norm_position == "post":
@@ -178,12 +178,12 @@ def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dic
 
 
 def dtypes(config: DecoderConfig) -> dict[str, Any]:
-    """The configuration's ``dtype`` and ``param_dtype`` as layers take them."""
+    """``dtype`` and ``param_dtype`` of ``config`` as keyword arguments of layers."""
     return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
 def make_norm(config: DecoderConfig) -> Norm:
-    """The stack's norm over ``width`` features."""
+    """The norm that ``config`` selects, over ``width`` features."""
     return Norm(
         config.norm,
         config.width,

@@ -1,8 +1,8 @@
-"""Frozen dataclasses as configuration: built from plain mappings, validated field by field.
+"""Configurations: frozen dataclasses that are made from mappings and check their fields.
 
-Every configuration in the house is a frozen dataclass whose ``__post_init__`` calls `check`.
-`from_mapping` is the one door through which ``ml_collections`` values (or parsed JSON) become
-dataclasses, so an unknown name or a wrong type is reported once, in one form, before any compile.
+The ``__post_init__`` of every configuration calls `check`. Only `from_mapping` makes dataclasses
+from ``ml_collections`` values or parsed JSON; it reports unknown names and wrong types, in one
+form, before anything compiles.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from pallas_kernels.names import one_of, suggest
 
 T = TypeVar("T")
 
-# What a field of a configuration decides, where it is not what is computed: its metadata.
-EXECUTION = {"decides": "execution"}  # how: may change from one start of a run to the next
-PRECISION = {"decides": "precision"}  # in how many bits
-TRAINING = {"decides": "training"}  # initial values and losses of training alone
+# Metadata of the fields that do not decide which function a model computes.
+EXECUTION = {"decides": "execution"}  # execution-only: may change when a run is resumed
+PRECISION = {"decides": "precision"}  # dtypes
+TRAINING = {"decides": "training"}  # initial values, and losses that only training has
 
 
 def decides(config: Any, *kinds: Mapping[str, str]) -> Iterator[str]:
@@ -32,17 +32,17 @@ def decides(config: Any, *kinds: Mapping[str, str]) -> Iterator[str]:
 
 
 class ConfigError(ValueError):
-    """A configuration value that cannot be used; the message is one line naming the field."""
+    """A value of a configuration is not allowed; the message is one line that names the field."""
 
 
 def check(condition: bool, field: str, value: Any, allowed: str) -> None:
-    """Raise `ConfigError` naming ``field``, ``value`` and what is ``allowed`` unless it holds."""
+    """Raise `ConfigError`, ``field=value: allowed``, unless ``condition`` holds."""
     if not condition:
         raise ConfigError(f"{field}={value!r}: {allowed}")
 
 
 def check_choice(field: str, value: Any, choices: typing.Iterable[str]) -> None:
-    """Raise `ConfigError` unless ``value`` is one of ``choices``; a near miss is suggested."""
+    """Raise `ConfigError` unless ``value`` is one of ``choices``; suggests a similar one."""
     choices = tuple(choices)
     if value not in choices:
         raise ConfigError(f"{field}={value!r}: must be {one_of(value, choices)}")
@@ -57,7 +57,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
       path: dotted prefix used in error messages, e.g. ``"model"``.
 
     Raises:
-      ConfigError: unknown field, missing field, wrong type, or a value ``cls`` refuses.
+      ConfigError: unknown field, missing field, wrong type, or a value that ``cls`` does not allow.
     """
     prefix = f"{path}." if path else ""
     if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
@@ -80,7 +80,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as ``hint`` asks (int → float and list → tuple only), or `ConfigError`."""
+    """``value`` as type ``hint`` (converts int → float and list → tuple), or a `ConfigError`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -111,7 +111,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = origin or hint
-    # bool is an int to Python, but `steps=True` is a mistake
+    # in Python a bool is an int, but `steps=True` is a mistake
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{path}={value!r}: must be {_spell(hint)}, not {type(value).__name__}")
     return value

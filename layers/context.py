@@ -1,4 +1,4 @@
-"""What a layer of the stack is handed beside its input, and what it hands back with its output."""
+"""`Context`: what a layer is given besides its input, and returns besides its output."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from pallas_kernels.mask import CAUSAL, Mask
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Every layer is called as ``y_btd, context = layer(x_btd, context)``.
+    """What a layer is given besides its input: ``y_btd, context = layer(x_btd, context)``.
 
-    ``mask``: who sees whom among these tokens; its positions of −1 are padding. ``positions``: what
-    rotations turn by, default the mask's positions (multimodal models rotate by others).
-    ``state``: what this layer remembers of the tokens before; None if there are none.
-    ``key``: of what is random in training; None: nothing is. ``layer``: its number in the stack,
-    which may be traced. ``shared``: what layers hand to later ones, by name; one family's special
-    needs go here. A layer returns the context with its new ``state``, what it changed of
-    ``shared``, and its ``report`` (a mixture's `layers.moe.RouterStats`).
+    ``mask``: who sees whom among these tokens; its positions of −1 are padding. ``positions``:
+    those of rotary embeddings, default the mask's positions (multimodal models have others).
+    ``state``: what this layer remembers of earlier tokens; None if there are none. ``key``: for
+    random numbers in training; None: nothing is random. ``layer``: its index in the stack, which
+    may be traced. ``shared``: name → an array that a layer passes to later layers; what only one
+    model family requires is here. A layer returns the context with its new ``state``, its changes
+    of ``shared``, and its ``report`` (`layers.moe.RouterStats` of a mixture of experts).
     """
 
     mask: Mask = CAUSAL
@@ -34,14 +34,14 @@ class Context:
     report: Any = None
 
     @classmethod
-    def of_tokens(cls, positions_bt=None, segments_bt=None, until_bt=None, **rest) -> "Context":
-        """The context of tokens that see one another."""
-        return cls(mask=Mask.of_tokens(positions_bt, segments_bt, until_bt), **rest)
+    def of_tokens(cls, positions_bt=None, segments_bt=None, until_bt=None, **fields) -> "Context":
+        """The context of tokens that see one another; ``fields`` are its other fields."""
+        return cls(mask=Mask.of_tokens(positions_bt, segments_bt, until_bt), **fields)
 
     def rotary_positions(self, time: int) -> jax.Array:
-        """``positions``, or those of the mask, of ``time`` tokens."""
-        given = self.mask.q_positions_bt if self.positions is None else self.positions
-        return jnp.arange(time, dtype=jnp.int32)[None] if given is None else given
+        """``positions``, default those of the mask, default ``0 … time − 1``."""
+        positions = self.mask.q_positions_bt if self.positions is None else self.positions
+        return jnp.arange(time, dtype=jnp.int32)[None] if positions is None else positions
 
     def replace(self, **changes: Any) -> "Context":
         """This context with some fields changed."""

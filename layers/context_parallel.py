@@ -1,16 +1,16 @@
-"""Attention on a mesh, and over a sequence that is sharded over devices (context parallelism).
+"""Attention on a mesh, also with a sequence that is sharded over devices (context parallelism).
 
-Three ways to see keys of other devices, all of them exact:
+Three algorithms, all exact:
 
-- ``gather``: every device gathers all keys. Simple, and memory grows with the length.
-- ``ring`` (Liu 2023, arXiv:2310.01889): keys and values go round the devices; each device attends
-  to one part at a time, and parts are joined by their log-sum-exp,
+- ``gather``: keys and values are all-gathered. Simple, but memory grows with the length.
+- ``ring`` (Liu 2023, arXiv:2310.01889): keys and values are passed around a ring of devices. Each
+  device attends to one shard of them at a time, and results are joined by their log-sum-exp,
   ``lse = log(e^lse₁ + e^lse₂)``, ``y = e^(lse₁−lse) y₁ + e^(lse₂−lse) y₂``. In the backward pass
-  they go round again with their gradients; a device keeps nothing but its own share.
-  ``zigzag`` is the same ring on a sequence dealt out in 2N pieces, of which device i has the i-th
-  from either end, so that under a causal mask all have as much to do (`zigzag_order`).
-- ``ulysses`` (Jacobs 2023, arXiv:2309.14509): an all-to-all exchanges the sharding of time for one
-  of heads, and a second one exchanges it back. Requires as many key-value heads as devices.
+  keys and values are passed around again, with their gradients; a device stores only its shard.
+  ``zigzag`` is the same ring with the sequence in 2N pieces: device i has the i-th piece from the
+  start and the i-th from the end, so that a causal mask gives equal work to all (`zigzag_order`).
+- ``ulysses`` (Jacobs 2023, arXiv:2309.14509): an all-to-all reshards from time to heads, and a
+  second one back. The number of devices must divide the number of key-value heads.
 """
 
 import functools
@@ -40,21 +40,21 @@ def sharded_attention(
     context: str = "gather",
     **options: Any,
 ) -> jax.Array:
-    """`pallas_kernels.flash_attention` on whatever mesh is in force.
+    """`pallas_kernels.flash_attention` on the current mesh.
 
-    Rows of the batch, heads and queries may be sharded; ``context`` says how queries meet keys
-    where time is. ``options`` are `flash_attention`'s: ``scale, soft_cap, implementation``.
+    Batch, heads and time may be sharded; ``context`` is the algorithm where time is sharded.
+    ``options`` are those of `flash_attention`: ``scale, soft_cap, implementation``.
     """
     b, t, s = *q_bthc.shape[:2], k_bskc.shape[1]
     if spec() is not None:
-        # each device has its own share of the queries and must know their positions
+        # each device has a shard of the queries and requires their positions
         mask = mask.whole(b, t, s)
     axis = mesh_axis("time")
     axis = None if context == "gather" else axis
-    sharded = None if axis is None else "time"
+    key_time = None if axis is None else "time"
     slopes_h = None if alibi_slopes_h is None else jnp.asarray(alibi_slopes_h)
-    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", sharded, "kv_heads", None)
-    mask_axes = mask.sides(("batch", "time"), ("batch", sharded))
+    q_axes, k_axes = ("batch", "time", "heads", None), ("batch", key_time, "kv_heads", None)
+    mask_axes = mask.sides(("batch", "time"), ("batch", key_time))
 
     def attend(q, k, v, mask, slopes, sinks):
         if axis is None:
@@ -76,7 +76,7 @@ def sharded_attention(
 
 
 def zigzag_order(length: int, ways: int) -> np.ndarray:
-    """Which token of the sequence stands at each place, for ``ways`` devices.
+    """The indices of tokens in zigzag order over ``ways`` devices, int ``[length]``.
 
     ``length`` must be a multiple of ``2 · ways``.
     """
@@ -97,29 +97,29 @@ def ring_attention(
 ) -> jax.Array:
     """Attention of this device's queries over the keys of all devices along ``axis``.
 
-    Runs on one device's share. ``keys`` and those of ``mask`` are this device's own.
-    ``contiguous``: devices have consecutive pieces of the sequence, so that with a window and a
-    causal mask only the nearest pieces have to come. ``options`` are `flash_attention`'s.
+    Runs per device: ``q_bthc``, ``keys`` and ``mask`` are its shards. ``contiguous``: each device
+    has consecutive tokens, so that with a window and a causal mask only keys of the nearest
+    devices are required. ``options`` are those of `flash_attention`.
     """
     ways = jax.lax.axis_size(axis)
-    rounds = ways
+    steps = ways
     if contiguous and mask.window is not None and mask.causal and mask.until_bt is None:
-        # tokens of one segment are as far apart in the sequence as their positions say
-        rounds = min(ways, 1 + -(-(mask.window - 1) // q_bthc.shape[1]))
-    ring = _Ring(axis, ways, rounds, tuple(sorted(options.items())))
+        # in a segment, the distance of tokens in the sequence is the difference of positions
+        steps = min(ways, 1 + -(-(mask.window - 1) // q_bthc.shape[1]))
+    ring = _Ring(axis, ways, steps, tuple(sorted(options.items())))
     return _op(ring)(q_bthc, keys, mask, slopes_h, sinks_h)
 
 
 class _Ring(NamedTuple):
-    """What is fixed before a ring is traced."""
+    """Static arguments: mesh axis, its size, steps of the ring, options of `flash_attention`."""
 
     axis: str | tuple[str, ...]
     ways: int
-    rounds: int
+    steps: int
     options: tuple[tuple[str, Any], ...]
 
-    def turn(self, tree, by: int = 1):
-        """``tree`` from the device ``by`` places before."""
+    def shift(self, tree, by: int = 1):
+        """``tree`` of the device whose index is lower by ``by`` (a ppermute)."""
         pairs = [(i, (i + by) % self.ways) for i in range(self.ways)]
         return jax.tree.map(lambda a: jax.lax.ppermute(a, self.axis, pairs), tree)
 
@@ -152,27 +152,27 @@ def _forward(ring: _Ring, q, keys, mask, slopes, sinks):
 
     def step(carry, _):
         y, lse, keys = carry
-        keys = ring.turn(keys)
-        more, more_lse = attend(keys)
-        both = jnp.logaddexp(lse, more_lse)
-        y, more = (
-            a * jnp.swapaxes(jnp.exp(part - both), 1, 2)[..., None]
-            for a, part in ((y, lse), (more.astype(both.dtype), more_lse))
+        keys = ring.shift(keys)
+        new_y, new_lse = attend(keys)
+        joint_lse = jnp.logaddexp(lse, new_lse)
+        y, new_y = (
+            a * jnp.swapaxes(jnp.exp(part - joint_lse), 1, 2)[..., None]
+            for a, part in ((y, lse), (new_y.astype(joint_lse.dtype), new_lse))
         )
-        return (y + more, both, keys), None
+        return (y + new_y, joint_lse, keys), None
 
-    (y, lse_bht, _), _ = jax.lax.scan(step, (y, lse_bht, keys), length=ring.rounds - 1)
+    (y, lse_bht, _), _ = jax.lax.scan(step, (y, lse_bht, keys), length=ring.steps - 1)
     y = y.astype(q.dtype)
     return y, (y, lse_bht)
 
 
 def _backward(ring: _Ring, arguments, saved, dy):
-    q, held, mask, slopes, sinks = arguments
+    q, local_keys, mask, slopes, sinks = arguments
     y, lse = saved
-    exact = lse.dtype
+    dtype = lse.dtype
 
     def gradients(keys):
-        found = attention_gradients(
+        results = attention_gradients(
             q,
             keys.k_bskc,
             keys.v_bskc,
@@ -183,26 +183,26 @@ def _backward(ring: _Ring, arguments, saved, dy):
             alibi_slopes_h=slopes,
             **dict(ring.options),
         )
-        return [a.astype(exact) for a in found]
+        return [a.astype(dtype) for a in results]
 
-    dq, dk, dv = gradients(held)
+    dq, dk, dv = gradients(local_keys)
 
     def step(carry, _):
         dq, dk, dv, keys = carry
-        # the gradients go round with what they are of
-        keys, dk, dv = ring.turn((keys, dk, dv))
+        # gradients are passed on with their keys and values
+        keys, dk, dv = ring.shift((keys, dk, dv))
         more_q, more_k, more_v = gradients(keys)
         return (dq + more_q, dk + more_k, dv + more_v, keys), None
 
-    (dq, dk, dv, _), _ = jax.lax.scan(step, (dq, dk, dv, held), length=ring.rounds - 1)
-    # back to their own device, in the keys' dtype
-    dk, dv = dk.astype(held.k_bskc.dtype), dv.astype(held.v_bskc.dtype)
-    dk, dv = ring.turn((dk, dv), by=1 - ring.rounds)
+    (dq, dk, dv, _), _ = jax.lax.scan(step, (dq, dk, dv, local_keys), length=ring.steps - 1)
+    # back to the device that has these keys, in their dtype
+    dk, dv = dk.astype(local_keys.k_bskc.dtype), dv.astype(local_keys.v_bskc.dtype)
+    dk, dv = ring.shift((dk, dv), by=1 - ring.steps)
     d_sinks = None
     if sinks is not None:
-        # a sink is a key whose value is 0
-        delta = jnp.einsum("bthc,bthc->bht", dy.astype(exact), y.astype(exact))
-        weight = jnp.exp(sinks.astype(exact)[:, None] - lse)
+        # a sink is a key with value 0
+        delta = jnp.einsum("bthc,bthc->bht", dy.astype(dtype), y.astype(dtype))
+        weight = jnp.exp(sinks.astype(dtype)[:, None] - lse)
         d_sinks = -jnp.sum(weight * delta, (0, 2)).astype(sinks.dtype)
     d_keys = Keys(dk, dv, None, None)  # type: ignore[arg-type]
     return dq.astype(q.dtype), d_keys, None, None, d_sinks
@@ -218,7 +218,7 @@ def ulysses_attention(
     axis: str | tuple[str, ...],
     **options: Any,
 ) -> jax.Array:
-    """`ring_attention`'s result by two all-to-alls: each device has all of time for some heads."""
+    """Attention by two all-to-alls: between them, a device has all tokens of some heads."""
     ways = jax.lax.axis_size(axis)
 
     def to_heads(a):
@@ -227,11 +227,11 @@ def ulysses_attention(
     def all_time(a):
         return jax.lax.all_gather(a, axis, axis=1, tiled=True)
 
-    def of_own_heads(a_h):
+    def local_heads(a_h):
         if a_h is None:
             return None
-        each = a_h.shape[0] // ways
-        return jax.lax.dynamic_slice_in_dim(a_h, jax.lax.axis_index(axis) * each, each)
+        count = a_h.shape[0] // ways
+        return jax.lax.dynamic_slice_in_dim(a_h, jax.lax.axis_index(axis) * count, count)
 
     mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
     y: Any = flash_attention(
@@ -239,8 +239,8 @@ def ulysses_attention(
         to_heads(keys.k_bskc),
         to_heads(keys.v_bskc),
         jax.tree.map(all_time, mask),
-        alibi_slopes_h=of_own_heads(slopes_h),
-        sinks_h=of_own_heads(sinks_h),
+        alibi_slopes_h=local_heads(slopes_h),
+        sinks_h=local_heads(sinks_h),
         **options,
     )
     return jax.lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)

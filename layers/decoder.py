@@ -1,8 +1,8 @@
-"""The stack: a pattern of blocks, repeated, between an embedding and a head.
+"""The decoder: an embedding, the repeats of a pattern of layers, and a head.
 
-Three steps in a row: `Decoder.embed`, `Decoder.run_layers`, `Decoder.unembed`. The pattern times
-its repeats covers uniform and hybrid models alike. Blocks are stacked over repeats and scanned (one
-compiled body), or a list (``scan=False``); `layers.stack` turns one into the other.
+It has three steps: `Decoder.embed`, `Decoder.run_layers`, `Decoder.unembed`. Uniform and hybrid
+models differ in their pattern only. Blocks are stacked over repeats and scanned (one compiled
+body), or are a list (``scan=False``); `layers.stack` converts one into the other.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ State = tuple[BlockState, ...]
 class Output(NamedTuple):
     """``logits_btv`` float32; ``state`` after these tokens, if one was given; captured ``taps``.
 
-    ``aux``: what the mixtures of experts report, stacked over them in order; None without any.
+    ``aux``: the reports of the mixtures of experts, stacked in order of layers; None without them.
     """
 
     logits_btv: jax.Array
@@ -43,7 +43,7 @@ class Output(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What `Decoder.run_layers` gives besides the residual; see `Output`."""
+    """What `Decoder.run_layers` returns besides the residual; see `Output`."""
 
     state: State | None
     taps: dict[str, jax.Array]
@@ -51,11 +51,11 @@ class Run(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """The whole model. It is a pytree of its parameters: use plain ``jax.jit``, ``jax.grad``, …
+    """A decoder-only language model; a pytree of its parameters: use plain ``jax.jit`` and others.
 
-    With ``config.scan`` ``blocks[p]`` holds the pattern's ``p``-th layer, stacked over repeats
-    (where there are several circuits, the first one's patterns come first); else ``blocks[i]`` is
-    layer ``i`` (`DecoderConfig.locate`). For abstract shapes and no memory:
+    With ``config.scan``, ``blocks[p]`` is the pattern's ``p``-th layer, stacked over repeats; with
+    several circuits, the blocks of the first circuit come first. Without, ``blocks[i]`` is layer
+    ``i`` (`DecoderConfig.locate`). Abstract shapes, without memory:
     ``jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
     """
 
@@ -86,9 +86,9 @@ class Decoder(nnx.Module):
                 return Block(config, mixer, feed_forward, rngs=nnx.Rngs(params=key), at=at)
 
             keys = jax.random.split(rngs.params(), config.repeats)
-            each, repeats = config.repeats // config.circuits, jnp.arange(config.repeats)
-            cuts = [slice(c * each, (c + 1) * each) for c in range(config.circuits)]
-            return [jax.vmap(make)(keys[cut], repeats[cut]) for cut in cuts]
+            per_circuit, repeats = config.repeats // config.circuits, jnp.arange(config.repeats)
+            slices = [slice(c * per_circuit, (c + 1) * per_circuit) for c in range(config.circuits)]
+            return [jax.vmap(make)(keys[rows], repeats[rows]) for rows in slices]
 
         stacks = [stack(p, *kinds) for p, kinds in enumerate(config.layers)]
         blocks = [block for circuit in zip(*stacks, strict=True) for block in circuit]
@@ -116,25 +116,32 @@ class Decoder(nnx.Module):
         return [block.mlp for block in self.blocks if isinstance(block.mlp, Moe)]
 
     def rebalance(self, counts_le: jax.Array) -> None:
-        """`layers.moe.rebalance` of every mixture by the counts of its layers, in place.
+        """Apply `layers.moe.rebalance` to every mixture of experts, in place.
 
-        ``counts_le`` are of all mixtures in the order of layers, as `Output.aux` has them.
+        ``counts_le``: the counts of each mixture in order of layers, as in `Output.aux`.
         """
         layers = range(self.config.num_layers)
         located = [self.config.locate(layer) for layer in layers]
-        routed = [place for place in located if isinstance(self.blocks[place[0]].mlp, Moe)]
+        with_experts = [
+            location for location in located if isinstance(self.blocks[location[0]].mlp, Moe)
+        ]
         for i, block in enumerate(self.blocks):
-            rows = [n for n, (at, _) in enumerate(routed) if at == i]
+            rows = [n for n, (index, _) in enumerate(with_experts) if index == i]
             if rows:
                 counts = counts_le[jnp.array(rows)] if self.config.scan else counts_le[rows[0]]
                 rebalance(block.mlp, counts)
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> State:
-        """Empty states for ``max_length`` tokens, one for each of ``blocks``, stacked alike."""
+        """Empty states for ``max_length`` tokens: one for each of ``blocks``, stacked alike."""
         dtype = jnp.dtype(dtype or self.config.dtype)
         moe = self.config.moe
-        looks_ahead = moe is not None and moe.router == "expert_choice"
-        check(not looks_ahead, "moe.router", "expert_choice", "sees later tokens: cannot generate")
+        sees_later = moe is not None and moe.router == "expert_choice"
+        check(
+            not sees_later,
+            "moe.router",
+            "expert_choice",
+            "does not support generation: experts see later tokens",
+        )
 
         def empty(block):
             state = block.init_state(batch, max_length, dtype)
@@ -161,15 +168,15 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_bt: int32.
-          positions_bt: int32, default ``0, 1, …``; required with ``state``. −1 is padding: seen by
-            nobody, never cached, and no recurrent state or expert's capacity changes by it.
+          positions_bt: int32, default ``0, 1, …``; required with ``state``. −1 is padding: no token
+            sees it, and it changes no cache, no recurrent state and no expert's capacity.
           segment_ids_bt: int32; tokens see only their own segment.
-          state: from `init_state` or an earlier call; any number of new tokens follow it.
-          hooks: what to capture and edit on the way (see `layers.hooks`).
-          key: of the noise of routers, in training; None for no noise.
+          state: from `init_state` or an earlier call; these tokens follow those that it holds.
+          hooks: what to capture and what to edit (see `layers.hooks`).
+          key: for the noise of routers in training; None: no noise.
           until_bt: int32, the last position that a token sees beyond its own: the end of its prefix
             or image (`pallas_kernels.mask.Mask`).
-          rotary_positions: what rotations turn by; default ``positions_bt``.
+          rotary_positions: the positions of rotary embeddings, default ``positions_bt``.
 
         Raises:
           ConfigError: tokens that are not ``[b, t]`` integers, a sequence longer than the learned
@@ -197,20 +204,22 @@ class Decoder(nnx.Module):
     def embed(
         self, tokens_bt: jax.Array, positions_bt: jax.Array | None = None, *, tap: Tap | None = None
     ) -> jax.Array:
-        """Embeddings ``[b, t, d]`` of tokens, with what the position adds to them."""
+        """Embeddings ``[b, t, d]`` of tokens, plus those of positions (learned or sinusoidal)."""
         config, t = self.config, tokens_bt.shape[1]
         limit = config.max_length if config.position == "learned" else None
-        check(limit is None or t <= limit, "tokens", t, f"longer than max_length={limit}")
+        check(limit is None or t <= limit, "tokens", t, f"must be at most max_length={limit}")
         x = self.embedding(tokens_bt)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.position in ("learned", "sinusoidal"):
-            at = jnp.arange(t)[None] if positions_bt is None else jnp.maximum(positions_bt, 0)
+            indices_bt = (
+                jnp.arange(t)[None] if positions_bt is None else jnp.maximum(positions_bt, 0)
+            )
             if self.positions is not None:
-                at = reshard(jnp.broadcast_to(at, tokens_bt.shape), "batch", "time")
-                x = x + self.positions(at)
+                indices_bt = reshard(jnp.broadcast_to(indices_bt, tokens_bt.shape), "batch", "time")
+                x = x + self.positions(indices_bt)
             else:
-                x = x + sinusoidal(at, config.width).astype(x.dtype)
+                x = x + sinusoidal(indices_bt, config.width).astype(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return (tap or Tap())("embedding", x)
@@ -225,28 +234,30 @@ class Decoder(nnx.Module):
         hooks: Hooks | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Run]:
-        """The residual ``[b, t, d]`` after all layers; ``positions`` are those of rotation."""
+        """The residual ``[b, t, d]`` after all layers; ``positions``: of rotary embeddings."""
         check(
             state is None or mask.q_positions_bt is not None,
             "positions",
             None,
-            "with a state, say where the tokens stand",
+            "is required with a state",
         )
         size, scan = len(self.config.pattern), self.config.scan
         circuits = [tuple(self.blocks[i : i + size]) for i in range(0, len(self.blocks), size)]
         shared = {n: a for b in circuits[0] for n, a in b.init_shared(x_btd).items()}
         if stages() > 1:
-            check(state is None, "mesh.stage", stages(), "must be 1: a pipeline does not generate")
+            check(state is None, "mesh.stage", stages(), "generation requires mesh.stage=1")
             return self._pipeline(circuits, x_btd, shared, mask, positions, hooks, key)
         context = Context(mask, positions, shared=shared, key=key)
         states, layers, seen = [], [], set[str]()
         for i, blocks in enumerate(circuits):
-            held = None if state is None else state[i * size : (i + 1) * size]
-            run = self._scanned if scan else self._unrolled
+            circuit_state = None if state is None else state[i * size : (i + 1) * size]
+            run_circuit = self._scanned if scan else self._unrolled
             first = i * (self.config.repeats // self.config.circuits) if scan else i
-            x_btd, context, new, found = run(blocks, x_btd, context, held, hooks, first, seen)
+            x_btd, context, new, observed = run_circuit(
+                blocks, x_btd, context, circuit_state, hooks, first, seen
+            )
             states += new
-            layers += found
+            layers += observed
         taps, aux = self._joined(hooks, layers, seen)
         return x_btd, Run(None if state is None else tuple(states), taps, aux)
 
@@ -262,14 +273,15 @@ class Decoder(nnx.Module):
         return logits
 
     def _repeat(self, hooks: Hooks | None, context: Context, parameters: Any, seen: set[str]):
-        """``f(x, shared, blocks, states, index)`` of one repeat of the pattern, as ``remat`` says.
+        """The function of one repeat of the pattern, under `jax.checkpoint` if ``remat`` is set.
 
-        Returns ``(x, shared), (states, each layer's captures and report)``.
+        ``f(x, shared, blocks, states, index) -> (x, shared), (states, captures and report of each
+        layer)``.
         """
         config, size = self.config, len(self.config.pattern)
 
         def repeat(x, shared, blocks, states, index):
-            new_states, found = [], []
+            new_states, observed = [], []
             for p, (block, state) in enumerate(zip(blocks, states, strict=True)):
                 layer = index * size + p
                 tap = Tap(hooks, layer, seen)
@@ -280,13 +292,13 @@ class Decoder(nnx.Module):
                 )
                 shared = after.shared
                 new_states.append(after.state)
-                found.append((tap.captured, after.report))
-            return (x, shared), (new_states, found)
+                observed.append((tap.captured, after.report))
+            return (x, shared), (new_states, observed)
 
         policy = REMAT[config.remat]
         if policy is None and gathers(parameters):
             policy = all_but_gathered
-        # an unrolled stack knows its layers, and what is not captured is not kept
+        # without scan the index is static, so that only the layers of a `Capture` are stored
         static = () if config.scan else (4,)
         if policy is None:
             return repeat
@@ -295,9 +307,9 @@ class Decoder(nnx.Module):
     def _unrolled(self, blocks, x, context, states, hooks, index, seen):
         states = (None,) * len(blocks) if states is None else states
         repeat = self._repeat(hooks, context, blocks, seen)
-        (x, shared), (states, found) = repeat(x, context.shared, blocks, states, index)
+        (x, shared), (states, observed) = repeat(x, context.shared, blocks, states, index)
         first = index * len(blocks)
-        layers = [(first + p, *of_layer) for p, of_layer in enumerate(found)]
+        layers = [(first + p, *of_layer) for p, of_layer in enumerate(observed)]
         return x, context.replace(shared=shared), states, layers
 
     def _scanned(self, blocks, x, context, states, hooks, first_repeat, seen):
@@ -309,10 +321,12 @@ class Decoder(nnx.Module):
             return repeat(*carry, *inputs)
 
         indices = first_repeat + jnp.arange(count)
-        carry, (states, found) = jax.lax.scan(body, (x, context.shared), (blocks, states, indices))
+        carry, (states, observed) = jax.lax.scan(
+            body, (x, context.shared), (blocks, states, indices)
+        )
         layers = []
         for i in range(count):
-            for p, of_layer in enumerate(found):
+            for p, of_layer in enumerate(observed):
                 layers.append(((first_repeat + i) * size + p, *row(of_layer, i)))
         return carry[0], context.replace(shared=carry[1]), states, layers
 
@@ -327,22 +341,24 @@ class Decoder(nnx.Module):
         return stacked(hooks, captured, seen), aux
 
     def _pipeline(self, circuits, x, shared, mask, positions, hooks, key):
-        """The layers of a training step, split over stages."""
-        parts = self.config.part("microbatches")
-        check(hooks is None, "hooks", hooks, "stages have none: use a mesh without them")
-        check(positions is None, "rotary_positions", "given", "mesh.stage has no such positions")
+        """`run_layers` in training, with layers sharded over the stages of a pipeline."""
+        microbatches = self.config.part("microbatches")
+        check(hooks is None, "hooks", hooks, "require mesh.stage=1")
+        check(positions is None, "rotary_positions", "given", "require mesh.stage=1")
         mask = mask.whole(x.shape[0], x.shape[1], x.shape[1])
 
         def layers(blocks, moving, mask, key, first):
             context = Context(mask, shared=moving[1], key=key)
-            run = self._scanned(blocks, moving[0], context, None, None, first, set())
-            x, context, _, found = run
-            return (x, context.shared), self._joined(None, found, set())[1]
+            output = self._scanned(blocks, moving[0], context, None, None, first, set())
+            x, context, _, observed = output
+            return (x, context.shared), self._joined(None, observed, set())[1]
 
-        moving, routed = (x, shared), "moe" in self.config.feed_forward
-        (x, _), aux = pipeline(layers, circuits, moving, mask, key, parts, apart=not routed)
+        moving, has_experts = (x, shared), "moe" in self.config.feed_forward
+        (x, _), aux = pipeline(
+            layers, circuits, moving, mask, key, microbatches, apart=not has_experts
+        )
         if aux is not None:
-            mean = {name: getattr(aux, name) / parts for name in ("loss", "balance", "z")}
+            mean = {name: getattr(aux, name) / microbatches for name in ("loss", "balance", "z")}
             aux = dataclasses.replace(aux, **mean)
         return x, Run(None, {}, aux)
 

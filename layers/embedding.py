@@ -8,7 +8,7 @@ from layers.weights import einsum, lookup
 
 
 class Embedding(nnx.Module):
-    """A table ``[v, d]``: rows are looked up on the way in and, tied, multiplied on the way out."""
+    """A table ``[v, d]`` of embeddings; with tied embeddings it also computes logits."""
 
     def __init__(
         self,

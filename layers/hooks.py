@@ -1,8 +1,8 @@
-"""Looking into and editing activations: ``tap(name, x)`` is the identity unless hooks are passed.
+"""Captures and edits of activations: ``tap(name, x)`` is the identity unless hooks are passed.
 
-Hooks are an argument, not state: layers call their ``tap`` at the places of `NAMES`, and the
-decoder returns what was captured. `Hooks` is a pytree, so it may be an argument of a jitted
-function; its arrays (positions, and whatever an edit carries) may change without a new compilation.
+Hooks are an argument, not state. Layers call ``tap`` at the points of `NAMES`, and the decoder
+returns the captures. `Hooks` is a pytree, so it may be an argument of a jitted function; its arrays
+(positions, and arrays of edits) may change without a new compilation.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ Edit = Callable[[jax.Array, Layer], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """One name to capture, whole or in part.
+    """One name to capture, at all layers and times or at some.
 
-    ``layers``: the layers to keep, in this order; None: all that have the name. An unrolled stack
-    keeps no others; a scanned one first stacks all. ``positions``: int32 ``[p]``, places along time
-    to keep (negative ones count from the end); None: all.
+    ``layers``: the layers to capture, in this order; None: all that have the name. An unrolled
+    stack stores only these; a scanned one first stacks all. ``positions``: int32 ``[p]``, indices
+    along time (negative ones count from the end); None: all.
     """
 
     name: str = dataclasses.field(metadata=dict(static=True))
@@ -64,12 +64,12 @@ class Capture:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What to capture and what to change.
+    """What to capture and what to edit.
 
-    ``capture``: names, or `Capture`s for some layers or positions. What is inside blocks comes back
-    stacked over layers. ``edit``: name → ``f(x, layer) -> x``; ``layer`` may be a traced int32 (it
-    is when the stack is scanned or recomputed), so choose with ``jnp.where(layer == 3, …)``; −1
-    outside blocks. An edit that carries arrays is a `jax.tree_util.Partial` or another callable
+    ``capture``: names, or `Capture`s of some layers or positions. Captures inside blocks are
+    stacked over layers. ``edit``: name → ``f(x, layer) -> x``; ``layer`` may be a traced int32 (if
+    the stack is scanned or recomputed), so choose with ``jnp.where(layer == 3, …)``; it is −1
+    outside blocks. An edit that has arrays is a `jax.tree_util.Partial` or another callable
     pytree; a plain function is static.
 
     Raises:
@@ -90,9 +90,9 @@ class Hooks:
         object.__setattr__(self, "edit", edits)
 
     def captures(self, name: str) -> Capture | None:
-        """How ``name`` is captured, if it is."""
-        found = [c for c in self.capture if c.name == name]
-        return found[0] if found else None
+        """The `Capture` of ``name``, or None."""
+        matches = [c for c in self.capture if c.name == name]
+        return matches[0] if matches else None
 
 
 class Tap:
@@ -105,7 +105,7 @@ class Tap:
         self.captured: dict[str, jax.Array] = {}
 
     def wants(self, name: str) -> bool:
-        """Whether anything is captured or edited at ``name``: if not, it need not be computed."""
+        """Whether ``name`` is captured or edited; if not, the caller need not compute it."""
         self._seen.add(name)
         return self._captures(name) is not None or name in self._hooks.edit
 
@@ -114,15 +114,15 @@ class Tap:
         if name in self._hooks.edit:
             x = self._hooks.edit[name](x, self._layer)
         if (capture := self._captures(name)) is not None:
-            kept = x
+            captured = x
             if capture.positions is not None:
-                kept = jnp.take(x, jnp.asarray(capture.positions), axis=NAMES[name])
-            self.captured[name] = kept
-        # policies of `jax.checkpoint` know it by the same name
+                captured = jnp.take(x, jnp.asarray(capture.positions), axis=NAMES[name])
+            self.captured[name] = captured
+        # policies of `jax.checkpoint` use the same name
         return checkpoint_name(x, name)
 
     def _captures(self, name: str) -> Capture | None:
-        """How ``name`` is captured here. A traced layer may be any: all are."""
+        """The `Capture` of ``name`` at this layer, or None; a traced layer is always captured."""
         capture = self._hooks.captures(name)
         inside = isinstance(self._layer, int) and self._layer >= 0
         if capture is None or not inside or capture.layers is None:
@@ -133,31 +133,36 @@ class Tap:
 def stacked(
     hooks: Hooks | None, captured: Mapping[str, Mapping[int, jax.Array]], seen: set[str]
 ) -> dict[str, jax.Array]:
-    """Name → the layers' arrays as one, ``[layers, …]``, from ``captured[name][layer]``.
+    """Name → ``[layers, …]``, stacked from ``captured[name][layer]``.
 
     Raises:
-      ConfigError: a name that no layer has (``seen`` are those that they have), or a layer that was
-        asked for and does not have it.
+      ConfigError: a name that no layer has (``seen``: the names that layers have), or a layer of a
+        `Capture` that does not have it.
     """
-    hooks, found = hooks or Hooks(), {}
+    hooks, arrays = hooks or Hooks(), {}
     for kind, names in (("capture", [c.name for c in hooks.capture]), ("edit", hooks.edit)):
         for name in names:
             check(name in seen | OUTSIDE, kind, name, "no layer of this model has it")
     for capture in hooks.capture:
         name = capture.name
         if name in OUTSIDE:
-            check(capture.layers is None, "capture.layers", capture.layers, f"{name} has none")
+            check(
+                capture.layers is None,
+                "capture.layers",
+                capture.layers,
+                f"must be None for {name!r}",
+            )
             continue
         of_layer = captured.get(name, {})
         layers = sorted(of_layer) if capture.layers is None else capture.layers
         for layer in layers:
-            have = f"the layers with {name!r} are {sorted(of_layer)}"
-            check(layer in of_layer, "capture.layers", layer, have)
-        found[name] = jnp.stack([of_layer[layer] for layer in layers])
-    return found
+            allowed = f"the layers with {name!r} are {sorted(of_layer)}"
+            check(layer in of_layer, "capture.layers", layer, allowed)
+        arrays[name] = jnp.stack([of_layer[layer] for layer in layers])
+    return arrays
 
 
 def _as_pytree(edit: Any) -> Any:
-    """``edit`` as it is if it is a pytree already, else a `Partial` without arrays."""
+    """``edit`` if it is a pytree already, else a `Partial` without arrays."""
     leaves = jax.tree.leaves(edit)
     return Partial(edit) if len(leaves) == 1 and leaves[0] is edit else edit

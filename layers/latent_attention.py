@@ -1,9 +1,10 @@
 """Multi-head latent attention: keys and values of low rank (DeepSeek-V2, arXiv:2405.04434, §2.1).
 
-A token is kept as one latent vector, from which every head's keys and values are made, and one
-rotated key that all heads share. Without state they are made and attended to as usual. With state
-only what is kept is cached (eq. 9–19), and the maps to keys and values move to the other side of
-the product (§2.1.2: "absorbed"): heads query the latents themselves, as one key-value head.
+Each token has one latent vector, from which the keys and values of all heads are computed, and one
+rotated key that all heads share. Without a state, attention uses these keys and values. With a
+state, only latents and rotated keys are cached (eq. 9–19), and the projections to keys and values
+are absorbed into those of queries and outputs (§2.1.2): all heads attend to the latents, which are
+one key-value head.
 """
 
 import dataclasses
@@ -32,12 +33,12 @@ LATENT = ("batch", "time", None)
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """One layer of latent attention.
+    """The configuration of latent attention.
 
-    ``rank``: of the latent that keys and values are made from; ``query_rank``: of the queries',
-    None for queries made straight from the input. ``head_dim``: channels of a head's queries and
-    keys beside the ``rotary_dim`` ones that carry the position; ``value_dim``: of its values.
-    ``bias``: of the maps down and out. ``scale``: of scores, default
+    ``rank``: of the latent of keys and values; ``query_rank``: of the latent of queries, None if
+    queries are projections of the input. ``head_dim``: channels of a head's queries and keys
+    without rotation, ``rotary_dim``: with rotation; ``value_dim``: channels of a head's values.
+    ``bias``: of the projections to latents and to the output. ``scale``: of scores, default
     ``1 / sqrt(head_dim + rotary_dim)``. ``norm_eps``: of the latents' norms, default the model's.
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform.
     """
@@ -66,7 +67,7 @@ class LatentConfig:
 
 
 class LatentAttention(nnx.Module):
-    """Latent attention as a sequence mixer; positions enter by rotation alone."""
+    """Latent attention as a sequence mixer; its position encoding is rotary."""
 
     def __init__(
         self,
@@ -116,45 +117,45 @@ class LatentAttention(nnx.Module):
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
         """An empty cache of latents and rotated keys, as one key-value head without values."""
-        kept = self.config.rank + self.config.rotary_dim
+        channels = self.config.rank + self.config.rotary_dim
         return KVCache.empty(
-            batch, max_length, 1, kept, dtype or self.dtype, rolling=False, value_channels=0
+            batch, max_length, 1, channels, dtype or self.dtype, rolling=False, value_channels=0
         )
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds."""
+        """Mix tokens along time; with a state, these tokens follow those that it holds."""
         config, tap, mask, (b, t) = self.config, context.tap, context.mask, x_btd.shape[:2]
         c, p = config.head_dim, config.rotary_dim
         positions = context.rotary_positions(t)
         q = self._queries(x_btd)
-        q_plain, q_turned = q[..., :c], self.rotary_config(q[..., c:], positions)
+        q_plain, q_rotated = q[..., :c], self.rotary_config(q[..., c:], positions)
         latent_btr = self.latent_norm(self.latent_down(x_btd))
-        turned_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions)
+        rotated_btkp = self.rotary_config(self.rotary_key(x_btd)[:, :, None], positions)
         scale = (c + p) ** -0.5 if config.scale is None else config.scale
         options: dict[str, Any] = dict(scale=scale, implementation=config.implementation, tap=tap)
         if context.state is None:
             keys = self.key(latent_btr)
-            shared = jnp.broadcast_to(turned_btkp, (*keys.shape[:3], p))
-            shared = reshard(shared, "batch", "time", "heads", None)
-            k = jnp.concatenate((keys, shared), axis=-1)
-            q = tap("attention.query", jnp.concatenate((q_plain, q_turned), axis=-1))
+            rotated = jnp.broadcast_to(rotated_btkp, (*keys.shape[:3], p))
+            rotated = reshard(rotated, "batch", "time", "heads", None)
+            k = jnp.concatenate((keys, rotated), axis=-1)
+            q = tap("attention.query", jnp.concatenate((q_plain, q_rotated), axis=-1))
             k, v = tap("attention.key", k), tap("attention.value", self.value(latent_btr))
             y = _attend(q, k, v, mask, **options)
             return self.out(tap("attention.output", y)), context
 
         mask = mask.with_segments(b, t)
-        kept_btkc = jnp.concatenate((latent_btr[:, :, None], turned_btkp), axis=-1)
-        nothing = kept_btkc[..., :0]
+        cached_btkc = jnp.concatenate((latent_btr[:, :, None], rotated_btkp), axis=-1)
+        no_values = cached_btkc[..., :0]
         state, keys = context.state.extend(
-            kept_btkc, nothing, mask.q_positions_bt, mask.q_segments_bt
+            cached_btkc, no_values, mask.q_positions_bt, mask.q_segments_bt
         )
         k = keys.k_bskc.astype(self.dtype)
-        q_latent = self._through("bthc,rhc->bthr", q_plain, self.key)
-        q = jnp.concatenate((q_latent, q_turned), axis=-1)
+        q_latent = self._absorbed("bthc,rhc->bthr", q_plain, self.key)
+        q = jnp.concatenate((q_latent, q_rotated), axis=-1)
         q, k = tap("attention.query", q), tap("attention.key", k)
         v = tap("attention.value", k[..., : config.rank])
         y = _attend(q, k, v, mask.with_keys(keys.positions_bs, keys.segments_bs), **options)
-        y = self._through("bthr,rhc->bthc", y, self.value)
+        y = self._absorbed("bthr,rhc->bthc", y, self.value)
         return self.out(tap("attention.output", y)), context.replace(state=state)
 
     def _queries(self, x_btd: jax.Array) -> jax.Array:
@@ -164,8 +165,8 @@ class LatentAttention(nnx.Module):
         assert down is not None and norm is not None and up is not None
         return up(norm(down(x_btd)))
 
-    def _through(self, subscripts: str, x: jax.Array, linear: Linear) -> jax.Array:
-        """``linear``'s weight on a head's side of a product with latents."""
+    def _absorbed(self, subscripts: str, x: jax.Array, linear: Linear) -> jax.Array:
+        """The product of queries or outputs with the absorbed weight of ``linear``."""
         return einsum(
             subscripts,
             x,
@@ -176,15 +177,15 @@ class LatentAttention(nnx.Module):
 
 
 def _attend(q, k, v, mask: Mask, *, tap: Tap, implementation: str | None, scale: float):
-    """Attention with values of fewer channels than the keys have (or more)."""
+    """Attention whose keys and values may have different numbers of channels."""
     k, v = (reshard(a, "batch", None, "kv_heads", None) for a in (k, v))
     channels = v.shape[-1]
 
-    def widen(a):
-        more = max(k.shape[-1], channels) - a.shape[-1]
-        return jnp.pad(a, ((0, 0),) * 3 + ((0, more),)) if more else a
+    def pad(a):
+        missing = max(k.shape[-1], channels) - a.shape[-1]
+        return jnp.pad(a, ((0, 0),) * 3 + ((0, missing),)) if missing else a
 
-    q, k, v = widen(q), widen(k), widen(v)
+    q, k, v = pad(q), pad(k), pad(v)
     if tap.wants("attention.weights"):
         y = observed_attention(q, k, v, mask, tap, scale=scale)
     else:

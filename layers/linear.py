@@ -1,4 +1,4 @@
-"""Linear maps: a weight of any rank, and its initial values."""
+"""Linear maps with a weight of any rank, and its initialisation."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def fan_in_normal(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
 
     def init(key, shape, dtype=jnp.float32):
         std = scale / math.sqrt(fan_in or math.prod(shape[:-1]))
-        # 0.8796… is the standard deviation of a unit normal cut at ±2
+        # 0.8796… is the standard deviation of a standard normal that is truncated at ±2
         unit = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
         return (unit * (std / 0.87962566103423978)).astype(dtype)
 
@@ -30,8 +30,8 @@ def fan_in_normal(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
 class Linear(nnx.Module):
     """``einsum(subscripts, x, weight) + bias`` with a weight of any rank.
 
-    The bias, if any, spans the weight's dimensions that appear in the output. ``out_dtype``, by
-    default ``dtype``, is what products accumulate to and are returned in.
+    The bias, if any, has the dimensions of the weight that are in the output. ``out_dtype``,
+    default ``dtype``, is the dtype of accumulation and of the result.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Linear(nnx.Module):
         self.subscripts, self.out_axes = subscripts, out_axes
         self.dtype, self.out_dtype = dtype, out_dtype or dtype
         self.weight = nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
-        kept = [i for i, letter in enumerate(letters) if letter in output]
-        zeros = jnp.zeros([shape[i] for i in kept], param_dtype)
-        self.bias = nnx.Param(zeros, axes=tuple(axes[i] for i in kept)) if bias else None
+        output_dims = [i for i, letter in enumerate(letters) if letter in output]
+        zeros = jnp.zeros([shape[i] for i in output_dims], param_dtype)
+        self.bias = nnx.Param(zeros, axes=tuple(axes[i] for i in output_dims)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = einsum(

@@ -1,7 +1,7 @@
-"""Mamba: a selective state space in place of attention (Gu & Dao 2023, arXiv:2312.00752).
+"""Mamba: a selective state space model as sequence mixer (Gu & Dao 2023, arXiv:2312.00752).
 
-A block's mixer (Figure 3): the input is projected to twice its width, one half goes through a short
-causal convolution and the selective scan (`pallas_kernels.selective_scan`), the other gates it.
+Figure 3: the input has two projections. One passes through a short causal convolution and the
+selective scan (`pallas_kernels.selective_scan`); the other is the gate of its result.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from pallas_kernels.selective_scan import selective_scan
 
 SELECTIVE = ("delta", "b", "c")
 CHANNELS = ("batch", None, "channels")
-# a step that leaves the state as it is: its softplus is 0
+# a step size (before softplus, which gives 0) that does not change the state
 STILL = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-    """Sizes of Mamba-1 (`Mamba`) and Mamba-2 (`layers.mamba2`) layers.
+    """The configuration of Mamba-1 (`Mamba`) and Mamba-2 (`layers.mamba2`) layers.
 
-    ``state``: numbers a channel (Mamba-1: 16) or a head's channel (Mamba-2: 128). ``expand``: inner
-    over outer width. ``convolution``: tokens that the convolution sees, the current one included.
-    ``bias``, ``convolution_bias``: of the projections in and out, and of the convolution.
-    ``delta_min``, ``delta_max``: range of the step sizes at initialisation.
-    Mamba-1 alone: ``delta_rank`` of the projection to step sizes, default ``width / 16``;
-    ``selective``: which of `SELECTIVE` follow the token; the others are parameters, as in S4 (§3.1
-    and Table 7).
-    Mamba-2 alone: ``head_dim``, and ``groups`` of heads that share ``b`` and ``c``.
-    ``implementation``: of the scan's op; None chooses by platform.
+    ``state``: size of the state of each channel (Mamba-1: 16; Mamba-2: 128). ``expand``: inner
+    width / model width. ``convolution``: tokens that the convolution sees, the current one
+    included. ``bias``: of the input and output projections; ``convolution_bias``: of the
+    convolution. ``delta_min``, ``delta_max``: range of the initial step sizes.
+    Mamba-1 only: ``delta_rank``: of the projection to step sizes, default ``width / 16``;
+    ``selective``: which of `SELECTIVE` depend on the token; the others are parameters, as in S4
+    (§3.1 and Table 7).
+    Mamba-2 only: ``head_dim``; ``groups``: of heads that share ``b`` and ``c``.
+    ``implementation``: of the scan; None chooses by platform.
     """
 
     state: int = 16
@@ -68,11 +68,11 @@ class MambaConfig:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
     def rank(self, width: int) -> int:
-        """Of Mamba-1's projection to step sizes in a model of ``width``."""
+        """The rank of Mamba-1's projection to step sizes in a model of ``width``."""
         return self.delta_rank or math.ceil(width / 16)
 
     def heads(self, width: int) -> int:
-        """Mamba-2's heads in a model of ``width``; raises `ConfigError` if they don't divide."""
+        """Mamba-2's number of heads; raises `ConfigError` if sizes are not divisible."""
         inner = self.expand * width
         fits = inner % self.head_dim == 0
         check(fits, "head_dim", self.head_dim, f"must divide expand × width = {inner}")
@@ -84,9 +84,9 @@ class MambaConfig:
 def causal_convolution(
     x_btd: jax.Array, earlier: list[jax.Array], weight_nd: jax.Array, bias_d: jax.Array | None
 ) -> jax.Array:
-    """``y_t = Σ_i weight_i · x_{t−n+1+i} + bias``, each channel by itself.
+    """``y_t = Σ_i weight_i · x_{t−n+1+i} + bias``, separately for each channel.
 
-    ``earlier`` are the ``n − 1`` inputs before ``x``, the earliest first (`layers.recurrent`).
+    ``earlier``: ``x`` delayed by ``n − 1, …, 1`` tokens (`layers.recurrent.before`).
     """
     y = x_btd * weight_nd[-1]
     for i, past in enumerate(earlier):
@@ -95,7 +95,7 @@ def causal_convolution(
 
 
 class Convolution(nnx.Module):
-    """`causal_convolution` of ``channels``, and the SiLU after it."""
+    """``silu(causal_convolution(x))`` over ``channels``."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Convolution(nnx.Module):
         param_dtype: jnp.dtype,
     ):
         self.size, self.axis, self.dtype = size, axis, dtype
-        # PyTorch's own initialisation of a depthwise convolution, which the released code keeps
+        # PyTorch's initialisation of a depthwise convolution, as in the released code
         bound = 1 / math.sqrt(size)
 
         def draw(shape, axes):
@@ -127,7 +127,7 @@ class Convolution(nnx.Module):
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], config: MambaConfig) -> jax.Array:
-    """A bias whose softplus is spread evenly, on a log scale, over the range of step sizes."""
+    """A bias whose softplus is log-uniform over the range of step sizes."""
     low, high = math.log(config.delta_min), math.log(config.delta_max)
     delta = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
     return delta + jnp.log(-jnp.expm1(-delta))
@@ -136,7 +136,7 @@ def step_bias(key: jax.Array, shape: tuple[int, ...], config: MambaConfig) -> ja
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MambaState(RecurrentState):
-    """``tail`` of the convolution's inputs; the scan's state, float32."""
+    """``tail``: the convolution's last inputs; ``scan_bdn``: the state of the scan, float32."""
 
     tail: Tail
     scan_bdn: jax.Array
@@ -164,7 +164,7 @@ class Mamba(nnx.Module):
         def linear(subscripts, shape, axes, out_axes, **options):
             return Linear(subscripts, shape, axes, out_axes, rngs=rngs, **options, **dtypes)
 
-        def into():
+        def project():
             return linear(
                 "btd,di->bti", (width, inner), ("embed", "channels"), CHANNELS, bias=config.bias
             )
@@ -177,17 +177,17 @@ class Mamba(nnx.Module):
         def parameter(value, axes):
             return nnx.Param(value.astype(param_dtype), axes=axes)
 
-        def chosen(name, make, other):
-            return make() if name in config.selective else other()
+        def select(name, make, make_fixed):
+            return make() if name in config.selective else make_fixed()
 
-        self.into, self.gate = into(), into()
+        self.into, self.gate = project(), project()
         self.convolution = Convolution(
             config.convolution, inner, "channels", rngs=rngs, bias=config.convolution_bias, **dtypes
         )
-        self.delta_down = chosen("delta", lambda: low_rank(rank), lambda: None)
-        # the released code's: of the variance of a row of `rank` inputs
+        self.delta_down = select("delta", lambda: low_rank(rank), lambda: None)
+        # as in the released code: uniform with variance 1 / (3 · rank)
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.delta_up = chosen(
+        self.delta_up = select(
             "delta",
             lambda: linear(
                 "btr,ri->bti", (rank, inner), (None, "channels"), CHANNELS,
@@ -196,17 +196,19 @@ class Mamba(nnx.Module):
             lambda: None,
         )  # fmt: skip
         self.delta_bias = parameter(step_bias(rngs.params(), (inner,), config), ("channels",))
-        # what is no linear map of the token is a parameter of each channel (S4D: b of 1)
-        fixed = ("channels", None)
-        self.b = chosen("b", lambda: low_rank(n), lambda: parameter(jnp.ones((inner, n)), fixed))
-        self.c = chosen(
+        # b and c that do not depend on the token are parameters of each channel (S4D: b = 1)
+        channel_axes = ("channels", None)
+        self.b = select(
+            "b", lambda: low_rank(n), lambda: parameter(jnp.ones((inner, n)), channel_axes)
+        )
+        self.c = select(
             "c",
             lambda: low_rank(n),
-            lambda: parameter(jax.random.normal(rngs.params(), (inner, n)), fixed),
+            lambda: parameter(jax.random.normal(rngs.params(), (inner, n)), channel_axes),
         )
         # S4D-Real (§3.6): A_n = −(n + 1)
         rates = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1)), (inner, n))
-        self.log_rate = parameter(rates, fixed)
+        self.log_rate = parameter(rates, channel_axes)
         self.skip = parameter(jnp.ones(inner), ("channels",))
         self.out = linear(
             "bti,id->btd", (inner, width), ("channels", "embed"), ("batch", "time", None),
@@ -221,7 +223,7 @@ class Mamba(nnx.Module):
         return MambaState(tail, scan)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds."""
+        """Mix tokens along time; with a state, these tokens follow those that it holds."""
         state = context.state
         tail = None if state is None else state.tail
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
@@ -254,7 +256,7 @@ class Mamba(nnx.Module):
             scan = selective_scan if b.ndim == c.ndim == 3 else _scan_by_channel
             return scan(x, delta, -jnp.exp(log_rate), b, c, skip, z, **options)
 
-        numbers = ("channels", None)
+        rate_axes = ("channels", None)
         state_axes = ("batch", "channels", None)
         rate, skip, bias = (
             read(parameter, jnp.float32, deferred=True)
@@ -264,7 +266,7 @@ class Mamba(nnx.Module):
             run,
             (x_bti, delta_bti, rate, b[0], c[0], skip, z_bti, bias, tokens.segments_bt, initial),
             (
-                CHANNELS, CHANNELS, numbers, b[1], c[1], ("channels",), CHANNELS, ("channels",),
+                CHANNELS, CHANNELS, rate_axes, b[1], c[1], ("channels",), CHANNELS, ("channels",),
                 ("batch", None), state_axes,
             ),
             [CHANNELS, state_axes],
@@ -278,19 +280,20 @@ class Mamba(nnx.Module):
 def _scan_by_channel(x, delta, a, b, c, skip, z, *, delta_bias_d, initial_state_bdn, **options):
     """`selective_scan` where ``b``, ``c`` or both are ``[d, n]``: parameters of each channel.
 
-    The op's are shared by all channels, so each number of a channel's state becomes a channel with
-    a state of one number. It takes ``n`` times the memory of the op: it is for ablations.
+    In `selective_scan` all channels share ``b`` and ``c``. So each of the ``n`` numbers in a
+    channel's state becomes a channel with a state of size 1. This requires ``n`` times the memory
+    of `selective_scan`: it is for ablations.
     """
     (batch, t, d), n = x.shape, a.shape[1]
 
-    def wide(array):  # [b, t, n] or [d, n] as [b, t, d, n]
+    def expanded(array):  # [b, t, n] or [d, n] as [b, t, d, n]
         return jnp.broadcast_to(array[:, :, None] if array.ndim == 3 else array, (batch, t, d, n))
 
-    inflow = (x.astype(jnp.float32)[..., None] * wide(b)).reshape(batch, t, d * n)
+    inputs = (x.astype(jnp.float32)[..., None] * expanded(b)).reshape(batch, t, d * n)
     one = jnp.ones((batch, t, 1), jnp.float32)
     initial = None if initial_state_bdn is None else initial_state_bdn.reshape(batch, d * n, 1)
     y, end = selective_scan(
-        inflow,
+        inputs,
         jnp.repeat(delta, n, axis=-1),
         a.reshape(d * n, 1),
         one,
@@ -299,6 +302,6 @@ def _scan_by_channel(x, delta, a, b, c, skip, z, *, delta_bias_d, initial_state_
         initial_state_bdn=initial,
         **options,
     )
-    y = jnp.sum(y.reshape(batch, t, d, n) * wide(c), axis=-1) + skip * x
+    y = jnp.sum(y.reshape(batch, t, d, n) * expanded(c), axis=-1) + skip * x
     y = y * jax.nn.silu(z.astype(jnp.float32))
     return y.astype(x.dtype), end.reshape(batch, d, n)

@@ -1,9 +1,9 @@
-"""Mamba-2: a state space of heads whose state decays as a whole (Dao & Gu 2024, arXiv:2405.21060).
+"""Mamba-2: state-space duality; each head has a scalar decay (Dao & Gu 2024, arXiv:2405.21060).
 
-Projections of the token give everything at once (§7.1, the parallel block): the gate, the input,
-what goes into the state and what is read of it, and each head's step size. All but gate and step go
-through the short convolution of `layers.mamba`, then `pallas_kernels.ssd`; a norm of the gated
-result, over the heads of each group, comes before the projection out (Figure 6, right).
+The gate ``z``, the input ``x``, ``b``, ``c`` and the heads' step sizes are all projections of the
+token (§7.1, the parallel block). ``x``, ``b`` and ``c`` pass through the short convolution of
+`layers.mamba`, then through `pallas_kernels.ssd`. The gated result is normalised over the heads of
+each group before the output projection (Figure 6, right).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from layers.sharding import mesh_axis, per_device, reshard
 from layers.weights import read
 from pallas_kernels.ssd import ssd
 
-# what goes through the convolution
+# the projections that pass through the convolution
 CONVOLVED = ("into", "b", "c")
 
 
@@ -37,7 +37,7 @@ def gated_norm(
 ) -> jax.Array:
     """RMSNorm of ``y · silu(z)`` over each of ``groups``; float32.
 
-    ``axis``: of the mesh, whose devices hold shares of one group.
+    ``axis``: the mesh axis that one group is sharded over.
     """
     y = y_bti.astype(jnp.float32) * jax.nn.silu(z_bti.astype(jnp.float32))
     grouped = y.reshape(*y.shape[:2], groups, -1)
@@ -50,7 +50,7 @@ def gated_norm(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mamba2State(RecurrentState):
-    """``tails`` of the convolutions' inputs, in the order of `CONVOLVED`; the heads' states."""
+    """``tails``: of the convolutions, in the order of `CONVOLVED`; ``scan_bhpn``: of heads."""
 
     tails: tuple[Tail, Tail, Tail]
     scan_bhpn: jax.Array  # float32
@@ -71,11 +71,11 @@ class Mamba2(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         chosen = config.selective
-        every = set(chosen) == set(SELECTIVE)
-        check(every, "mamba.selective", chosen, "must be all of them: mamba2 has no other form")
+        complete = set(chosen) == set(SELECTIVE)
+        check(complete, "mamba.selective", chosen, "must be all of delta, b, c for mamba2 layers")
         self.config, self.norm_eps, self.dtype = config, norm_eps, dtype
         self.inner, heads = config.expand * width, config.heads(width)
-        # one group is everybody's; several lie where their heads do
+        # one group is replicated; several are sharded as their heads are
         shared = None if config.groups == 1 else "channels"
         self.shared = ("batch", None, shared)
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -104,7 +104,7 @@ class Mamba2(nnx.Module):
             }
         )  # fmt: skip
         self.delta_bias = parameter(step_bias(rngs.params(), (heads,), config))
-        # the released code's: rates spread evenly from 1 to 16
+        # as in the released code: rates are uniform between 1 and 16
         rates = jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)
         self.log_rate = parameter(jnp.log(rates))
         self.skip = parameter(jnp.ones(heads))
@@ -127,7 +127,7 @@ class Mamba2(nnx.Module):
         return Mamba2State((into, b, c), scan)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds."""
+        """Mix tokens along time; with a state, these tokens follow those that it holds."""
         state = context.state
         tails = (None,) * len(CONVOLVED) if state is None else state.tails
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tails[0])
@@ -157,7 +157,7 @@ class Mamba2(nnx.Module):
                 initial_state_bhpn=initial,
                 implementation=config.implementation,
             )  # fmt: skip
-            # one group is of all devices' heads
+            # one group spans the heads of all devices
             axis = mesh_axis("channels") if config.groups == 1 else None
             y = gated_norm(y.reshape(x.shape), z, scale, b.shape[2], eps=self.norm_eps, axis=axis)
             return y.astype(x.dtype), end

@@ -85,10 +85,10 @@ class Mlp(nnx.Module):
         )
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> None:
-        """It remembers nothing."""
+        """None: this layer has no state."""
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Each token by itself; the context as it came."""
+        """The layer applied to each token separately; the context is unchanged."""
         activation, _ = ACTIVATIONS[self.activation]
         h_btf = self.up(x_btd)
         h_btf = activation(h_btf) if self.gate is None else activation(self.gate(x_btd)) * h_btf

@@ -1,8 +1,9 @@
 """Mixtures of experts: a router (`layers.routing`) and the experts' products.
 
-Two ways to bring tokens to experts. With a capacity, one-hot products into ``[e, capacity]`` places
-a sequence (GShard, 2006.16668); without, tokens sorted by expert and `grouped_matmul`, so that none
-is dropped (MegaBlocks, 2211.15841). Where the mesh splits experts, tokens travel by all-to-all.
+Tokens are sent to experts in one of two ways. With a capacity: by one-hot products into
+``[e, capacity]`` slots for each sequence (GShard, 2006.16668). Without: they are sorted by expert
+and multiplied by `grouped_matmul`, and none is dropped (MegaBlocks, 2211.15841). Where experts are
+sharded, tokens are exchanged by all-to-all.
 """
 
 import dataclasses
@@ -34,11 +35,11 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """What a mixture reports; a decoder's are stacked, with its layers first.
+    """The report of one mixture; those of a decoder are stacked, with layers first.
 
-    ``loss`` is the weighted sum of ``balance`` and ``z``. ``counts_e`` are choices (for expert
-    choice, tokens taken), before anything is dropped; ``asked`` all choices (for expert choice,
-    tokens) and ``dropped`` those that no expert took.
+    ``loss``: the weighted sum of ``balance`` and ``z``. ``counts_e``: how often each expert is
+    chosen, before any token is dropped (with expert choice: the tokens that it takes). ``asked``:
+    the number of choices (with expert choice: of tokens). ``dropped``: those that no expert takes.
     """
 
     loss: jax.Array
@@ -50,7 +51,7 @@ class RouterStats:
 
 
 class RouterBias(nnx.Variable):
-    """Moved by `rebalance` after each step; no gradient reaches it."""
+    """The bias of a sigmoid router. It has no gradient; `rebalance` changes it after each step."""
 
 
 class Moe(nnx.Module):
@@ -85,15 +86,15 @@ class Moe(nnx.Module):
             init = fan_in_normal(scale, fan_in=shape[1])
             return nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
 
-        into = ("experts", "embed", "mlp")
+        up_axes = ("experts", "embed", "mlp")
         self.router = to_experts()
         zeros = nnx.initializers.zeros
         self.noise = to_experts(init=zeros) if config.router == "noisy" else None
         sigmoid = config.router == "sigmoid"
         self.bias = RouterBias(jnp.zeros(e, jnp.float32), axes=(None,)) if sigmoid else None
         gated = ACTIVATIONS[config.activation][1]
-        self.gate = expert((e, width, f), into) if gated else None
-        self.up = expert((e, width, f), into)
+        self.gate = expert((e, width, f), up_axes) if gated else None
+        self.up = expert((e, width, f), up_axes)
         self.down = expert((e, f, width), ("experts", "mlp", "embed"), out_scale)
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         shared = MlpConfig(max(1, config.shared_experts) * f, config.activation)
@@ -104,20 +105,20 @@ class Moe(nnx.Module):
         )
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> None:
-        """It remembers nothing."""
+        """None: this layer has no state."""
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Each token through its experts; the context with a `RouterStats`. Padding takes none."""
+        """The layer's output, and the context with a `RouterStats`; padding has no experts."""
         config, tap, positions = self.config, context.tap, context.mask.q_positions_bt
         valid_bt = jnp.asarray(True) if positions is None else positions >= 0
         valid_bt = reshard(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
         logits_bte = tap("router.logits", self._logits(x_btd, context.key))
         scores_bte = scores(config, logits_bte)
         dropless = config.capacity_factor is None
-        # places of an expert are counted along a whole sequence
+        # the slots of an expert are counted over all tokens of a sequence
         row = ("batch", "time" if dropless else None, None)
-        observed = tap if tap.wants("experts.hidden") else None
-        on_mesh = observed is not None and spec() is not None
+        expert_tap = tap if tap.wants("experts.hidden") else None
+        on_mesh = expert_tap is not None and spec() is not None
         check(not on_mesh, "hooks", "experts.hidden", "is not supported on a mesh")
 
         def local(x_btd, scores_bte, valid_bt, bias_e, *weights):
@@ -130,11 +131,11 @@ class Moe(nnx.Module):
                 hot = experts_btk[..., None] == jnp.arange(config.num_experts)
                 chosen_bte = jnp.any(hot, axis=2) & valid_bt[..., None]
                 if dropless:
-                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights, observed)
+                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights, expert_tap)
                     return y, chosen_bte, jnp.zeros(valid_bt.shape, jnp.int32)
                 dispatch, combine = assign(config, weights_btk, experts_btk, valid_bt)
                 lost_bt = jnp.sum(chosen_bte, axis=-1) - jnp.sum(dispatch, axis=(2, 3))
-            y = self._by_slots(x_btd, dispatch, combine, weights, observed)
+            y = self._by_slots(x_btd, dispatch, combine, weights, expert_tap)
             return y, chosen_bte, lost_bt.astype(jnp.int32)
 
         weights = [
@@ -156,9 +157,9 @@ class Moe(nnx.Module):
         balance = balance_loss(scores_bte, counts_e, valid_bt, config.top_k)
         z = z_loss(logits_bte, valid_bt)
         loss = config.balance_weight * balance + config.z_weight * z
-        each = 1 if config.router == "expert_choice" else config.top_k
+        choices = 1 if config.router == "expert_choice" else config.top_k
         asked, dropped = (
-            jnp.sum(n, dtype=jnp.float32) for n in (each * valid_bt.astype(jnp.int32), lost_bt)
+            jnp.sum(n, dtype=jnp.float32) for n in (choices * valid_bt.astype(jnp.int32), lost_bt)
         )
         report = RouterStats(loss, balance, z, counts_e, asked, dropped)
         return y_btd, context.replace(report=report)
@@ -168,19 +169,19 @@ class Moe(nnx.Module):
         x_btd = x_btd.astype(jnp.float32)
         if key is None:
             return self.router(x_btd)
-        spread, normal = jax.random.split(key)
+        uniform_key, normal_key = jax.random.split(key)
         if config.jitter:
             low, high = 1 - config.jitter, 1 + config.jitter
-            drawn = jax.random.uniform(spread, x_btd.shape, jnp.float32, low, high)
+            drawn = jax.random.uniform(uniform_key, x_btd.shape, jnp.float32, low, high)
             x_btd = x_btd * reshard(drawn, "batch", "time", None)
         logits_bte = self.router(x_btd)
         if self.noise is not None:
-            drawn = reshard(jax.random.normal(normal, logits_bte.shape), "batch", "time", None)
+            drawn = reshard(jax.random.normal(normal_key, logits_bte.shape), "batch", "time", None)
             logits_bte = logits_bte + drawn * jax.nn.softplus(self.noise(x_btd))
         return logits_bte
 
     def _by_slots(self, x_btd, dispatch_btec, combine_btec, weights, tap):
-        """Through the places of `assign`: one dense product over experts of equal loads."""
+        """The experts' outputs by slots: dense products over experts with equal loads."""
         gate, up, down = weights
         activation, _ = ACTIVATIONS[self.config.activation]
         axis = mesh_axis("experts")
@@ -201,18 +202,18 @@ class Moe(nnx.Module):
         return _sum_hidden(y_btd).astype(self.dtype)
 
     def _sorted(self, x_btd, weights_btk, experts_btk, valid_bt, weights, tap):
-        """Sorted by expert, so that each expert's tokens are rows next to one another."""
+        """The experts' outputs with tokens sorted by expert: each expert has consecutive rows."""
         b, t, k = experts_btk.shape
         x_md = jnp.repeat(x_btd.reshape(b * t, -1), k, axis=0)
-        # padding goes to an expert past the last, which is no group
+        # padding has the index after the last expert, which is in no group
         experts_m = jnp.where(valid_bt[..., None], experts_btk, self.config.num_experts).reshape(-1)
         axis = mesh_axis("experts")
 
-        def see(h_mf):  # as [b, t, k, f] and back
+        def observe(h_mf):  # as [b, t, k, f] and back
             return tap("experts.hidden", h_mf.reshape(b, t, k, -1)).reshape(h_mf.shape)
 
         if axis is None:
-            y_md = _grouped(x_md, experts_m, weights, self.config, see if tap else None)
+            y_md = _grouped(x_md, experts_m, weights, self.config, observe if tap else None)
         else:
             y_md = _exchanged(x_md, experts_m, weights, self.config, axis)
         y_btkd = y_md.reshape(b, t, k, -1).astype(jnp.float32)
@@ -221,15 +222,15 @@ class Moe(nnx.Module):
 
 
 def _sum_hidden(y: jax.Array) -> jax.Array:
-    """The sum over devices that hold shares of the experts' hidden units."""
+    """The sum over the mesh axis that the experts' hidden units are sharded over."""
     axis = mesh_axis("mlp")
     return y if axis is None else jax.lax.psum(y, axis)
 
 
-def _grouped(x_md, experts_m, weights, config, see=None):
-    """Each row through its expert among those held here; rows of no expert give 0.
+def _grouped(x_md, experts_m, weights, config, observe=None):
+    """The output of each row's expert, from the experts in ``weights``; 0 for rows of no expert.
 
-    ``see`` maps the rows' hidden units, in the order of ``x_md``, to what goes on in their place.
+    ``observe`` maps the rows' hidden units, in the order of ``x_md``, to those that replace them.
     """
     gate, up, down = weights
     activation, _ = ACTIVATIONS[config.activation]
@@ -238,47 +239,47 @@ def _grouped(x_md, experts_m, weights, config, see=None):
     x_md = x_md[order]
     h = grouped_matmul(x_md, up, sizes)
     h = activation(h) if gate is None else activation(grouped_matmul(x_md, gate, sizes)) * h
-    if see is not None:
-        h = see(h[jnp.argsort(order)])[order]
+    if observe is not None:
+        h = observe(h[jnp.argsort(order)])[order]
     y_md = grouped_matmul(h, down, sizes)
     return y_md[jnp.argsort(order)]
 
 
 def _exchanged(x_md, experts_m, weights, config, axis):
-    """`_grouped` where devices hold different experts: rows go to theirs and come back.
+    """`_grouped` with experts sharded over ``axis``: all-to-alls send rows and return results.
 
-    All may go to one device, so each pair of devices exchanges room for all rows: what dropless
-    costs where the sizes of messages must be known beforehand.
+    All rows may belong to one device, and message sizes are static. So each message has space for
+    all rows, or tokens would be dropped.
     """
     ways = jax.lax.axis_size(axis)
-    held = config.num_experts // ways
+    local_experts = config.num_experts // ways
     m = experts_m.shape[0]
-    to = experts_m // held
-    # row i of every message is row i here or empty
-    mine = to[None] == jnp.arange(ways)[:, None]
-    sent = jnp.where(mine[..., None], x_md[None], 0)
-    which = jnp.where(mine, experts_m[None] % held, held)
-    got = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True).reshape(ways * m, -1)
-    which = jax.lax.all_to_all(which, axis, 0, 0, tiled=True).reshape(-1)
-    y = _grouped(got, which, weights, config)
+    device_m = experts_m // local_experts
+    # row i of every message is row i of this device, or 0
+    is_sent = device_m[None] == jnp.arange(ways)[:, None]
+    sent = jnp.where(is_sent[..., None], x_md[None], 0)
+    expert_ids = jnp.where(is_sent, experts_m[None] % local_experts, local_experts)
+    received = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True).reshape(ways * m, -1)
+    expert_ids = jax.lax.all_to_all(expert_ids, axis, 0, 0, tiled=True).reshape(-1)
+    y = _grouped(received, expert_ids, weights, config)
     y = jax.lax.all_to_all(y.reshape(ways, m, -1), axis, 0, 0, tiled=True)
-    return jnp.sum(jnp.where(mine[..., None], y, 0), axis=0)
+    return jnp.sum(jnp.where(is_sent[..., None], y, 0), axis=0)
 
 
 def rebalance(moe: Moe, counts_e: jax.Array) -> None:
-    """Move the biases of a sigmoid router towards even loads (DeepSeek-V3, §2.1.2), in place.
+    """Change the biases of a sigmoid router towards even loads (DeepSeek-V3, §2.1.2), in place.
 
-    An expert that got more than its share loses ``bias_rate``, one that got less gains it.
-    ``moe`` may be stacked layers; ``counts_e`` is then as well.
+    The bias of an expert with more tokens than the mean decreases by ``bias_rate``; with fewer it
+    increases. ``moe`` may be stacked layers; ``counts_e`` is then stacked too.
     """
     if moe.bias is None or not moe.config.bias_rate:
         return
-    lack = jnp.mean(counts_e, axis=-1, keepdims=True) - counts_e
-    moe.bias[...] += moe.config.bias_rate * jnp.sign(lack)
+    deficit = jnp.mean(counts_e, axis=-1, keepdims=True) - counts_e
+    moe.bias[...] += moe.config.bias_rate * jnp.sign(deficit)
 
 
 def load_entropy(counts_le: jax.Array) -> jax.Array:
-    """Entropy of the experts' shares over its largest value: 1 is even; mean over layers."""
+    """The entropy of the experts' shares / its maximum (1: even loads), mean over layers."""
     share = counts_le / jnp.maximum(jnp.sum(counts_le, axis=-1, keepdims=True), 1)
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
     return jnp.mean(entropy) / max(math.log(counts_le.shape[-1]), 1e-9)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from layers.weights import read
 
-# "rmsnorm_1p" is "rmsnorm" whose parameter is the scale's difference from 1 (Gemma)
+# "rmsnorm_1p": RMSNorm whose parameter is scale − 1 (Gemma)
 NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm")
 
 
@@ -32,7 +32,7 @@ def layer_norm(
 
 
 class Norm(nnx.Module):
-    """One of `NORMS` over the last axis of size ``features``, or, RMSNorm, over several."""
+    """One of `NORMS` over the last axis, of size ``features``; RMSNorm also over several axes."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Norm(nnx.Module):
     ):
         self.kind, self.eps = kind, eps
         self.dims = len(axes)
-        start = jnp.zeros if kind == "rmsnorm_1p" else jnp.ones
-        self.scale = nnx.Param(start(features, param_dtype), axes=axes)
+        initial = jnp.zeros if kind == "rmsnorm_1p" else jnp.ones
+        self.scale = nnx.Param(initial(features, param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(features, param_dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

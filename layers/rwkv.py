@@ -1,8 +1,7 @@
-"""RWKV: what its versions share (Peng 2023, arXiv:2305.13048; Peng 2025, arXiv:2503.14456).
+"""Common parts of RWKV-4 and RWKV-7 (Peng 2023, arXiv:2305.13048; Peng 2025, arXiv:2503.14456).
 
-A block's time-mix is a sequence mixer (`layers.rwkv4`, `layers.rwkv7`) and its channel-mix the
-feed-forward layer. Both see the token just before (*token shift*) and else only a state that does
-not grow with the length.
+The time-mix is a sequence mixer (`layers.rwkv4`, `layers.rwkv7`), the channel-mix a feed-forward
+layer. Both see the preceding token (*token shift*); the time-mix also has a state of fixed size.
 """
 
 import dataclasses
@@ -23,12 +22,11 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 @dataclasses.dataclass(frozen=True)
 class RwkvConfig:
-    """RWKV's own sizes; the channel-mix's hidden size is the model's ``mlp.width``.
+    """The configuration of RWKV layers; the hidden size of the channel-mix is ``mlp.width``.
 
-    ``head_dim``: RWKV-7's, which must divide the width. ``decay_rank``, ``rate_rank``,
-    ``value_rank``, ``gate_rank``: of the low-rank maps that give RWKV-7's decay, in-context
-    learning rate, value residual and gate. ``implementation``: of `pallas_kernels.wkv`; None
-    chooses by platform.
+    ``head_dim``: of RWKV-7; must divide the model's width. ``decay_rank``, ``rate_rank``,
+    ``value_rank``, ``gate_rank``: of RWKV-7's low-rank maps for decay, in-context learning rate,
+    value residual and gate. ``implementation``: of `pallas_kernels.wkv`; None chooses by platform.
     """
 
     head_dim: int = 64
@@ -46,24 +44,24 @@ class RwkvConfig:
 
 
 class Place(NamedTuple):
-    """Where a layer stands, which its initial shifts and decays depend on; may be traced."""
+    """The index of a layer in the stack, on which initial shifts and decays depend."""
 
-    layer: jax.Array | int = 0
+    layer: jax.Array | int = 0  # may be traced
     num_layers: int = 1
 
     @property
     def height(self) -> Any:
-        """0 at the bottom, 1 at the top."""
+        """0 for the first layer, 1 for the last."""
         return self.layer / max(self.num_layers - 1, 1)
 
     @property
     def remaining(self) -> Any:
-        """1 at the bottom, almost 0 at the top."""
+        """1 for the first layer, ``1 / num_layers`` for the last."""
         return 1 - self.layer / self.num_layers
 
 
 def ramp(width: int) -> jax.Array:
-    """``0 … 1`` over the channels."""
+    """``i / width`` for the channels ``i``."""
     return jnp.arange(width) / width
 
 
@@ -75,9 +73,9 @@ def vector(value: jax.Array, axis: str, dtype) -> nnx.Param:
 class ChannelMix(nnx.Module):
     """RWKV's feed-forward layer: squared ReLU of the token and its predecessor.
 
-    ``gated`` (RWKV-4, 2305.13048, eq. 18) multiplies by a sigmoid of them; RWKV-7 does not.
-    Mixing parameters are shares of the token itself if gated, else of its predecessor, as each
-    paper's weights have them.
+    ``gated``: the result is multiplied by a sigmoid of them (RWKV-4, 2305.13048, eq. 18; not in
+    RWKV-7). Mixing parameters are shares of the token if ``gated``, else of its predecessor, as in
+    each paper's weights.
     """
 
     def __init__(
@@ -94,10 +92,10 @@ class ChannelMix(nnx.Module):
     ):
         self.width, self.gated, self.dtype = width, gated, dtype
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        own = ramp(width) ** at.remaining
-        start = own if gated else 1 - ramp(width) ** (at.remaining**4)
-        self.mix_key = vector(start, "norm", param_dtype)
-        self.mix_receptance = vector(own, "norm", param_dtype) if gated else None
+        token_share = ramp(width) ** at.remaining
+        initial = token_share if gated else 1 - ramp(width) ** (at.remaining**4)
+        self.mix_key = vector(initial, "norm", param_dtype)
+        self.mix_receptance = vector(token_share, "norm", param_dtype) if gated else None
         hidden_axes = ("batch", None, "mlp")
         self.key = Linear(
             "btd,df->btf", (width, hidden), ("embed", "mlp"), hidden_axes, rngs=rngs, **dtypes
@@ -116,12 +114,12 @@ class ChannelMix(nnx.Module):
         )  # fmt: skip
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> Tail:
-        """The one token before: none."""
+        """The empty state: no token came before."""
         del max_length
         return Tail.empty(batch, 1, self.width, dtype or self.dtype)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Each token and the one before it; with a state, after the token it holds."""
+        """The layer applied to each token and its predecessor; a state holds the first's."""
         state = context.state
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, state)
         [previous] = before(x_btd, 1, tokens, state)

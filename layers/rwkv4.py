@@ -1,4 +1,4 @@
-"""RWKV-4's time-mix: a mean over the past whose weights decay (Peng 2023, arXiv:2305.13048)."""
+"""RWKV-4's time-mix: a mean over tokens with decaying weights (Peng 2023, arXiv:2305.13048)."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ CHANNELS = ("batch", None, "channels")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rwkv4State(RecurrentState):
-    """``tail`` of one token; numerator, denominator and greatest exponent of `wkv4`, float32."""
+    """``tail``: one token; numerator, denominator and greatest exponent of `wkv4`, float32."""
 
     tail: Tail
     numerator_bd: jax.Array
@@ -32,7 +32,8 @@ class Rwkv4State(RecurrentState):
 class Rwkv4(nnx.Module):
     """RWKV-4's time-mix (2305.13048, eq. 11–17).
 
-    A token's own share against its predecessor's grows with the channel, less so upwards.
+    The initial share of a token, against its predecessor, grows with the index of the channel; it
+    grows less in later layers.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Rwkv4(nnx.Module):
     ):
         self.width, self.dtype, self.implementation = width, dtype, config.implementation
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        own = ramp(width) ** at.remaining
-        self.mix_key = vector(own, "norm", param_dtype)
-        self.mix_value = vector(own + 0.3 * at.height, "norm", param_dtype)
+        token_share = ramp(width) ** at.remaining
+        self.mix_key = vector(token_share, "norm", param_dtype)
+        self.mix_value = vector(token_share + 0.3 * at.height, "norm", param_dtype)
         self.mix_receptance = vector(ramp(width) ** (0.5 * at.remaining), "norm", param_dtype)
         spread = jnp.arange(width) / max(width - 1, 1)
         decay = -5 + 8 * spread ** (0.7 + 1.3 * at.height)
@@ -79,7 +80,7 @@ class Rwkv4(nnx.Module):
         return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds."""
+        """Mix tokens along time; with a state, these tokens follow those that it holds."""
         state = context.state
         tail = None if state is None else state.tail
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
@@ -98,13 +99,13 @@ class Rwkv4(nnx.Module):
         )
         initial = None
         if state is not None:
-            goes_on = tokens.continues(state.tail)
+            continues = tokens.continues(state.tail)
             initial = (
-                carried(state.numerator_bd, goes_on),
-                carried(state.denominator_bd, goes_on),
-                carried(state.greatest_bd, goes_on, EMPTY),
+                carried(state.numerator_bd, continues),
+                carried(state.denominator_bd, continues),
+                carried(state.greatest_bd, continues, EMPTY),
             )
-            # padding weighs nothing
+            # padding has weight 0
             assert tokens.valid_bt is not None
             k = jnp.where(tokens.valid_bt[..., None], k, EMPTY)
 
@@ -129,7 +130,7 @@ class Rwkv4(nnx.Module):
         )
         if state is not None and tokens.valid_bt is not None:
             numerator, denominator, greatest = end
-            # padding has let everything decay; the exponent says by how much
+            # the state has decayed at padding too: the exponent takes this back
             padding_b = jnp.sum(~tokens.valid_bt, axis=1)
             greatest += padding_b[:, None] * jnp.exp(decay)
             state = Rwkv4State(

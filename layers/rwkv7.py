@@ -1,4 +1,4 @@
-"""RWKV-7's time-mix: a matrix a head that unlearns as it learns (Peng 2025, arXiv:2503.14456)."""
+"""RWKV-7's time-mix: each head has a matrix with a delta rule (Peng 2025, arXiv:2503.14456)."""
 
 import dataclasses
 from typing import Any
@@ -23,14 +23,14 @@ FIRST_VALUES = "rwkv7.first_values"  # in `Context.shared`
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rwkv7State(RecurrentState):
-    """``tail`` of one token; the matrix of `wkv7`, values by keys, float32."""
+    """``tail``: one token; ``matrix_bhcc``: of `wkv7`, [values, keys], float32."""
 
     tail: Tail
     matrix_bhcc: jax.Array
 
 
 class LowRank(nnx.Module):
-    """``inner(x A) B + bias``, as heads of channels: what follows the token cheaply in RWKV-7."""
+    """``inner(x A) B + bias``, ``[b, t, h, c]``: the low-rank maps of RWKV-7."""
 
     def __init__(
         self, width: int, rank: int, heads: int, *, rngs, inner, bias=None, dtype, param_dtype
@@ -74,7 +74,7 @@ def _identity(x):
 
 
 class Rwkv7(nnx.Module):
-    """RWKV-7's time-mix (2503.14456, §4). ``first_layer``: the number of the first of its kind."""
+    """RWKV-7's time-mix (2503.14456, §4). ``first_layer``: index of the first RWKV-7 layer."""
 
     def __init__(
         self,
@@ -143,31 +143,31 @@ class Rwkv7(nnx.Module):
         return Rwkv7State(Tail.empty(batch, 1, self.width, dtype or self.dtype), matrix)
 
     def init_shared(self, x_btd: jax.Array) -> dict[str, jax.Array]:
-        """What the first RWKV-7 layer overwrites with its values."""
+        """Zeros, which the first RWKV-7 layer overwrites with its values."""
         b, t, _ = x_btd.shape
         zeros = jnp.zeros((b, t, self.heads, self.head_dim), jnp.float32)
         return {FIRST_VALUES: reshard(zeros, *HEADS)}
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-        """Mix along time; with a state, after the tokens it holds.
+        """Mix tokens along time; with a state, these tokens follow those that it holds.
 
-        The first RWKV-7 layer puts its values into ``context.shared``, from which later ones mix
-        them in (value residual); without any there it is the first itself.
+        The first RWKV-7 layer stores its values in ``context.shared``; later ones mix these values
+        into theirs (value residual). Without an entry there, this layer is the first.
         """
         state = context.state
         tail = None if state is None else state.tail
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tail)
         [previous] = before(x_btd, 1, tokens, tail)
-        change = previous - x_btd
+        difference = previous - x_btd
 
         def shifted(name):
-            return x_btd + change * read(self.mixes[name], x_btd.dtype)
+            return x_btd + difference * read(self.mixes[name], x_btd.dtype)
 
         def channels(parameter):
             return read(parameter, jnp.float32)
 
         r = self.receptance(shifted("receptance")).astype(jnp.float32)
-        # log(−log(decay)): the decay lies between e^(−e^−0.5) = 0.545 and 1
+        # log(−log(decay)): the decay is between e^(−e^−0.5) = 0.545 and 1
         w = -jax.nn.softplus(-self.decay(shifted("decay"))) - 0.5
         k = self.key(shifted("key")).astype(jnp.float32)
         x_value = shifted("value")
@@ -181,18 +181,18 @@ class Rwkv7(nnx.Module):
             v = jnp.where(is_first, v, mixed)
             shared = {**shared, FIRST_VALUES: jnp.where(is_first, v, first)}
         removal = k * channels(self.key_removal)
-        length = jnp.sqrt(jnp.sum(jnp.square(removal), -1, keepdims=True) + 1e-24)
-        removal = removal / length
+        norm = jnp.sqrt(jnp.sum(jnp.square(removal), -1, keepdims=True) + 1e-24)
+        removal = removal / norm
         k = k * (1 + (rate - 1) * channels(self.key_rate))
-        put_back = removal * rate
+        replacement = removal * rate
         initial = None
         if state is not None:
             initial = carried(state.matrix_bhcc, tokens.continues(state.tail))
             assert tokens.valid_bt is not None
             valid = tokens.valid_bt[..., None, None]
-            # padding: no decay, nothing taken, nothing put
+            # padding: no decay, nothing is removed or added
             w = jnp.where(valid, w, -1e4)
-            k, put_back = jnp.where(valid, k, 0), jnp.where(valid, put_back, 0)
+            k, replacement = jnp.where(valid, k, 0), jnp.where(valid, replacement, 0)
 
         def run(r, w, k, v, a, b, segments, initial):
             return wkv7(
@@ -205,7 +205,7 @@ class Rwkv7(nnx.Module):
         matrix_axes = ("batch", "heads", None, None)
         y, matrix = per_device(
             run,
-            (r, w, k, v, -removal, put_back, tokens.segments_bt, initial),
+            (r, w, k, v, -removal, replacement, tokens.segments_bt, initial),
             (*[HEADS] * 6, ("batch", None), matrix_axes),
             [HEADS, matrix_axes],
         )

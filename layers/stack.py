@@ -1,6 +1,6 @@
-"""A decoder's layers as stacks, which are scanned, or as a list, which is unrolled.
+"""Conversion of a decoder's layers between stacks, which are scanned, and an unrolled list.
 
-Optimiser moments and gradients are trees of the same modules, and are rearranged alike.
+Optimiser moments and gradients are trees of the same modules, so they are converted too.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from layers.decoder import Decoder, row
 
 
 def rearranged(tree: Any, *, scan: bool, circuits: int = 1) -> Any:
-    """``tree`` with the layers of every `Decoder` in it stacked, or apart.
+    """``tree`` with the layers of every `Decoder` in it stacked or unstacked.
 
-    ``scan`` and ``circuits`` as in `layers.architecture.DecoderConfig`. Arrays are copied, once.
+    ``scan``, ``circuits``: as in `layers.architecture.DecoderConfig`. Arrays are copied once.
     """
     return jax.tree.map(
         lambda node: _decoder(node, scan, circuits) if isinstance(node, Decoder) else node,
@@ -26,7 +26,7 @@ def rearranged(tree: Any, *, scan: bool, circuits: int = 1) -> Any:
 
 
 def unstacked(model: Decoder) -> Decoder:
-    """``model`` with its layers as a list: nothing is copied when it decodes."""
+    """``model`` with its layers as a list, so that decoding copies nothing."""
     return rearranged(model, scan=False)
 
 
@@ -43,14 +43,14 @@ def _decoder(model: Decoder, scan: bool, circuits: int) -> Decoder:
     layers = [layer(i) for i in range(config.num_layers)]
     blocks = layers
     if scan:
-        places = [config.locate(i) for i in range(config.num_layers)]
+        locations = [config.locate(i) for i in range(config.num_layers)]
         blocks = [
             jax.tree.map(
                 lambda *a: jnp.stack(a),
-                *(one for one, (at, _) in zip(layers, places, strict=True) if at == block),
+                *(a_layer for a_layer, (b, _) in zip(layers, locations, strict=True) if b == block),
             )
             for block in range(len(config.pattern) * circuits)
         ]
-    new = jax.tree.map(lambda a: a, model)  # another module of the same arrays
+    new = jax.tree.map(lambda a: a, model)  # a new module with the same arrays
     new.config, new.blocks = config, nnx.List(blocks)
     return new

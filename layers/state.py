@@ -1,8 +1,8 @@
-"""What a sequence mixer remembers between calls: registered dataclasses, passed in and returned.
+"""States of sequence mixers between calls: registered dataclasses, passed in and returned.
 
 A state of attention has ``extend(keys, values, positions, segments) -> (state, keys to see)``,
-which hides how its memory is laid out, and every state ``rewind(count_b) -> state``, which takes
-tokens back where that is cheap and else says that it cannot.
+which hides how keys are stored. Every state has ``rewind(count_b) -> state``, which removes the
+last tokens if that is cheap, and else raises an error.
 """
 
 import dataclasses
@@ -27,14 +27,15 @@ class Keys(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, in ``s`` slots a row.
+    """Keys and values of the tokens so far, in ``s`` slots for each row.
 
-    Heads come first, as products of queries with keys want them: nothing is transposed to decode.
+    Heads come before slots, as in the products of queries with keys: decoding transposes nothing.
 
-    Tokens fill slots in the order they are written, whatever their position, so that rows of
-    different lengths and packed documents need no special case. A ``rolling`` cache (sliding-window
-    attention, Jiang 2023, §2) reuses the slot of the oldest token; a contiguous one must be large
-    enough: what does not fit is dropped, so callers check the length before (see `extend`).
+    Tokens fill slots in the order in which they are written, for any positions. So rows of
+    different lengths and packed documents require no special case. A ``rolling`` cache
+    (sliding-window attention, Jiang 2023, §2) reuses the slot of the oldest token. A contiguous
+    one must be large enough: further tokens are dropped, so callers check the length first (see
+    `extend`).
     """
 
     keys_bksc: jax.Array
@@ -60,7 +61,7 @@ class KVCache:
         rolling: bool,
         value_channels: int | None = None,
     ) -> "KVCache":
-        """``value_channels`` are as many as ``channels`` by default.
+        """A cache without tokens; ``value_channels`` defaults to ``channels``.
 
         Raises:
           ConfigError: ``batch`` or ``capacity`` is not positive.
@@ -90,25 +91,26 @@ class KVCache:
         Tokens at position −1 (padding) are not written.
 
         Raises:
-          ConfigError: ``t`` exceeds a contiguous cache's capacity (all that shapes alone can say).
+          ConfigError: ``t`` exceeds a contiguous cache's capacity. Only shapes are checked.
         """
         t = keys_btkc.shape[1]
         new = self._write(keys_btkc, values_btkc, positions_bt, segments_bt)
-        held = new._keys()
+        visible = new._keys()
         if self.rolling and t > 1:
-            # Writing many tokens overwrites keys that the first of them still see: they see what
-            # was there before, and the new ones. One token overwrites only what left the window.
-            more = Keys(keys_btkc, values_btkc, positions_bt, segments_bt)
-            held = jax.tree.map(_append, self._keys(), more)
-        return new, held
+            # Several new tokens overwrite keys that the first of them still see. So they see the
+            # keys of the old cache and the new ones. One token overwrites only a key that is
+            # outside the window.
+            new_keys = Keys(keys_btkc, values_btkc, positions_bt, segments_bt)
+            visible = jax.tree.map(_append, self._keys(), new_keys)
+        return new, visible
 
     def rewind(self, count_b: jax.Array) -> "KVCache":
         """The cache without the last ``count_b`` tokens of each row.
 
         Raises:
-          ConfigError: a rolling cache, which has overwritten what would be seen again.
+          ConfigError: the cache is rolling: tokens that would be seen again are overwritten.
         """
-        check(not self.rolling, "state", "rolling KVCache", "has overwritten what rewind needs")
+        check(not self.rolling, "state", "rolling KVCache", "does not support rewind")
         written = jnp.maximum(self.written_b - count_b, 0)
         kept = jnp.arange(self.capacity) < written[..., None]
         positions = jnp.where(kept, self.positions_bs, -1)
@@ -124,30 +126,30 @@ class KVCache:
             self.rolling or t <= self.capacity,
             "tokens",
             t,
-            f"the cache holds at most max_length={self.capacity}",
+            f"must be at most max_length={self.capacity} of the cache",
         )
         valid = positions_bt >= 0
         rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)
         slots = self.written_b[:, None] + rank
         if self.rolling:
-            # two new tokens may claim one slot: only the last `capacity` of them are kept
+            # only the last `capacity` new tokens are written, so that no two have the same slot
             valid &= rank >= count[:, None] - self.capacity
             slots = slots % self.capacity
-        slots = jnp.where(valid, slots, self.capacity)  # out of range: dropped by the scatter
+        slots = jnp.where(valid, slots, self.capacity)  # out of range: the scatter drops it
 
         def put(old, new, *heads):
-            """``new`` ``[b, t, …]`` in its slots, heads in front of them if there are any."""
+            """``old`` with ``new`` ``[b, t, …]`` in its slots, which come after heads, if any."""
 
             def local(old, new, slots):
-                # as one list of places: XLA writes rows of a matrix where they are
+                # as rows of one matrix, which XLA writes in place
                 shape = old.shape if heads else (old.shape[0], 1, old.shape[1], 1)
                 b, k, s, c = shape
-                line = jnp.arange(b)[:, None, None] * k + jnp.arange(k)
-                place = jnp.where(slots[..., None] < s, line * s + slots[..., None], b * k * s)
+                row_index = jnp.arange(b)[:, None, None] * k + jnp.arange(k)
+                index = jnp.where(slots[..., None] < s, row_index * s + slots[..., None], b * k * s)
                 flat = old.reshape(b * k * s, c)
-                flat = flat.at[place].set(
-                    new.reshape(*place.shape, c).astype(old.dtype), mode="drop"
+                flat = flat.at[index].set(
+                    new.reshape(*index.shape, c).astype(old.dtype), mode="drop"
                 )
                 return flat.reshape(old.shape)
 
@@ -177,8 +179,10 @@ def rewind(state: Any, count_b: jax.Array) -> Any:
     """A decoder's ``state`` without the last ``count_b`` tokens of each row.
 
     Raises:
-      ConfigError: a layer's state cannot take tokens back; it is named.
+      ConfigError: the state of a layer, which is named, does not support it.
     """
     return jax.tree.map(
-        lambda one: one.rewind(count_b), state, is_leaf=lambda node: hasattr(node, "rewind")
+        lambda layer_state: layer_state.rewind(count_b),
+        state,
+        is_leaf=lambda node: hasattr(node, "rewind"),
     )

@@ -1,10 +1,10 @@
-"""Products with a weight whose gradient XLA:CPU computes fast.
+"""Products with a weight whose gradient is fast on XLA:CPU.
 
-XLA:CPU multiplies along the last axis of the left side only. So one factor of a weight's gradient,
-``x`` or the cotangent, is transposed in memory, together with all that is fused into it:
-activations, norms, gates and convolutions, or their backward passes, are computed once more, and
-across memory. JAX's own rule always transposes the cotangent, which costs a training step 5 to 25%
-more. Here it is the smaller factor.
+XLA:CPU contracts the last axis of the left factor only. So one factor of a weight's gradient, ``x``
+or the cotangent, is transposed in memory. What is fused into this factor (activation functions,
+norms, gates and convolutions, or their backward passes) is computed once more, with strided access.
+JAX's rule always transposes the cotangent, which makes a training step 5 to 25% slower. Here the
+smaller factor is transposed.
 """
 
 import functools
@@ -23,10 +23,10 @@ def product(
     preferred_element_type: jnp.dtype | None,
 ) -> jax.Array:
     """``jnp.einsum(subscripts, x, weight)`` on one device."""
-    # jnp.einsum contracts letters in alphabetical order: in that of memory, nothing is transposed
+    # jnp.einsum contracts letters in alphabetical order; in memory order nothing is transposed
     letters = dict.fromkeys(a for a in subscripts if a.isalpha())
-    in_order = dict(zip(letters, "abcdefghij", strict=False))
-    subscripts = "".join(in_order.get(a, a) for a in subscripts)
+    renamed = dict(zip(letters, "abcdefghij", strict=False))
+    subscripts = "".join(renamed.get(a, a) for a in subscripts)
     return _op(subscripts, preferred_element_type)(x, weight)
 
 
@@ -48,7 +48,7 @@ def _op(subscripts: str, preferred_element_type: jnp.dtype | None):
         first, second, firsts, seconds = x, dy, left, output
         if x.size > dy.size:
             first, second, firsts, seconds = dy, x, output, left
-        # asked for in another order, the right factor would become the left one
+        # with another order of the output, the right factor would become the left one
         order = "".join(dict.fromkeys(a for a in firsts + seconds if a in right))
         dw = jnp.einsum(
             f"{firsts},{seconds}->{order}", first, second, preferred_element_type=weight.dtype
@@ -59,7 +59,7 @@ def _op(subscripts: str, preferred_element_type: jnp.dtype | None):
 
     @run.defjvp
     def derivative(factors, tangents):
-        # the product itself, which policies of `jax.checkpoint` look for
+        # the primal is a plain product, which policies of `jax.checkpoint` recognise
         return einsum(*factors), linear(push, pull, factors, tangents)
 
     return run

@@ -1,9 +1,9 @@
-"""Reading parameters and multiplying by them, whatever they hold: an array, or a leaf.
+"""Reads of parameters and products with them, for parameters that hold an array or a `Leaf`.
 
-A layer declares ``nnx.Param(array, axes=…)``, with a logical name for each dimension, and reaches
-it by `read`, `einsum` and `lookup` alone. These cast, and all-gather what is sharded over ``fsdp``.
-A tree rewrite may put a `Leaf` in place of the array (quantised codes, a low-rank sum), and no
-layer has to know.
+A layer declares ``nnx.Param(array, axes=…)``, with a logical axis for each dimension, and uses it
+by `read`, `einsum` and `lookup` only. These cast it, and all-gather it over ``fsdp``. A tree
+rewrite may put a `Leaf` in the place of the array (quantised codes, a low-rank sum) without a
+change of the layer.
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ Tree = TypeVar("Tree")
 
 
 class Leaf:
-    """A small pytree that stands for a weight's array.
+    """A small pytree in the place of a parameter's array.
 
     A subclass is a frozen dataclass, registered as a pytree, whose static field ``axes`` names the
-    dimensions of the array that it stands for. Its arrays may have further dimensions in front:
+    dimensions of the array that it replaces. Its arrays may have further dimensions before these:
     stacked layers.
     """
 
     axes: Axes
 
     def parts(self) -> Mapping[str, Axes]:
-        """Field → the logical names of its last dimensions, of every field that holds an array."""
+        """Each field that holds an array → the logical axes of its last dimensions."""
         raise NotImplementedError
 
     def dense(self, dtype: jnp.dtype) -> jax.Array:
-        """The array that it stands for, of one layer, in ``dtype``."""
+        """The array that it replaces, of one layer, in ``dtype``."""
         raise NotImplementedError
 
     def read(self, dtype: jnp.dtype) -> jax.Array:
@@ -60,7 +60,7 @@ class Leaf:
         return _multiply(subscripts, x, weight, self.axes, dtype, out_axes, out_dtype)
 
     def lookup(self, ids_bt: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows of `dense`; override it to decode these rows alone."""
+        """Rows of `dense`; override it to decode only these rows."""
         return _rows(self.read(dtype), ids_bt)
 
     def _gathered(self) -> "Leaf":
@@ -74,13 +74,12 @@ _NODES = (Leaf, Scattered)
 def read(
     param: nnx.Variable, dtype: jnp.dtype, *, like: jax.Array | None = None, deferred: bool = False
 ) -> jax.Array:
-    """The array of ``param`` in ``dtype``, in the sharding that it is computed with.
+    """The array of ``param`` in ``dtype``, in its computed sharding.
 
     Args:
-      like: make it something that multiplies or adds to ``like`` elementwise, along its last
-        dimensions.
-      deferred: only products and `layers.sharding.per_device` use it. With ``like`` or ``deferred``
-        each device may keep its own share of the gradient for a later sum over rows.
+      like: the result is an array that broadcasts with ``like``, along its last dimensions.
+      deferred: True if only products and `layers.sharding.per_device` use the result. With ``like``
+        or ``deferred`` the gradient may stay unreduced, for a later sum over rows.
     """
     value = param.get_value()
     if isinstance(value, Leaf):
@@ -104,8 +103,8 @@ def einsum(
     Args:
       subscripts: two operands, e.g. ``"btd,dhc->bthc"``.
       x: activations, cast to ``dtype``.
-      out_axes: logical names of the dimensions of the result.
-      out_dtype: accumulate and return in this dtype (logits ask for float32).
+      out_axes: logical axes of the result.
+      out_dtype: dtype of accumulation and of the result (for logits, float32).
     """
     value = param.get_value()
     if isinstance(value, Leaf):
@@ -147,12 +146,12 @@ def _rows(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
     )
 
 
-def map_named(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:
-    """``function(array, axes, …)`` of every array of ``tree``; ``axes`` are of its last dimensions.
+def map_named(function: Callable[..., Any], tree: Tree, *trees: Any) -> Tree:
+    """``tree`` with ``function(array, axes, …)`` of each array; ``axes``: of its last dimensions.
 
-    Arrays of a `Leaf` have names of their own. Those of another pytree in a variable's place (an
-    optimiser's codes and scales) have the variable's; arrays outside variables have ``()``.
-    ``rest`` are trees of the same structure, or with subtrees in place of arrays.
+    Arrays of a `Leaf` have the axes of `Leaf.parts`. Those of another pytree in a variable (an
+    optimiser's codes and scales) have the variable's axes; arrays outside variables have ``()``.
+    ``trees``: trees of the same structure, or with subtrees in the place of arrays.
     """
 
     def of_value(value: Any, axes: Axes, *others: Any) -> Any:
@@ -160,8 +159,8 @@ def map_named(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:
             if not isinstance(node, Leaf):
                 return function(node, axes, *others)
             parts = {
-                name: of_value(getattr(node, name), own, *(getattr(o, name) for o in others))
-                for name, own in node.parts().items()
+                name: of_value(getattr(node, name), part_axes, *(getattr(o, name) for o in others))
+                for name, part_axes in node.parts().items()
             }
             return dataclasses.replace(node, **parts)  # type: ignore[type-var]
 
@@ -174,49 +173,49 @@ def map_named(function: Callable[..., Any], tree: Tree, *rest: Any) -> Tree:
         others = tuple(o.get_value() for o in others)
         return variable.replace(of_value(variable.get_value(), axes, *others))
 
-    return jax.tree.map(of_variable, tree, *rest, is_leaf=lambda a: isinstance(a, nnx.Variable))
+    return jax.tree.map(of_variable, tree, *trees, is_leaf=lambda a: isinstance(a, nnx.Variable))
 
 
 def flat(tree: Any) -> dict[str, jax.Array]:
     """Path → array, e.g. ``blocks/0/mixer/query/weight``, in the order of the tree's leaves.
 
-    An array of a `Leaf` has its field's name behind the parameter's.
+    The path of an array of a `Leaf` ends in the name of its field.
     """
-    found = {}
-    flatten, spell = jax.tree_util.tree_flatten_with_path, jax.tree_util.keystr
+    arrays = {}
+    flatten, to_name = jax.tree_util.tree_flatten_with_path, jax.tree_util.keystr
     for path, node in flatten(tree, is_leaf=lambda a: isinstance(a, nnx.Variable))[0]:
         value = node.get_value() if isinstance(node, nnx.Variable) else node
         for inner, leaf in flatten(value)[0]:
-            found[spell((*path, *inner), simple=True, separator="/")] = leaf
-    return found
+            arrays[to_name((*path, *inner), simple=True, separator="/")] = leaf
+    return arrays
 
 
 def gathers(tree: Any) -> bool:
-    """Whether a parameter of ``tree`` is stored sharded over an axis that `read` gathers."""
-    found = []
+    """Whether a parameter of ``tree`` is stored sharded over an axis that `read` all-gathers."""
+    gathered = []
 
-    def look(array, axes):
+    def collect(array, axes):
         target = spec(*axes)
         stored = array.whole if isinstance(array, Scattered) else array
         if axes and target is not None:
-            found.append(named_axes(axes_of(stored)) - named_axes(target))
+            gathered.append(named_axes(axes_of(stored)) - named_axes(target))
 
-    map_named(look, tree)
-    return any(found)
+    map_named(collect, tree)
+    return any(gathered)
 
 
 def dense(tree: Tree, dtype: jnp.dtype) -> Tree:
-    """``tree`` with every `Leaf` as the array that it stands for, in ``dtype``."""
+    """``tree`` with every `Leaf` replaced by its dense array, in ``dtype``."""
 
     def of_leaf(leaf: Leaf) -> jax.Array:
         name, axes = next(iter(leaf.parts().items()))
-        run: Callable = lambda one: one.dense(dtype)  # noqa: E731
+        run: Callable = lambda layer_leaf: layer_leaf.dense(dtype)  # noqa: E731
         for _ in range(getattr(leaf, name).ndim - len(axes)):  # stacked layers
             run = jax.vmap(run)
         return run(leaf)
 
     def of_variable(variable: Any) -> Any:
-        held = isinstance(variable, nnx.Variable) and isinstance(variable.get_value(), Leaf)
-        return variable.replace(of_leaf(variable.get_value())) if held else variable
+        has_leaf = isinstance(variable, nnx.Variable) and isinstance(variable.get_value(), Leaf)
+        return variable.replace(of_leaf(variable.get_value())) if has_leaf else variable
 
     return jax.tree.map(of_variable, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))

@@ -263,7 +263,10 @@ def test_refuses_shapes_that_do_not_go_together():
         (dict(num_heads=4, num_kv_heads=0), "num_kv_heads=0: must divide num_heads=4"),
         (dict(num_heads=4, head_dim=-1), "head_dim=-1: must be > 0 or None"),
         (dict(num_heads=4, window=0), "window=0: must be > 0 or None"),
-        (dict(num_heads=4, qk_norm_across_heads=True), "qk_norm_across_heads=True: qk_norm is off"),
+        (
+            dict(num_heads=4, qk_norm_across_heads=True),
+            "qk_norm_across_heads=True: requires qk_norm=True",
+        ),
         (dict(num_heads=4, soft_cap=0.0), "soft_cap=0.0: must be > 0 or None"),
         (dict(num_heads=4, scale=-2.0), r"scale=-2.0: must be > 0 or None"),
     ],

@@ -391,10 +391,10 @@ def test_gradients_reach_every_parameter():
         (lambda m: m(TOKENS * 1.0),
          "tokens='float32[2, 6]': must be integers of shape [batch, time]"),
         (lambda m: m(TOKENS, state=m.init_state(2, T)),
-         "positions=None: with a state, say where the tokens stand"),
-        (lambda m: m(jnp.zeros((1, T + 1), jnp.int32)), "tokens=7: longer than max_length=6"),
+         "positions=None: is required with a state"),
+        (lambda m: m(jnp.zeros((1, T + 1), jnp.int32)), "tokens=7: must be at most max_length=6"),
         (lambda m: m(TOKENS, jnp.arange(T)[None], state=m.init_state(2, T - 1)),
-         "tokens=6: the cache holds at most max_length=5"),
+         "tokens=6: must be at most max_length=5 of the cache"),
         (lambda m: m.init_state(0, T), "batch=0: must be > 0"),
     ],
 )  # fmt: skip

@@ -79,7 +79,7 @@ def test_random_heads_are_fresh_and_the_rest_is_kept(model):
         ((3,), "num_kv_heads=3: must divide the model's 4"),
         ((8,), "num_kv_heads=8: must divide the model's 4"),
         ((2, "media"), "method='media': must be one of mean, first, random"),
-        ((2, "random"), "key=None: method='random' needs one"),
+        ((2, "random"), "key=None: is required by method='random'"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(model, arguments, message):

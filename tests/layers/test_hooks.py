@@ -57,7 +57,7 @@ def test_a_layer_that_is_not_chosen_is_not_kept():
         stacked(hooks, {"residual": {0: jnp.ones(2), 2: jnp.ones(2)}}, seen)
     with pytest.raises(ConfigError, match="^capture='residual': no layer of this model has it"):
         stacked(hooks, {}, set())
-    with pytest.raises(ConfigError, match=r"^capture.layers=\(1,\): final has none"):
+    with pytest.raises(ConfigError, match=r"^capture.layers=\(1,\): must be None for 'final'"):
         stacked(Hooks((Capture("final", layers=(1,)),)), {}, seen)
 
 

@@ -210,7 +210,7 @@ def test_a_bad_configuration_names_its_field(changes, message):
         ("mamba2", dict(head_dim=5), "mamba.head_dim=5: must divide expand × width = 16"),
         ("mamba2", dict(head_dim=4, groups=3), "mamba.groups=3: must divide the 4 heads"),
         ("mamba2", dict(head_dim=4, selective=("b",)), r"mamba.selective=\('b',\): must be all"),
-        ("mamba", None, "mamba=None: the 'mamba' layers need it"),
+        ("mamba", None, "mamba=None: is required by 'mamba' layers"),
     ],
 )
 def test_a_model_that_cannot_be(kind, changes, message):

@@ -104,7 +104,7 @@ def _rows(block) -> int:
 def test_circuits_divide_the_repeats():
     with pytest.raises(ConfigError, match="^circuits=4: must divide the pattern's 6 repeats"):
         dataclasses.replace(WHOLE, circuits=4)
-    with pytest.raises(ConfigError, match="^circuits=3: must be 1: scan=False"):
+    with pytest.raises(ConfigError, match="^circuits=3: must be 1 with scan=False"):
         dataclasses.replace(WHOLE, circuits=3, scan=False)
 
 

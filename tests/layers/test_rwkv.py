@@ -231,8 +231,8 @@ def test_taps_see_the_mixers_output():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(rwkv=None), "rwkv=None: the 'rwkv4' layers need it"),
-        (dict(mlp=None), "mlp=None: the 'rwkv4' layers need it"),
+        (dict(rwkv=None), "rwkv=None: is required by 'rwkv4' layers"),
+        (dict(mlp=None), "mlp=None: is required by 'rwkv4' layers"),
         (dict(feed_forward=("rwkv5",)),
          "feed_forward[0]='rwkv5': must be one of mlp, rwkv4, rwkv7, moe, none "
          "(did you mean 'rwkv7'?)"),

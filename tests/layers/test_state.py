@@ -172,7 +172,7 @@ def test_a_cache_shorter_than_the_window_does_not_roll():
 def test_tokens_past_a_contiguous_cache():
     layer = make("rotary")
     state = layer.init_state(2, 4)
-    with pytest.raises(ConfigError, match="^tokens=9: the cache holds at most max_length=4$"):
+    with pytest.raises(ConfigError, match="^tokens=9: must be at most max_length=4 of the cache$"):
         layer(X, Context.of_tokens(jnp.arange(T)[None], state=state))
     # in pieces, shapes cannot tell: what does not fit is dropped, what was there stays
     _, state = call(layer, X[:, :4], jnp.arange(4)[None], None, state)
@@ -202,7 +202,7 @@ def test_what_is_rewound_was_never_written(row):
 
 
 def test_a_rolling_cache_cannot_be_rewound():
-    with pytest.raises(ConfigError, match="^state='rolling KVCache': has overwritten"):
+    with pytest.raises(ConfigError, match="^state='rolling KVCache': does not support rewind"):
         rewind(make("rolling").init_state(2, T), jnp.ones(2, int))
 
 

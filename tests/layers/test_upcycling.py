@@ -60,10 +60,10 @@ def test_routers_are_fresh_and_experts_can_part(model):
 @pytest.mark.parametrize(
     "moe, feed_forward, message",
     [
-        (MoeConfig(4, 11), ("moe",), "moe.width=11: must be the MLPs' 12"),
-        (MoeConfig(4, 12, activation="relu"), ("moe",), "moe.activation='relu': must be the MLPs'"),
+        (MoeConfig(4, 11), ("moe",), "moe.width=11: must be mlp.width=12"),
+        (MoeConfig(4, 12, activation="relu"), ("moe",), "moe.activation='relu': must be mlp.act"),
         (MoeConfig(4, 12, shared_experts=1), ("moe",), "moe.shared_experts=1: must be 0"),
-        (MOE, ("mlp",), r"feed_forward=\('mlp',\): must name moe"),
+        (MOE, ("mlp",), r"feed_forward=\('mlp',\): must name 'moe'"),
         (MOE, ("moe", "mlp", "mlp", "mlp"), "num_layers=6: must be a multiple of .* length 4"),
     ],
 )
