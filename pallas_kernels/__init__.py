@@ -1,9 +1,10 @@
-"""Kernels: one folder an op, one file an implementation. Pure JAX in, pure JAX out.
+"""Kernels: one folder for each operation, one file for each implementation.
 
-``op(..., implementation=None)`` runs ``reference`` (the equation, naive), ``xla`` (chunked, lean in
-memory, everywhere), ``tpu`` (Pallas, Mosaic TPU) or ``gpu`` (Pallas, Triton; NVIDIA's). None is the
-kernel of whichever platform the program is lowered for, or ``xla`` where that kernel cannot serve
-the call. A named implementation that cannot serve raises and says why.
+``op(..., implementation=None)`` runs ``reference`` (the equation), ``xla`` (in chunks, with little
+memory, on every platform), ``tpu`` (Pallas, Mosaic TPU) or ``gpu`` (Pallas, Triton; NVIDIA GPUs).
+None is the kernel of the platform that the program is lowered for, or ``xla`` if that kernel does
+not support the call. A named implementation that does not support the call raises an error with
+the reason.
 
-From version 0.12 jax warns that its lowering to Triton will be removed one day.
+From version 0.12 jax warns that a later version will remove its lowering to Triton.
 """

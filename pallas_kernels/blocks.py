@@ -1,7 +1,7 @@
-"""Block sizes of an op, per platform and per chip: the table is ``<op>/blocks.json``.
+"""Block sizes of an operation, per platform and per chip, from the table ``<op>/blocks.json``.
 
-``platform → sizes`` holds for every chip of a platform; ``device kind → sizes`` (as
-`jax.Device.device_kind` spells it) overrides it for one chip.
+``platform → sizes`` is for all chips of a platform; ``device kind → sizes`` (the value of
+`jax.Device.device_kind`) overrides it for one chip.
 """
 
 import functools
@@ -15,23 +15,23 @@ from pallas_kernels.dispatch import check
 
 
 def path(op: str) -> Path:
-    """Where the table of ``op`` is kept."""
+    """The file with the table of ``op``."""
     return Path(__file__).parent / op / "blocks.json"
 
 
 @functools.cache
 def table(op: str) -> dict[str, dict[str, int]]:
-    """The table of ``op``; ``table.cache_clear()`` after writing it."""
+    """The table of ``op``; call ``table.cache_clear()`` after writing it."""
     return json.loads(path(op).read_text())
 
 
 def block_sizes(
     op: str, platform: str, override: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Sizes for ``op`` on ``platform`` (``"tpu"``, ``"gpu"`` or ``"cpu"``), as a dict.
+    """The block sizes of ``op`` on ``platform`` (``"tpu"``, ``"gpu"`` or ``"cpu"``).
 
-    The chip's own sizes are used when this process runs on one; a program compiled ahead of time
-    for a platform that is absent gets the platform's. ``override`` wins over both.
+    They are those of the chip if this process has one of this platform, else those of the platform
+    (in compilation ahead of time). ``override`` has priority over both.
 
     Raises:
       ValueError: an override that names no size of this op, or is not a positive integer.

@@ -1,8 +1,8 @@
-"""Ops with a hand-written backward pass that forward mode can differentiate as well.
+"""Operations with a hand-written backward pass that also support forward mode.
 
-`jax.custom_vjp` refuses `jax.jvp`, and with it `jax.jacfwd` and Hessian-vector products. Here an
-op's derivative is one linear function of the tangents: evaluated forwards it is the derivative of
-the op's reference, and its transpose is the hand-written pass.
+`jax.custom_vjp` does not support `jax.jvp`, `jax.jacfwd` and Hessian-vector products. Here the
+derivative of an operation is one linear function of the tangents: its value is the derivative of
+the operation's reference, and its transpose is the hand-written backward pass.
 """
 
 import functools
@@ -20,14 +20,14 @@ def differentiable(
     backward: Callable[..., Sequence[Any]],
     reference: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """``f(*arguments)``, pytrees of arrays, with the derivative that these three give.
+    """The function ``f(*arguments)`` of pytrees of arrays, with a derivative from these three.
 
     Args:
-      forward: ``forward(*arguments) -> (result, saved)``; ``saved`` is kept for the backward pass.
+      forward: ``forward(*arguments) -> (result, saved)``; ``saved`` is for the backward pass.
       backward: ``backward(arguments, saved, cotangents) -> gradients``, one for each argument; None
-        where an argument, or an array in it, has none.
-      reference: the same function of ``arguments`` as plain JAX. Forward mode and derivatives of
-        the gradient differentiate it; it may take more memory.
+        for an argument, or an array in it, without gradient.
+      reference: the same function in plain JAX. Forward mode and derivatives of the gradient
+        differentiate it; it may require more memory.
     """
 
     @jax.custom_jvp
@@ -38,60 +38,65 @@ def differentiable(
     def derivative(primals, tangents):
         result, saved = run(*primals)
         leaves, structure = jax.tree.flatten(primals)
-        moving = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact)]
+        float_indices = [i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact)]
 
-        def push(arguments_and_saved, moved):
-            fixed = jax.tree.leaves(arguments_and_saved[0])
+        def push(arguments_and_saved, float_tangents):
+            primal_leaves = jax.tree.leaves(arguments_and_saved[0])
 
-            def of_moving(*arrays):
-                every = list(fixed)
-                for i, a in zip(moving, arrays, strict=True):
-                    every[i] = a
-                return reference(*jax.tree.unflatten(structure, every))
+            def of_floats(*arrays):
+                all_arrays = list(primal_leaves)
+                for i, a in zip(float_indices, arrays, strict=True):
+                    all_arrays[i] = a
+                return reference(*jax.tree.unflatten(structure, all_arrays))
 
-            return jax.jvp(of_moving, [fixed[i] for i in moving], moved)[1]
+            return jax.jvp(of_floats, [primal_leaves[i] for i in float_indices], float_tangents)[1]
 
         def pull(arguments_and_saved, cotangents):
             gradients = tuple(backward(*arguments_and_saved, cotangents))
-            found = _leaves_like(structure, gradients)
-            return [found[i] for i in moving]
+            gradient_leaves = _leaves_like(structure, gradients)
+            return [gradient_leaves[i] for i in float_indices]
 
-        moved = [jax.tree.leaves(tangents)[i] for i in moving]
-        moved = linear(push, pull, (primals, saved), moved)
-        # `push`, which alone is differentiated again, does not look at what is saved
-        return (result, saved), (moved, jax.tree.map(_no_tangent, saved))
+        float_tangents = [jax.tree.leaves(tangents)[i] for i in float_indices]
+        float_tangents = linear(push, pull, (primals, saved), float_tangents)
+        # only `push` is differentiated again, and it does not use `saved`
+        return (result, saved), (float_tangents, jax.tree.map(_no_tangent, saved))
 
     return lambda *arguments: run(*arguments)[0]
 
 
 def linear(push: Callable, pull: Callable, residuals: Any, tangents: Any) -> Any:
-    """``push(residuals, tangents)``, linear in ``tangents``, whose transpose is ``pull``.
+    """``push(residuals, tangents)``, linear in ``tangents``, with the transpose ``pull``.
 
-    ``pull(residuals, cotangents)`` returns what ``tangents`` are of; None is 0. Derivatives by
+    ``pull(residuals, cotangents)`` has the structure of ``tangents``; None is 0. Derivatives by
     ``residuals`` are those of ``push``.
     """
-    fixed, fixed_tree = jax.tree.flatten(residuals)
-    moved, moved_tree = jax.tree.flatten(tangents)
+    fixed_leaves, fixed_tree = jax.tree.flatten(residuals)
+    moved_leaves, moved_tree = jax.tree.flatten(tangents)
 
     def flat_push(*arrays):
-        residuals = jax.tree.unflatten(fixed_tree, arrays[: len(fixed)])
-        return push(residuals, jax.tree.unflatten(moved_tree, arrays[len(fixed) :]))
+        residuals = jax.tree.unflatten(fixed_tree, arrays[: len(fixed_leaves)])
+        return push(residuals, jax.tree.unflatten(moved_tree, arrays[len(fixed_leaves) :]))
 
-    program, shape = jax.make_jaxpr(flat_push, return_shape=True)(*fixed, *moved)
+    program, shape = jax.make_jaxpr(flat_push, return_shape=True)(*fixed_leaves, *moved_leaves)
     result_tree = jax.tree.structure(shape)
 
     def flat_pull(*arrays):
-        residuals = jax.tree.unflatten(fixed_tree, arrays[: len(fixed)])
-        cotangents = jax.tree.unflatten(result_tree, arrays[len(fixed) :])
-        found = _leaves_like(moved_tree, pull(residuals, cotangents))
-        pairs = zip(found, moved, strict=True)
+        residuals = jax.tree.unflatten(fixed_tree, arrays[: len(fixed_leaves)])
+        cotangents = jax.tree.unflatten(result_tree, arrays[len(fixed_leaves) :])
+        results = _leaves_like(moved_tree, pull(residuals, cotangents))
+        pairs = zip(results, moved_leaves, strict=True)
         return [jnp.zeros(a.shape, a.dtype) if g is None else g for g, a in pairs]
 
     plain = jaxpr_as_fun(program)
-    found = _linear_p.bind(
-        *fixed, *moved, program=program, plain=plain, pull=flat_pull, fixed=len(fixed)
+    results = _linear_p.bind(
+        *fixed_leaves,
+        *moved_leaves,
+        program=program,
+        plain=plain,
+        pull=flat_pull,
+        fixed=len(fixed_leaves),
     )
-    return jax.tree.unflatten(result_tree, found)
+    return jax.tree.unflatten(result_tree, results)
 
 
 def _no_tangent(a: jax.Array) -> Any:
@@ -100,19 +105,19 @@ def _no_tangent(a: jax.Array) -> Any:
 
 
 def _leaves_like(structure, tree: Any) -> list[Any]:
-    """The leaves of ``tree``, which may have None in place of a subtree of ``structure``."""
-    found: list[Any] = []
+    """The leaves of ``tree``, which may have None in the place of a subtree of ``structure``."""
+    leaves: list[Any] = []
 
     def extend(part, like):
-        found.extend([None] * jax.tree.structure(like).num_leaves if part is None else [part])
+        leaves.extend([None] * jax.tree.structure(like).num_leaves if part is None else [part])
 
-    every = jax.tree.unflatten(structure, range(structure.num_leaves))
-    jax.tree.map(extend, tree, every, is_leaf=lambda a: a is None)
-    return found
+    indices = jax.tree.unflatten(structure, range(structure.num_leaves))
+    jax.tree.map(extend, tree, indices, is_leaf=lambda a: a is None)
+    return leaves
 
 
-# `program` is what is evaluated; `plain` the same function as JAX can differentiate it; `pull` its
-# transpose. The first `fixed` operands are residuals, in all three.
+# `program` is evaluated; `plain` is the same function in a form that JAX can differentiate; `pull`
+# is its transpose. In all three the first `fixed` operands are residuals.
 _linear_p = Primitive("linear")
 _linear_p.multiple_results = True
 
@@ -137,21 +142,21 @@ def _jvp(primals, tangents, *, program, plain, pull, fixed):
     )
     if all(type(t) is ad.Zero for t in tangents[:fixed]):
         return result, bind(*primals[:fixed], *tangents[fixed:])
-    # a residual moves too: by the product rule, of the plain function
+    # a residual has a tangent too: differentiate the plain function
     floats = [i for i, a in enumerate(primals) if jnp.issubdtype(a.dtype, jnp.inexact)]
 
     def of_floats(*arrays):
-        every = list(primals)
+        all_operands = list(primals)
         for i, a in zip(floats, arrays, strict=True):
-            every[i] = a
-        return plain(*every)
+            all_operands[i] = a
+        return plain(*all_operands)
 
-    moved = [ad.instantiate_zeros(tangents[i]) for i in floats]
-    return result, jax.jvp(of_floats, [primals[i] for i in floats], moved)[1]
+    float_tangents = [ad.instantiate_zeros(tangents[i]) for i in floats]
+    return result, jax.jvp(of_floats, [primals[i] for i in floats], float_tangents)[1]
 
 
 def _transpose(cotangents, *operands, program, plain, pull, fixed):
-    residuals, moved = operands[:fixed], operands[fixed:]
+    residuals, tangents = operands[:fixed], operands[fixed:]
     cotangents = [
         jnp.zeros(aval.shape, aval.dtype) if type(ct) is ad.Zero else ct
         for ct, aval in zip(cotangents, program.out_avals, strict=True)
@@ -159,10 +164,10 @@ def _transpose(cotangents, *operands, program, plain, pull, fixed):
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals[fixed:]]
 
     def plain_pull(*arrays):
-        of_moved = functools.partial(plain, *arrays[:fixed])
-        return list(jax.linear_transpose(of_moved, *shapes)(list(arrays[fixed:])))
+        of_tangents = functools.partial(plain, *arrays[:fixed])
+        return list(jax.linear_transpose(of_tangents, *shapes)(list(arrays[fixed:])))
 
-    found = _linear_p.bind(
+    gradients = _linear_p.bind(
         *residuals,
         *cotangents,
         program=jax.make_jaxpr(pull)(*residuals, *cotangents),
@@ -170,15 +175,15 @@ def _transpose(cotangents, *operands, program, plain, pull, fixed):
         pull=jaxpr_as_fun(program),
         fixed=fixed,
     )
-    wanted = [ad.is_undefined_primal(a) for a in moved]
-    gradients = [g if w else None for g, w in zip(found, wanted, strict=True)]
-    return [None] * fixed + gradients
+    is_needed = [ad.is_undefined_primal(a) for a in tangents]
+    needed_gradients = [g if w else None for g, w in zip(gradients, is_needed, strict=True)]
+    return [None] * fixed + needed_gradients
 
 
 def _batch(operands, dims, *, program, plain, pull, fixed):
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    # tangents along the first axis, all of them, so that their cotangents are too
-    moved = [
+    # all tangents are batched along the first axis, so that all cotangents are too
+    tangents = [
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(operands[fixed:], dims[fixed:], strict=True)
     ]
@@ -187,16 +192,16 @@ def _batch(operands, dims, *, program, plain, pull, fixed):
     def each(function, count):
         return jax.vmap(function, (*residual_dims, *[0] * count))
 
-    results = len(program.out_avals)
-    found = _linear_p.bind(
+    count_of_results = len(program.out_avals)
+    results_of_batch = _linear_p.bind(
         *residuals,
-        *moved,
-        program=jax.make_jaxpr(each(jaxpr_as_fun(program), len(moved)))(*residuals, *moved),
-        plain=each(plain, len(moved)),
-        pull=each(pull, results),
+        *tangents,
+        program=jax.make_jaxpr(each(jaxpr_as_fun(program), len(tangents)))(*residuals, *tangents),
+        plain=each(plain, len(tangents)),
+        pull=each(pull, count_of_results),
         fixed=fixed,
     )
-    return found, [0] * results
+    return results_of_batch, [0] * count_of_results
 
 
 ad.primitive_jvps[_linear_p] = _jvp

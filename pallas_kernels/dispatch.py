@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and how a call that cannot be is refused."""
+"""The choice of an operation's implementation, and checks of its arguments."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,16 +14,16 @@ _KERNELS = {"tpu": "tpu", "cuda": "gpu"}
 
 
 def check(condition: bool, argument: str, value: Any, allowed: str) -> None:
-    """Raise `ValueError` naming ``argument``, ``value`` and what is ``allowed`` unless it holds."""
+    """Raise `ValueError`, ``argument=value: allowed``, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{argument}={value!r}: {allowed}")
 
 
 def check_array(argument: str, array: jax.Array, shape: Iterable[int], dtypes: str = "") -> None:
-    """Check ``array``'s shape, and that its dtype is floating or, if told, ``"integer"``.
+    """Check ``array``'s shape, and that its dtype is floating, or integer if ``dtypes="integer"``.
 
     Raises:
-      ValueError: names the argument, what it is and what it must be.
+      ValueError: names the argument, its value and what is required.
     """
     shape = tuple(shape)
     check(array.shape == shape, f"{argument}.shape", array.shape, f"must be {shape}")
@@ -33,15 +33,15 @@ def check_array(argument: str, array: jax.Array, shape: Iterable[int], dtypes: s
 
 
 def choose(op: str, implementation: str | None, refusals: Mapping[str, str | None]) -> list[str]:
-    """The implementations that may run: the named one, or all of ``refusals`` that can serve.
+    """The implementations that may run: the named one, or all that support the call.
 
     Args:
-      op: the op's name, for messages.
+      op: the name of the operation, for messages.
       implementation: one of `IMPLEMENTATIONS`, or None.
-      refusals: implementation → why it cannot serve this call, or None if it can.
+      refusals: implementation → what it does not support in this call; None if it supports it.
 
     Raises:
-      ValueError: an unknown implementation, or a named one that cannot serve.
+      ValueError: an unknown implementation, or a named one that does not support the call.
     """
     if implementation is None:
         return [name for name, reason in refusals.items() if reason is None]
@@ -50,12 +50,12 @@ def choose(op: str, implementation: str | None, refusals: Mapping[str, str | Non
         raise ValueError(f"implementation={implementation!r}: {allowed}")
     reason = refusals.get(implementation)
     if reason is not None:
-        raise ValueError(f"implementation={implementation!r}: {op} cannot serve it: {reason}")
+        raise ValueError(f"implementation={implementation!r}: {op} does not support {reason}")
     return [implementation]
 
 
 def per_platform(chosen: Sequence[str], table: Mapping[str, Callable], *operands: Any) -> Any:
-    """Run the one implementation ``chosen``, or the lowering platform's among several.
+    """Run the only implementation in ``chosen``, or the one of the platform that is lowered for.
 
     Args:
       chosen: from `choose`.

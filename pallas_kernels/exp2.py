@@ -1,8 +1,8 @@
-"""``2^x`` in float32 by arithmetic that a CPU does eight or sixteen at a time.
+"""``2^x`` in float32 by arithmetic that a CPU vectorises over 8 or 16 numbers.
 
-XLA's own exponential takes most of the time of a recurrence on a CPU; this takes a third of that.
-The whole part of ``x`` goes into the exponent's bits, a polynomial of degree 6 (Cephes' ``exp2f``)
-gives the rest.
+XLA's exponential takes most of the time of a recurrence on a CPU; this takes a third of that time.
+``x`` is an integer, which becomes the bits of the exponent, and a remainder, whose power is a
+polynomial of degree 6 (Cephes' ``exp2f``).
 """
 
 import jax
@@ -16,17 +16,17 @@ _COEFFICIENTS = (
 
 
 def exp2(x: jax.Array) -> jax.Array:
-    """``2^x`` to a relative 1e-7; below 2^−126 it stays there, from ``x`` = 128 it is infinite.
+    """``2^x`` with relative error 1e-7, at least 2^−126; infinite from ``x`` = 128.
 
-    Float32; other types take XLA's.
+    For float32; other dtypes use `jnp.exp2`.
     """
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
     x = jnp.clip(x, -126.0, 128.0)
-    whole = jnp.round(x)
-    rest = x - whole
-    power, *others = _COEFFICIENTS
-    for coefficient in others:
-        power = power * rest + coefficient
+    integer = jnp.round(x)
+    remainder = x - integer
+    power, *coefficients = _COEFFICIENTS
+    for coefficient in coefficients:
+        power = power * remainder + coefficient
     bits = jax.lax.bitcast_convert_type(jnp.asarray(power), jnp.int32)
-    return jax.lax.bitcast_convert_type(bits + (whole.astype(jnp.int32) << 23), jnp.float32)
+    return jax.lax.bitcast_convert_type(bits + (integer.astype(jnp.int32) << 23), jnp.float32)

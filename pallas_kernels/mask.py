@@ -1,4 +1,4 @@
-"""Who sees whom: one description of an attention mask for kernels, layers, meshes and caches."""
+"""`Mask`: who sees whom in attention, for layers, kernels, meshes and caches."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -20,9 +20,10 @@ class Rule(Protocol):
 
 
 def sees(rule: Rule, q_at, k_at, q_in=None, k_in=None, until=None) -> jax.Array:
-    """Which keys each query sees: positions, segments and limits that broadcast; see `Mask`.
+    """Whether each query sees each key, by the rules of `Mask`; all arrays broadcast.
 
-    Segments and ``until`` are left out where the mask has none.
+    ``q_at``, ``k_at``: positions. ``q_in``, ``k_in``: segments, None if the mask has none;
+    ``until`` likewise.
     """
     distance = q_at - k_at
     seen = jnp.broadcast_to(k_at >= 0, distance.shape)
@@ -42,17 +43,17 @@ def sees(rule: Rule, q_at, k_at, q_in=None, k_in=None, until=None) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees. A key is seen when all of these hold:
+    """Which keys each query sees. A query sees a key when all of these hold:
 
-    - both positions are ≥ 0: −1 marks padding, which sees nothing and is seen by nobody;
-    - both are of the same segment, if there are segments;
+    - both positions are ≥ 0: −1 is padding, which sees nothing and is seen by nobody;
+    - both are in the same segment, if there are segments;
     - ``causal``: ``k_position ≤ max(q_position, until)``;
     - ``window``: ``|q_position − k_position| < window``.
 
-    Positions and segments are int32, one row or one for each row of the batch. Positions default to
-    ``0, 1, 2, …``. ``until_bt`` is the last position that a query sees beyond its own: the end of
-    its prefix (prefix-LM) or of its image; None: its own position. Windows are measured from the
-    query's own position. ``causal`` and ``window`` are static.
+    Positions and segments are int32: one row for all, or one for each row of the batch. Positions
+    default to ``0, 1, 2, …``. ``until_bt`` is the last position that a query sees beyond its own:
+    the end of its prefix (prefix-LM) or of its image; None: its own position. A window is centred
+    on the query's own position. ``causal`` and ``window`` are static.
     """
 
     q_positions_bt: Any = None
@@ -65,30 +66,30 @@ class Mask:
 
     @classmethod
     def of_tokens(cls, positions_bt=None, segments_bt=None, until_bt=None, **static: Any) -> "Mask":
-        """Self-attention: queries and keys are the same tokens."""
+        """The mask of self-attention, where queries and keys are the same tokens."""
         return cls(positions_bt, positions_bt, segments_bt, segments_bt, until_bt, **static)
 
     def with_segments(self, b: int, t: int) -> "Mask":
-        """The same with the queries' positions and segments (one) written out, ``[b, t]``."""
+        """The mask with positions and segments of queries as ``[b, t]``; segments default to 0."""
         q_at, _ = self._positions(t, t)
         q_in = jnp.zeros((1, t), jnp.int32) if self.q_segments_bt is None else self.q_segments_bt
         q_at, q_in = (jnp.broadcast_to(a, (b, t)) for a in (q_at, q_in))
         return dataclasses.replace(self, q_positions_bt=q_at, q_segments_bt=q_in)
 
     def with_keys(self, positions_bs, segments_bs) -> "Mask":
-        """The same queries before other keys."""
+        """The mask with the same queries and other keys."""
         return dataclasses.replace(self, k_positions_bs=positions_bs, k_segments_bs=segments_bs)
 
     def sides(self, q: Any, k: Any) -> "Mask":
-        """The same structure with ``q`` in place of each array of queries and ``k`` of keys."""
+        """The mask with ``q`` in the place of each array of queries, and ``k`` of keys."""
         arrays = dict(
             q_positions_bt=q, k_positions_bs=k, q_segments_bt=q, k_segments_bs=k, until_bt=q
         )
-        there = {name: a for name, a in arrays.items() if getattr(self, name) is not None}
-        return dataclasses.replace(self, **there)
+        present = {name: a for name, a in arrays.items() if getattr(self, name) is not None}
+        return dataclasses.replace(self, **present)
 
     def visible(self, t: int, s: int) -> jax.Array:
-        """The mask as ``[b, t, s]`` bool, or ``[1, t, s]`` where all rows have the same."""
+        """The mask as bool ``[b, t, s]``, or ``[1, t, s]`` if all rows have the same."""
         q_at, k_at = self._positions(t, s)
         return sees(
             self,
@@ -112,7 +113,7 @@ class Mask:
         )
 
     def whole(self, b: int, t: int, s: int) -> "Mask":
-        """The mask with positions written out and all arrays ``[b, t]`` or ``[b, s]``.
+        """The mask with positions, and with all arrays ``[b, t]`` or ``[b, s]``; checked.
 
         Raises:
           ValueError: names the field of a wrong shape, dtype or value.
@@ -122,25 +123,25 @@ class Mask:
             (self.q_segments_bt is None) == (self.k_segments_bs is None),
             "segments",
             "one of two",
-            "queries and keys both have segment ids, or neither",
+            "queries and keys must both have segments, or neither",
         )
         check(
             self.causal or self.until_bt is None,
             "until",
             "given",
-            "changes nothing: the mask is not causal",
+            "changes nothing: requires causal=True",
         )
 
-        def rows(name: str, given, length: int):
-            batch = given.shape[0] if given.ndim == 2 and given.shape[0] == 1 else b
-            check_array(name, given, (batch, length), "integer")
-            return jnp.broadcast_to(given.astype(jnp.int32), (b, length))
+        def rows(name: str, array, length: int):
+            batch = array.shape[0] if array.ndim == 2 and array.shape[0] == 1 else b
+            check_array(name, array, (batch, length), "integer")
+            return jnp.broadcast_to(array.astype(jnp.int32), (b, length))
 
-        def positions(name: str, given, length: int):
-            return rows(name, jnp.arange(length)[None] if given is None else given, length)
+        def positions(name: str, array, length: int):
+            return rows(name, jnp.arange(length)[None] if array is None else array, length)
 
-        def segments(name: str, given, length: int):
-            return None if given is None else rows(name, given, length)
+        def segments(name: str, array, length: int):
+            return None if array is None else rows(name, array, length)
 
         return dataclasses.replace(
             self,
@@ -152,7 +153,7 @@ class Mask:
         )
 
     def padded(self, t: int, s: int) -> "Mask":
-        """A `whole` mask lengthened by padding to ``t`` queries and ``s`` keys, with segments."""
+        """A `whole` mask with padding up to ``t`` queries and ``s`` keys, and with segments."""
 
         def lengthen(a, length: int, value: int):
             return jnp.pad(a, ((0, 0), (0, length - a.shape[1])), constant_values=value)
@@ -170,7 +171,7 @@ class Mask:
         )
 
     def arrays(self) -> list[tuple[str, Any]]:
-        """The arrays that there are, each with its side: ``"q"`` or ``"k"``."""
+        """The arrays that are not None, each with its side: ``"q"`` or ``"k"``."""
         named = zip("qkqkq", jax.tree.leaves(self, is_leaf=lambda a: a is None), strict=True)
         return [(side, a) for side, a in named if a is not None]
 

@@ -1,46 +1,46 @@
 """Flash attention: exact attention whose memory grows with the length, not with its square.
 
 ``y = softmax(bias(q kᵀ / √c)) v`` (Vaswani 2017, eq. 1), where ``bias`` is ALiBi, soft-cap and
-mask. A block of queries meets the keys block by block. With ``m`` the greatest score of a row so
-far, ``l`` its sum and ``o`` its weighted values, a block of scores ``S`` updates them
-(FlashAttention, 2205.14135, Alg. 1; divided once at the end as in FlashAttention-2, 2307.08691,
-§3.1):
+mask. For a block of queries, the blocks of keys are visited one after another. ``m`` is the
+greatest score of a row so far, ``l`` the sum of exponentials, ``o`` the weighted values; a block of
+scores ``S`` updates them (FlashAttention, 2205.14135, Alg. 1; the division is at the end as in
+FlashAttention-2, 2307.08691, §3.1):
 
     m' = max(m, max S)     P = exp(S − m')     l' = e^(m−m') l + Σ P     o' = e^(m−m') o + P V
 
-and at the end ``y = o / l`` and ``lse = m + log l``. Nothing of size ``t · s`` is ever kept. The
-backward pass makes ``P = exp(S − lse)`` anew from the same blocks (FlashAttention-2, Alg. 2), with
+and at the end ``y = o / l`` and ``lse = m + log l``. No array of size ``t · s`` is stored. The
+backward pass recomputes ``P = exp(S − lse)`` by the same blocks (FlashAttention-2, Alg. 2), with
 ``Δ = Σ dy · y − d lse`` for each row:
 
     dV = Pᵀ dO     dS = P ∘ (dO Vᵀ − Δ)     dQ = dS K     dK = dSᵀ Q
 
-Keys and values are never repeated for the ``h / k`` query heads that share them (grouped heads).
-Which blocks meet at all is decided from their extremes (`ranges`): causality, windows, packed
-segments, chunks of a longer sequence and ragged caches all come down to positions and segments, and
-a pair of blocks that cannot see each other is not computed.
+Keys and values are not repeated for the ``h / k`` query heads that share them (grouped heads). A
+pair of blocks is skipped if no query sees a key. This is decided by the extremes of positions and
+segments in each block (`ranges`), which cover causal masks, windows, packed segments, parts of a
+longer sequence and caches of different lengths.
 
-Implementations, and what each keeps in fast memory:
+Implementations, and what each has in fast memory:
 
 - ``reference``: all scores, in memory. The equation.
-- ``xla``: a loop over blocks; a block of scores for all heads, sized for a CPU's cache. The
-  backward pass makes each block of scores once: dQ is added to in place while dK and dV are summed.
-- ``tpu``: one block of queries with its ``m, l, o`` in VMEM while keys stream through; a kernel for
-  dQ (keys stream) and one for dK and dV (queries of all the group's heads stream). Scores are held
-  transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows and not columns, which
-  would fill one lane of 128. Float32 and bfloat16.
-- ``gpu``: one block of queries with its ``m, l, o`` in registers while keys stream through; a
-  kernel for dQ and one for dK and dV, alike. Float32, bfloat16 and float16. See `gpu`. On an H100
-  or H200 another kernel can do the blocks without a mask before (``blocks={"kernels": 2}``,
-  `gpu_hopper`); it waits there for a chip to show that it is right and faster: `ablate bench
-  flash_attention --tune` compares them.
+- ``xla``: a loop over blocks; a block of scores for all heads, of the size of a CPU's cache. The
+  backward pass computes each block of scores once: it adds to dQ in place and sums dK and dV.
+- ``tpu``: one block of queries with its ``m, l, o`` in VMEM, over which keys are streamed; a kernel
+  for dQ (keys are streamed) and one for dK and dV (queries of all heads of the group are streamed).
+  Scores are transposed, ``[keys, queries]``, so that ``m``, ``l`` and ``lse`` are rows; a column
+  would use one lane of 128. Float32 and bfloat16.
+- ``gpu``: one block of queries with its ``m, l, o`` in registers, over which keys are streamed; a
+  kernel for dQ and one for dK and dV. Float32, bfloat16 and float16. See `gpu`. On an H100 or H200
+  another kernel can first compute the blocks without a mask (``blocks={"kernels": 2}``,
+  `gpu_hopper`). It is not the default before a run on a chip shows that it is correct and faster:
+  `ablate bench flash_attention --tune` compares the two.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
-Limits: at most 256 channels a head in a kernel; wider heads take ``xla``. Slopes of ALiBi are
-constants (their gradient is 0). No dropout. Forward mode and second derivatives are the reference's
-(`pallas_kernels.derivatives`) and take its memory. The kernels have been run interpreted, and
-compiled for TPUs and (but for `gpu_hopper`, which has only been lowered) for an H100; not run on a
-TPU or a GPU yet.
+Limits: the kernels support at most 256 channels for each head; ``xla`` computes wider heads. Slopes
+of ALiBi are constants (their gradient is 0). No dropout. Forward mode and second derivatives are
+those of the reference (`pallas_kernels.derivatives`) and require its memory. The kernels have been
+run interpreted, and compiled for TPUs and for an H100 (`gpu_hopper` was only lowered). They have
+not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -60,7 +60,7 @@ from pallas_kernels.mask import CAUSAL, Mask
 
 OP = "flash_attention"
 
-# whose row of `pallas_kernels.blocks` holds
+# implementation → the platform whose block sizes (`pallas_kernels.blocks`) it has
 PLATFORMS = {"xla": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
 PASSES = {
@@ -86,27 +86,29 @@ def flash_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attention of each query over the keys that ``mask`` lets it see.
 
-    A query that sees nothing gets 0. Scores and softmax are float32; the result has ``q``'s dtype.
+    It is 0 for a query that sees no key. Scores and softmax are float32; the result has ``q``'s
+    dtype.
 
     Args:
       q_bthc: queries, ``h`` heads of ``c`` channels.
       k_bskc, v_bskc: ``k`` heads, ``h % k == 0``. Query head ``i`` uses key head ``i // (h / k)``.
       mask: default causal over positions ``0, 1, 2, …``.
-      alibi_slopes_h: subtracts ``slope · |q_position − k_position|`` (Press 2022, 2108.12409, §3).
-      soft_cap: ``cap · tanh(score / cap)`` before masking (Gemma 2, 2408.00118, §2).
-      sinks_h: a logit a head that joins the softmax's denominator but brings no value, so that a
-        head can attend to nothing (gpt-oss; Miller 2023).
-      scale: default ``1 / sqrt(c)``.
-      return_lse: also return ``lse_bht``, float32: the log of the sum of the row's exponentiated
-        scores, sinks included; −1e30 where nothing is seen. It has a gradient.
+      alibi_slopes_h: ``slope · |q_position − k_position|`` is subtracted from scores (Press 2022,
+        2108.12409, §3).
+      soft_cap: scores are ``cap · tanh(score / cap)`` before the mask (Gemma 2, 2408.00118, §2).
+      sinks_h: one logit for each head, which is added to the softmax's denominator and has no
+        value, so that a head can attend to nothing (gpt-oss; Miller 2023).
+      scale: of scores, default ``1 / sqrt(c)``.
+      return_lse: also return ``lse_bht``, float32: the log of the sum of a row's exponentiated
+        scores, with sinks; −1e30 if the query sees no key. It has a gradient.
       implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
       blocks: sizes of ``query`` and ``key`` blocks that override `pallas_kernels.blocks`; for
-        ``"gpu"`` also ``kernels`` of the forward pass, 1 or 2 (`gpu_hopper`). ``"xla"`` takes
-        smaller ones where a causal call is short (`xla.CUT`).
+        ``"gpu"`` also ``kernels``, the number of kernels of the forward pass: 1 or 2
+        (`gpu_hopper`). ``"xla"`` uses smaller blocks in short causal calls (`xla.CUT`).
 
     Raises:
-      ValueError: names the argument that has another shape, dtype or range than said here, or the
-        implementation that cannot serve, with the reason.
+      ValueError: an argument has a shape, dtype or value that is not described here, or the named
+        implementation does not support the call.
     """
     spec, arrays = _checked(
         q_bthc, k_bskc, v_bskc, mask, alibi_slopes_h, sinks_h, scale=scale, soft_cap=soft_cap
@@ -134,11 +136,11 @@ def attention_gradients(
     implementation: str | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The backward pass alone: ``dq, dk, dv`` through these keys, which may be some of many.
+    """The backward pass only: ``dq, dk, dv`` for these keys, which may be a part of all keys.
 
-    ``y`` and ``lse`` are of all the keys (and sinks) that the queries see, wherever those are, and
-    ``dy`` is the gradient of ``y``; ``dq`` is the part that comes through these keys. The other
-    arguments are `flash_attention`'s, of these keys.
+    ``y`` and ``lse`` are results for all keys (and sinks) that the queries see, ``dy`` is the
+    gradient of ``y``; ``dq`` is the sum over these keys only. The other arguments are those of
+    `flash_attention`, for these keys.
 
     Raises:
       ValueError: as `flash_attention`.
@@ -151,8 +153,8 @@ def attention_gradients(
     b, t, h, _ = q_bthc.shape
     check_array("lse", lse_bht, (b, h, t))
     chosen = choose(OP, implementation, _refusals(q_bthc))
-    exact = lse_bht.dtype
-    delta_bht = jnp.einsum("bthc,bthc->bht", dy_bthc.astype(exact), y_bthc.astype(exact))
+    acc_dtype = lse_bht.dtype
+    delta_bht = jnp.einsum("bthc,bthc->bht", dy_bthc.astype(acc_dtype), y_bthc.astype(acc_dtype))
     if chosen == ["reference"]:
         return reference.backward(spec, *arrays, lse_bht, delta_bht, dy_bthc)
     table = _table(spec, chosen, dict(_sizes(chosen, blocks)), "backward")
@@ -160,19 +162,19 @@ def attention_gradients(
 
 
 def _refusals(q_bthc: jax.Array) -> dict[str, str | None]:
-    """Why each implementation cannot serve a call of these queries, if it cannot."""
+    """What each implementation does not support in a call with these queries, or None."""
     return {"xla": None, "tpu": tpu.refusal(q_bthc), "gpu": gpu.refusal(q_bthc)}
 
 
 def _sizes(chosen: list[str], blocks: Mapping[str, int] | None):
-    """The blocks of each implementation that may run, hashable."""
+    """The block sizes of each implementation in ``chosen``, hashable."""
     return tuple((name, tuple(block_sizes(OP, PLATFORMS[name], blocks).items())) for name in chosen)
 
 
 def _checked(
     q_bthc, k_bskc, v_bskc, mask: Mask, alibi_slopes_h, sinks_h, *, scale, soft_cap
 ) -> tuple[Spec, tuple[Any, Any, Any, Mask, Any, Any]]:
-    """The call's `Spec`, and its arrays: ``q, k, v, mask, slopes, sinks``, whole and checked."""
+    """The call's `Spec`, and its checked arrays: ``q, k, v, mask, slopes, sinks``."""
     check(q_bthc.ndim == 4, "q.shape", q_bthc.shape, "must be [batch, time, heads, channels]")
     check(k_bskc.ndim == 4, "k.shape", k_bskc.shape, "must be [batch, time, heads, channels]")
     b, t, h, c = q_bthc.shape
@@ -207,7 +209,7 @@ def _op(spec, chosen, sizes):
 
 
 def _table(spec, chosen, sizes, name):
-    """The pass ``name`` of every implementation that may run."""
+    """The pass ``name`` of every implementation in ``chosen``."""
     return {n: functools.partial(PASSES[n][name], spec, dict(sizes[n])) for n in chosen}
 
 
@@ -220,15 +222,15 @@ def _forward(spec, chosen, sizes, *arrays):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(spec, chosen, sizes, arrays, saved, cotangents):
     (y, lse), (dy, d_lse) = saved, cotangents
-    # Δ: what a row's scores have in common in their gradient
-    exact = lse.dtype
-    delta_bht = jnp.einsum("bthc,bthc->bht", dy.astype(exact), y.astype(exact)) - d_lse
+    # Δ: the term that the gradients of all scores of a row share
+    acc_dtype = lse.dtype
+    delta_bht = jnp.einsum("bthc,bthc->bht", dy.astype(acc_dtype), y.astype(acc_dtype)) - d_lse
     table = _table(spec, chosen, dict(sizes), "backward")
     dq, dk, dv = per_platform(chosen, table, *arrays, lse, delta_bht, dy)
     sinks = arrays[-1]
     d_sinks = None
     if sinks is not None:
-        # a sink is a key whose value is 0
-        weight = jnp.exp(sinks.astype(exact)[:, None] - lse)
+        # a sink is a key with value 0
+        weight = jnp.exp(sinks.astype(acc_dtype)[:, None] - lse)
         d_sinks = -jnp.sum(weight * delta_bht, (0, 2)).astype(sinks.dtype)
     return dq, dk, dv, None, None, d_sinks

@@ -1,8 +1,8 @@
 """The backward pass of `gpu`: a kernel for dQ, and one for dK and dV.
 
-A program of the first has a block of queries and loops over keys; one of the second has a block of
-keys and loops over the queries of all the heads that share it. Both make the block's weights anew
-from the log-sum-exp.
+A program of the first has a block of queries and loops over keys; a program of the second has a
+block of keys and loops over the queries of all heads that share it. Both recompute the weights from
+the log-sum-exp.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ from pallas_kernels.triton_kernels import FIRST, LAST, PLAIN, dot
 
 
 def _gradients(spec, q, k, v, dy, lse, delta, q_side, k_side, slope, masked):
-    """Weights and the gradient of scores, ``[queries, keys]`` both."""
+    """Weights and gradients of scores, both ``[queries, keys]``."""
     s, seen = scores(spec, q, k, q_side, k_side, slope, masked)
-    # ≤ 0 but for the rounding of scores made twice, which must not overflow
+    # ≤ 0, except for rounding of the recomputed scores, which must not overflow
     weights = jnp.exp(jnp.minimum(s - lse[:, None], 0.0))
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
@@ -28,18 +28,28 @@ def _gradients(spec, q, k, v, dy, lse, delta, q_side, k_side, slope, masked):
 
 
 def _dq_kernel(spec: Spec, key: int, has, *refs):
-    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places, dq_ref = refs
-    q_side, k_side = sides(places)
+    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *mask_refs, dq_ref = refs
+    q_side, k_side = sides(mask_refs)
     slope = slopes[pl.program_id(1)] if has[0] else None
     q, dy, lse, delta = q_ref[...], dy_ref[...], lse_ref[...], delta_ref[...]
     q_side = q_side.read()
 
     def body(masked):
         def block(j, dq):
-            here = pl.ds(j * key, key)
-            k = k_ref[here, :]
+            key_slice = pl.ds(j * key, key)
+            k = k_ref[key_slice, :]
             _, d_scores = _gradients(
-                spec, q, k, v_ref[here, :], dy, lse, delta, q_side, k_side.read(here), slope, masked
+                spec,
+                q,
+                k,
+                v_ref[key_slice, :],
+                dy,
+                lse,
+                delta,
+                q_side,
+                k_side.read(key_slice),
+                slope,
+                masked,
             )
             return dq + dot(d_scores.astype(k.dtype), k, PLAIN)
 
@@ -49,9 +59,9 @@ def _dq_kernel(spec: Spec, key: int, has, *refs):
 
 
 def _dkv_kernel(spec: Spec, query: int, has, *refs):
-    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *places = refs
-    *places, dk_ref, dv_ref = places
-    q_side, k_side = sides(places)
+    visit, slopes, _, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *mask_refs = refs
+    *mask_refs, dk_ref, dv_ref = mask_refs
+    q_side, k_side = sides(mask_refs)
     k, v, k_side = k_ref[...], v_ref[...], k_side.read()
     group = q_ref.shape[1]
     first = pl.program_id(1) * group
@@ -62,11 +72,11 @@ def _dkv_kernel(spec: Spec, query: int, has, *refs):
         def body(masked):
             def block(i, carry):
                 dk, dv = carry
-                here = pl.ds(i * query, query)
-                q, dy = q_ref[here, g, :], dy_ref[here, g, :]
+                query_slice = pl.ds(i * query, query)
+                q, dy = q_ref[query_slice, g, :], dy_ref[query_slice, g, :]
                 weights, d_scores = _gradients(
-                    spec, q, k, v, dy, lse_ref[g, here], delta_ref[g, here],
-                    q_side.read(here), k_side, slope, masked,
+                    spec, q, k, v, dy, lse_ref[g, query_slice], delta_ref[g, query_slice],
+                    q_side.read(query_slice), k_side, slope, masked,
                 )  # fmt: skip
                 dv += dot(weights.astype(dy.dtype), dy, FIRST)
                 dk += dot(d_scores.astype(q.dtype), q, FIRST)
@@ -97,7 +107,7 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         ("q", pad(delta_bht, 2, call.query)),
     )
 
-    def same(a):
+    def shape_of(a):
         return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
     (dq,) = call.run(
@@ -107,7 +117,7 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         (t // call.query, h, b),
         lambda i, h, b: (b, h, i),
         blocks,
-        [same(call.q_bthc)],
+        [shape_of(call.q_bthc)],
         "q",
     )
     dk, dv = call.run(
@@ -117,7 +127,7 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         (s // call.key, k, b),
         lambda j, k, b: (b, k, j),
         blocks,
-        [same(call.k_bskc), same(call.v_bskc)],
+        [shape_of(call.k_bskc), shape_of(call.v_bskc)],
         "kk",
     )
     return tuple(

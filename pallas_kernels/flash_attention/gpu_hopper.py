@@ -1,18 +1,18 @@
 """Flash attention's blocks without a mask on an NVIDIA H100 or H200: a Pallas kernel by Mosaic GPU.
 
-Nearly all the blocks of a long sequence are seen entirely (`ranges.Visit`: those in a row). This
-kernel does these and nothing else: no position, no segment and no branch is in it. What it leaves
-of a row, its maximum, its sum and its weighted values, `gpu`'s kernel goes on from, with the blocks
-around them, which need a mask.
+In a long sequence nearly all blocks require no mask (the consecutive blocks of `ranges.Visit`).
+This kernel computes these only; it has no positions, no segments and no branches. Its results for
+each row are the maximum, the sum and the weighted values, with which `gpu`'s kernel continues over
+the remaining blocks, which require a mask.
 
-Three warpgroups share a program, as in FlashAttention-3 (2407.08608, §3.1): one asks the memory
-engine (TMA) for blocks of keys and values, a few ahead; two multiply 64 queries each (wgmma), so
-that while one takes exponentials the other has the tensor cores. Barriers say which block has
-come (``full``) and which has been read by both (``free``).
+A program has three warpgroups, as in FlashAttention-3 (2407.08608, §3.1): one starts copies of
+blocks of keys and values (TMA), a few blocks ahead; two multiply 64 queries each (wgmma), so that
+one can use the tensor cores while the other computes exponentials. Barriers signal that a block has
+arrived (``full``) and that both have read it (``free``).
 
-Two things are as they are so that the interpreter, which finds races and barriers nobody waits for,
-can run the kernel as it is: keys come with their channels first, and weights go to the second
-product through memory and not in registers, which costs it some speed.
+Two choices allow the interpreter, which detects races and barriers without a wait, to run this same
+kernel: keys have channels first, and weights pass to the second product through shared memory
+instead of registers, which is slower.
 """
 
 import functools
@@ -25,18 +25,18 @@ from jax.experimental.pallas import mosaic_gpu as mosaic
 from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.flash_attention.spec import MASKED, Spec
 
-# queries of a program: 64, the side of a wgmma, for each of two warpgroups
+# queries of a program: 64, the rows of a wgmma, for each of two warpgroups
 ROWS, GROUPS = 64, 2
 QUERY = ROWS * GROUPS
-# keys of a block, and blocks of them on their way
+# keys of a block, and the number of blocks in shared memory
 KEY, STAGES = 128, 2
 
 
 def serves(q_bthc, k_bskc, slopes) -> bool:
-    """Whether the kernel can do a call's blocks without a mask, and there may be some."""
+    """Whether the kernel supports this call, and the call is long enough for full blocks."""
     long_enough = q_bthc.shape[1] >= QUERY and k_bskc.shape[1] >= KEY
-    short = q_bthc.dtype in (jnp.bfloat16, jnp.float16)
-    return slopes is None and long_enough and short and q_bthc.shape[3] in (64, 128)
+    is_16_bit = q_bthc.dtype in (jnp.bfloat16, jnp.float16)
+    return slopes is None and long_enough and is_16_bit and q_bthc.shape[3] in (64, 128)
 
 
 def _kernel(spec: Spec, group: int, refs, scratch):
@@ -72,7 +72,7 @@ def _kernel(spec: Spec, group: int, refs, scratch):
             mosaic.barrier_wait(k_full.at[slot])
             s = product(q, k_smem.at[slot], (ROWS, KEY))
             mosaic.barrier_arrive(k_free.at[slot])
-            # in powers of 2, which is what the chip has
+            # powers of 2, for which the chip has an instruction
             s *= spec.scale * LOG2E
             if spec.soft_cap is not None:
                 cap = spec.soft_cap * LOG2E
@@ -84,14 +84,14 @@ def _kernel(spec: Spec, group: int, refs, scratch):
             weights_smem[wg] = weights.astype(q.dtype)
             mosaic.commit_smem()
             mosaic.barrier_wait(v_full.at[slot])
-            more = product(weights_smem.at[wg], v_smem.at[slot], (ROWS, c))
+            new_y = product(weights_smem.at[wg], v_smem.at[slot], (ROWS, c))
             mosaic.barrier_arrive(v_free.at[slot])
-            return new_top, total, y * jax.lax.broadcast_in_dim(shrink, y.shape, [0]) + more
+            return new_top, total, y * jax.lax.broadcast_in_dim(shrink, y.shape, [0]) + new_y
 
-        # an accumulator begins as 0, and lies in registers as the products will
+        # an accumulator is initially 0, and has the register layout of the products
         zeros = pl.run_scoped(lambda total: total[...], mosaic.ACC((ROWS, c), jnp.float32))
-        none = zeros.max(1)
-        start = (none + MASKED, none, zeros)
+        zero_row = zeros.max(1)
+        start = (zero_row + MASKED, zero_row, zeros)
         top, total, y = jax.lax.fori_loop(0, steps, step, start)
         top_ref[b, h, rows], total_ref[b, h, rows], y_ref[b, rows, h] = top, total, y
 
@@ -100,50 +100,50 @@ def _kernel(spec: Spec, group: int, refs, scratch):
         mosaic.set_max_registers(40, action="decrease")
         k = jax.lax.div(h, group)
 
-        def read(n, free):
-            # the first have no reader to wait for
+        def wait_until_free(n, free):
+            # the first blocks have no earlier reader
             pl.when(n >= STAGES)(
                 functools.partial(mosaic.barrier_wait, free.at[jax.lax.rem(n, STAGES)])
             )
 
-        def bring(n, _):
+        def copy_block(n, _):
             slot = jax.lax.rem(n, STAGES)
             keys = pl.ds((first + n) * KEY, KEY)
             for block, smem, full, free in (
                 (k_ref.at[b, k, :, keys], k_smem, k_full, k_free),
                 (v_ref.at[b, keys, k], v_smem, v_full, v_free),
             ):
-                read(n, free)
+                wait_until_free(n, free)
                 mosaic.copy_gmem_to_smem(block, smem.at[slot], full.at[slot])
             return None
 
-        def leave(n, _):
-            read(n, k_free)
-            read(n, v_free)
+        def wait_for_readers(n, _):
+            wait_until_free(n, k_free)
+            wait_until_free(n, v_free)
             return None
 
-        jax.lax.fori_loop(0, steps, bring, None)
-        # until the last blocks have been read too
-        jax.lax.fori_loop(steps, steps + STAGES, leave, None)
+        jax.lax.fori_loop(0, steps, copy_block, None)
+        # wait until the last blocks have been read too
+        jax.lax.fori_loop(steps, steps + STAGES, wait_for_readers, None)
 
 
 def clear_blocks(spec: Spec, visits_bi4, q_bthc, k_bskc, v_bskc):
-    """What the blocks of keys ``[visit.first_clear, visit.end_clear)`` leave of each query.
+    """Attention over the blocks of keys ``[visit.first_clear, visit.end_clear)``, unnormalised.
 
     Args:
       visits_bi4: a `ranges.Visit` for each block of `QUERY` queries, ``[b, blocks, 4]``.
-      q_bthc, k_bskc, v_bskc: lengths are whole blocks of `QUERY` and `KEY`.
+      q_bthc, k_bskc, v_bskc: lengths are multiples of `QUERY` and `KEY`.
 
     Returns:
-      ``top_bht`` and ``total_bht``, the greatest score and the sum of exponentials beside it, and
-      ``y_bthc``, the values weighted by these; all float32. Where no block is clear the greatest
-      score is below ``MASKED / 2``, the others are 0.
+      ``top_bht``, the greatest score; ``total_bht``, the sum of exponentials relative to it;
+      ``y_bthc``, the values weighted by these; all float32. For a query without such blocks the
+      greatest score is below ``MASKED / 2`` and the others are 0.
     """
     b, t, h, c = q_bthc.shape
-    tile = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
+    transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
 
     def blocks(*shape):
-        return mosaic.SMEM(shape, q_bthc.dtype, transforms=tile)
+        return mosaic.SMEM(shape, q_bthc.dtype, transforms=transforms)
 
     def body(*refs):
         pl.run_scoped(
@@ -170,6 +170,6 @@ def clear_blocks(spec: Spec, visits_bi4, q_bthc, k_bskc, v_bskc):
         num_threads=GROUPS + 1,
         thread_name="wg",
         compiler_params=mosaic.CompilerParams(approx_math=True),
-        # channels first: a block of keys is then the right side of a product as it is
+        # channels first: a block of keys is then the right factor of a product
     )(visits_bi4.reshape(-1), q_bthc, jnp.transpose(k_bskc, (0, 2, 3, 1)), v_bskc)
     return top_bht / LOG2E, total_bht, y_bthc

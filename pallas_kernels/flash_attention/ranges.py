@@ -1,9 +1,9 @@
-"""Which blocks of keys a block of queries can see at all, from the blocks' extremes alone.
+"""Which blocks of keys a block of queries may see, from the extremes of the blocks.
 
-A block is summed up by the least and greatest position and segment in it. From two such sums it is
-known that no query of one sees any key of the other (it is skipped), or that every one sees every
-one (no mask is needed), in O(1) for a pair of blocks whatever the positions are: packing, windows,
-prefixes, chunks of a longer sequence, a rolling cache.
+The extremes of a block are the least and greatest position and segment in it. For a pair of blocks
+they show in O(1) that no query sees any key (the pair is skipped), or that every query sees every
+key (no mask is required), for any positions: packed segments, windows, prefixes, parts of a longer
+sequence, a rolling cache.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ from pallas_kernels.flash_attention.spec import Spec
 class Extremes(NamedTuple):
     """Least and greatest position (of those ≥ 0) and segment in each block: int32 ``[..., n]``.
 
-    A block of padding alone has ``low`` > ``high``. ``lowest`` counts padding, −1, too. ``reach``
-    and ``least_reach``, of queries whose mask has limits: the greatest and least position that one
-    of them sees, by its own position or its limit; −1 of padding.
+    A block with padding only has ``low`` > ``high``. ``lowest`` includes padding, −1. ``reach`` and
+    ``least_reach``, for queries whose mask has ``until``: the greatest and the least, over queries,
+    of the last position that a query sees; −1 for padding.
     """
 
     low: jax.Array
@@ -34,7 +34,7 @@ class Extremes(NamedTuple):
 def extremes(
     positions: jax.Array, segments: jax.Array, block: int, until: jax.Array | None = None
 ) -> Extremes:
-    """Of ``[..., length]`` int32 arrays whose length is a multiple of ``block``."""
+    """The extremes of int32 arrays ``[..., length]``, whose length is a multiple of ``block``."""
     by_block = (*positions.shape[:-1], -1, block)
     positions, segments = positions.reshape(by_block), segments.reshape(by_block)
     real = positions >= 0
@@ -42,20 +42,20 @@ def extremes(
     if until is not None:
         limits = jnp.where(real, jnp.maximum(positions, until.reshape(by_block)), -1)
         reach, least_reach = limits.max(-1), limits.min(-1)
-    big = jnp.iinfo(jnp.int32).max
+    largest = jnp.iinfo(jnp.int32).max
     return Extremes(
-        jnp.where(real, positions, big).min(-1),
+        jnp.where(real, positions, largest).min(-1),
         positions.max(-1),
         positions.min(-1),
-        jnp.where(real, segments, big).min(-1),
-        jnp.where(real, segments, -big).max(-1),
+        jnp.where(real, segments, largest).min(-1),
+        jnp.where(real, segments, -largest).max(-1),
         reach,
         least_reach,
     )
 
 
 def may_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
-    """Whether some query of ``q``'s block may see some key of ``k``'s; the two broadcast."""
+    """Whether any query of block ``q`` may see any key of block ``k``; the two broadcast."""
     seen = (k.high >= 0) & (q.high >= 0)
     if spec.causal:
         seen &= (q.high if q.reach is None else q.reach) >= k.low
@@ -68,7 +68,7 @@ def may_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
 
 
 def all_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
-    """Whether every query of ``q``'s block sees every key of ``k``'s; the two broadcast."""
+    """Whether every query of block ``q`` sees every key of block ``k``; the two broadcast."""
     seen = (k.lowest >= 0) & (q.lowest >= 0)
     if spec.causal:
         seen &= (q.lowest if q.least_reach is None else q.least_reach) >= k.high
@@ -81,16 +81,19 @@ def all_see(spec: Spec, q: Extremes, k: Extremes) -> jax.Array:
 
 
 def first_and_last(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first and last True of ``[..., n]``; ``(0, −1)`` where there is none."""
+    """The first and last index of True in ``[..., n]``; ``(0, −1)`` if there is none."""
     n = seen.shape[-1]
-    some = seen.any(-1)
-    first = jnp.where(some, jnp.argmax(seen, -1), 0).astype(jnp.int32)
-    last = jnp.where(some, n - 1 - jnp.argmax(seen[..., ::-1], -1), -1).astype(jnp.int32)
+    any_seen = seen.any(-1)
+    first = jnp.where(any_seen, jnp.argmax(seen, -1), 0).astype(jnp.int32)
+    last = jnp.where(any_seen, n - 1 - jnp.argmax(seen[..., ::-1], -1), -1).astype(jnp.int32)
     return first, last
 
 
 class Visit(NamedTuple):
-    """The blocks to visit: ``clear`` ones, in a row, need no mask; those around them do."""
+    """The blocks to visit: consecutive ``clear`` blocks, without a mask, and others around them.
+
+    ``[first, end)`` are visited; of these, ``[first_clear, end_clear)`` require no mask.
+    """
 
     first: jax.Array
     first_clear: jax.Array
@@ -99,19 +102,21 @@ class Visit(NamedTuple):
 
     @classmethod
     def of(cls, see: jax.Array, clear: jax.Array) -> "Visit":
-        """From `may_see` and `all_see` of ``[n]`` blocks."""
+        """The visit for `may_see` and `all_see` of ``[n]`` blocks."""
         first, last = first_and_last(see)
         first_clear, last_clear = first_and_last(see & clear)
         inside = jnp.arange(see.shape[-1])
         inside = (inside >= first_clear) & (inside <= last_clear)
-        in_a_row = ~jnp.any(inside & ~(see & clear)) & (last_clear >= first_clear)
-        first_clear = jnp.where(in_a_row, first_clear, first)
-        return cls(first, first_clear, jnp.where(in_a_row, last_clear + 1, first_clear), last + 1)
+        consecutive = ~jnp.any(inside & ~(see & clear)) & (last_clear >= first_clear)
+        first_clear = jnp.where(consecutive, first_clear, first)
+        return cls(
+            first, first_clear, jnp.where(consecutive, last_clear + 1, first_clear), last + 1
+        )
 
     def loop(self, masked, unmasked, carry):
-        """``carry`` after ``masked(j, carry)`` or ``unmasked(j, carry)`` of every block ``j``.
+        """``carry`` after ``masked(j, carry)`` or ``unmasked(j, carry)`` for every block ``j``.
 
-        Two loops and no branch in them: XLA copies what a branch returns.
+        These are two loops without branches, because XLA copies the results of a branch.
         """
         before = self.first_clear - self.first
         skipped = self.end_clear - self.first_clear

@@ -1,4 +1,4 @@
-"""What a call of flash attention fixes before it is traced, and how it changes scores."""
+"""The static options of a call of flash attention, and the bias that they add to scores."""
 
 import dataclasses
 import math
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.mask import Mask
 
-# Not −inf: differences of two of these are 0, not NaN. The log-sum-exp of a row that sees nothing.
+# A masked score, and the log-sum-exp of a query that sees no key. Not −inf, so that a difference of
+# two is 0, not NaN.
 MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The static half of a call; the arrays are the other.
+    """The static options of a call.
 
     ``packed``: the mask has segments. ``limits``: it has ``until``.
     """
@@ -28,7 +29,7 @@ class Spec:
 
     @classmethod
     def of(cls, mask: Mask, channels: int, scale: float | None, soft_cap: float | None) -> "Spec":
-        """``scale`` None: ``1 / sqrt(channels)``."""
+        """The spec of a call; ``scale`` None is ``1 / sqrt(channels)``."""
         return cls(
             causal=mask.causal,
             window=mask.window,
@@ -40,7 +41,7 @@ class Spec:
 
 
 def biased(spec: Spec, scores, distance, slopes) -> jax.Array:
-    """Scores after scaling, ALiBi (``slopes`` broadcast against ``distance``, or None) and cap."""
+    """Scores with scale, ALiBi (``slopes`` broadcast with ``distance``, or None) and soft-cap."""
     scores = scores * spec.scale
     if slopes is not None:
         scores -= slopes * jnp.abs(distance).astype(scores.dtype)
@@ -50,7 +51,7 @@ def biased(spec: Spec, scores, distance, slopes) -> jax.Array:
 
 
 def biased_gradient(spec: Spec, scores, d_scores) -> jax.Array:
-    """From the gradient of `biased`'s result ``scores`` to that of its argument."""
+    """The gradient of `biased`'s argument, from that of its result ``scores``."""
     if spec.soft_cap is not None:
         d_scores *= 1 - jnp.square(scores / spec.soft_cap)
     return d_scores * spec.scale

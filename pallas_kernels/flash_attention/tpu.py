@@ -1,13 +1,13 @@
 """Flash attention on a TPU: Pallas kernels for the matrix unit, compiled by Mosaic.
 
-A program of the forward grid ``(b, h, queries, keys)`` holds one block of queries; its running
+A program of the forward grid ``(b, h, queries, keys)`` has one block of queries; its running
 maximum, sum and values stay in VMEM while the last axis streams the keys. Scores are transposed,
-``[keys, queries]``: what belongs to a query is then a row, and reductions go down sublanes.
+``[keys, queries]``: the numbers of each query are then in a row, and reductions are over sublanes.
 
-The blocks of keys that a block of queries visits are known before the kernel runs (`ranges`) and
-are prefetched as scalars: a step beyond the last asks for the block that is already there, so
-nothing is copied, and computes nothing. A pair of blocks that see each other entirely is not
-masked.
+The blocks of keys that a block of queries visits are computed before the kernel runs (`ranges`) and
+prefetched as scalars. A step after the last one has the index of the block that is in VMEM already,
+so it copies nothing, and it computes nothing. A pair of blocks in which every query sees every key
+is not masked.
 """
 
 import dataclasses
@@ -31,23 +31,23 @@ from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
 from pallas_kernels.mask import Mask, sees
 
 LANES = 128
-# contraction of the first or of the last axes
+# contractions: of both first axes, of both last axes, of the plain product
 FIRST, LAST = (((0,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 PLAIN = (((1,), (0,)), ((), ()))
 
 
 def refusal(q) -> str | None:
-    """Why the kernels cannot serve a call of the queries ``q``, or None."""
+    """What the kernels do not support in a call with the queries ``q``, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"dtype {q.dtype}: the matrix unit takes bfloat16 and float32"
+        return f"dtype {q.dtype}: must be bfloat16 or float32"
     if q.shape[-1] > 256:
-        return f"{q.shape[-1]} channels a head: at most 256 fit beside the scores"
+        return f"{q.shape[-1]} channels per head: at most 256 fit in VMEM with the scores"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of a call after padding to whole blocks."""
+    """The sizes of a call after padding to full blocks."""
 
     query: int
     key: int
@@ -62,7 +62,7 @@ class Shape:
 
 
 def up(size: int) -> int:
-    """To whole lanes: a block of rows has its positions along lanes."""
+    """``size`` rounded up to full lanes: positions of a block are along lanes."""
     return pl.cdiv(size, LANES) * LANES
 
 
@@ -80,17 +80,17 @@ def dot(a, b, contract):
 
 
 def column(row: jax.Array) -> jax.Array:
-    """``[1, n]`` as ``[n, 1]``: Mosaic turns whole tiles only."""
+    """``[1, n]`` as ``[n, 1]``: Mosaic transposes only full tiles of the hardware."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Scalars:
-    """What programs know before they begin: flat int32 arrays in SMEM.
+    """Prefetched scalars of a kernel: flat int32 arrays in SMEM.
 
-    ``first`` and ``last``: which blocks of keys each block of queries visits, or the other way
-    round. ``k`` and ``q``: the extremes of all blocks.
+    ``first``, ``last``: the blocks of keys that each block of queries visits, or the blocks of
+    queries of each block of keys. ``k``, ``q``: the extremes of all blocks.
     """
 
     first: Any
@@ -100,12 +100,12 @@ class Scalars:
 
     @staticmethod
     def count(spec: Spec) -> int:
-        """How many arrays there are."""
+        """The number of arrays."""
         return 14 if spec.limits else 12
 
     @classmethod
     def compute(cls, spec: Spec, shape: Shape, mask: Mask, by: str) -> "Scalars":
-        """For a kernel that visits the other side of each block of ``by``: query or key."""
+        """The scalars of a kernel whose programs have a block of side ``by``: query or key."""
         q = extremes(mask.q_positions_bt, mask.q_segments_bt, shape.query, mask.until_bt)
         k = extremes(mask.k_positions_bs, mask.k_segments_bs, shape.key)
         each_q, each_k = (
@@ -118,16 +118,16 @@ class Scalars:
 
     @classmethod
     def of(cls, refs) -> "Scalars":
-        """From what a kernel or an index map is given: `count` arrays."""
+        """The scalars from the `count` references that a kernel or an index map receives."""
         return cls(refs[0], refs[1], Extremes(*refs[2:7]), Extremes(*refs[7:]))
 
     def visit(self, spec: Spec, shape: Shape, b, i, j, inside, body):
-        """Do ``body(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
-        # a step beyond the last block must read no extremes beyond the end
-        q_at = b * shape.q_blocks + jnp.minimum(i, shape.q_blocks - 1)
-        k_at = b * shape.k_blocks + jnp.minimum(j, shape.k_blocks - 1)
-        q = jax.tree.map(lambda a: a[q_at], self.q)
-        k = jax.tree.map(lambda a: a[k_at], self.k)
+        """Run ``body(masked)`` if queries ``i`` of row ``b`` may see keys ``j``, and ``inside``."""
+        # a step after the last block must not read extremes beyond the end
+        q_index = b * shape.q_blocks + jnp.minimum(i, shape.q_blocks - 1)
+        k_index = b * shape.k_blocks + jnp.minimum(j, shape.k_blocks - 1)
+        q = jax.tree.map(lambda a: a[q_index], self.q)
+        k = jax.tree.map(lambda a: a[k_index], self.k)
         see = may_see(spec, q, k) & inside
         clear = all_see(spec, q, k)
 
@@ -141,18 +141,18 @@ class Scalars:
 
 
 def split_scalars(spec: Spec, refs) -> tuple[Scalars, Any]:
-    """The `Scalars` that a kernel's arguments begin with, and the others."""
+    """The `Scalars` at the begin of a kernel's references, and the other references."""
     count = Scalars.count(spec)
     return Scalars.of(refs[:count]), refs[count:]
 
 
 def nearest(first, last, step):
-    """The block of a step: beyond the last it stays there, so that nothing is copied."""
+    """The index of the block of a step; after the last it stays, so that nothing is copied."""
     return jnp.maximum(jnp.minimum(first + step, last), 0)
 
 
 def scores(spec: Spec, shape: Shape, q, k, places, slope, i, j, masked: bool):
-    """``[keys, queries]`` scores, and which are seen (None: all)."""
+    """Scores ``[keys, queries]``, and whether each query sees each key (None: all)."""
     q_positions, k_positions, q_segments, k_segments, *until = places
     scores = dot(k, q, LAST)
     size = (shape.key, shape.query)
@@ -172,7 +172,9 @@ def scores(spec: Spec, shape: Shape, q, k, places, slope, i, j, masked: bool):
 
 def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     scalars, refs = split_scalars(spec, refs)
-    slopes, sinks, q_ref, k_ref, v_ref, *places, y_ref, lse_ref, top_ref, total_ref, acc_ref = refs
+    slopes, sinks, q_ref, k_ref, v_ref, *mask_refs, y_ref, lse_ref, top_ref, total_ref, acc_ref = (
+        refs
+    )
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     row = b * shape.q_blocks + i
     j = scalars.first[row] + step
@@ -185,7 +187,7 @@ def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
 
     def body(masked):
         slope = slopes[h] if has[0] else None
-        s, seen = scores(spec, shape, q_ref[0, 0], k_ref[0, 0], places, slope, i, j, masked)
+        s, seen = scores(spec, shape, q_ref[0, 0], k_ref[0, 0], mask_refs, slope, i, j, masked)
         if seen is not None:
             s = jnp.where(seen, s, MASKED)
         top = top_ref[...]
@@ -202,23 +204,23 @@ def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         top, total = top_ref[...], total_ref[...]
-        # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
-        some = top > MASKED / 2
-        keep = jnp.where(some, 1.0, 0.0)
+        # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
+        sees_any = top > MASKED / 2
+        keep = jnp.where(sees_any, 1.0, 0.0)
         if has[1]:
             new_top = jnp.maximum(top, sinks[h])
             keep *= jnp.exp(top - new_top)
             total = total * keep + jnp.exp(sinks[h] - new_top)
             top = new_top
         else:
-            total = jnp.where(some, total, 1.0)
+            total = jnp.where(sees_any, total, 1.0)
         y_ref[0, 0] = (acc_ref[...] * (keep / total)).T.astype(y_ref.dtype)
         lse_ref[0, 0] = top + jnp.log(total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call, padded to whole blocks, heads before time."""
+    """The arrays of a call, padded to full blocks, with heads before time."""
 
     spec: Spec
     shape: Shape
@@ -241,38 +243,38 @@ class Call:
         return cls(spec, shape, q_bhtc, k_bksc, v_bksc, mask.padded(t, s), slopes, sinks)
 
     def run(self, kernel, name, by, grid, q_block, k_block, arrays, out_shape, out, scratch):
-        """One kernel over ``grid``, whose first three axes are independent.
+        """Run ``kernel`` over ``grid``, whose first three axes are independent.
 
         ``q_block`` and ``k_block`` map a program's ids and scalars to ``(row, head, block)`` of
-        either side. ``arrays``: pairs of a side, ``"q"`` or ``"k"``, and an array of vectors
-        ``[b, heads, length, c]`` or of numbers ``[b, heads, 1, length]``; ``out``: sides of the
-        results.
+        queries and of keys. ``arrays``: pairs of a side, ``"q"`` or ``"k"``, and an array of
+        vectors ``[b, heads, length, c]`` or of numbers ``[b, heads, 1, length]``; ``out``: sides
+        of the results.
         """
         scalars = jax.tree.leaves(Scalars.compute(self.spec, self.shape, self.mask, by))
-        places = self.mask.arrays()
+        mask_arrays = self.mask.arrays()
         size = {"q": self.shape.query, "k": self.shape.key}
-        where = {"q": q_block, "k": k_block}
+        block_of = {"q": q_block, "k": k_block}
 
         def block(side, array):
-            of_numbers = array.shape[2] == 1
+            is_numbers = array.shape[2] == 1
 
             def index(*ids_and_refs):
                 ids, refs = ids_and_refs[: len(grid)], ids_and_refs[len(grid) :]
-                row, head, n = where[side](*ids, Scalars.of(refs))
-                return (row, head, 0, n) if of_numbers else (row, head, n, 0)
+                row, head, n = block_of[side](*ids, Scalars.of(refs))
+                return (row, head, 0, n) if is_numbers else (row, head, n, 0)
 
-            shape = (1, size[side]) if of_numbers else (size[side], array.shape[3])
+            shape = (1, size[side]) if is_numbers else (size[side], array.shape[3])
             return pl.BlockSpec((1, 1, *shape), index)
 
-        def place(side):
+        def mask_spec(side):
             def index(*ids_and_refs):
                 ids, refs = ids_and_refs[: len(grid)], ids_and_refs[len(grid) :]
-                row, _, n = where[side](*ids, Scalars.of(refs))
+                row, _, n = block_of[side](*ids, Scalars.of(refs))
                 return (row, 0, n)
 
             return pl.BlockSpec((1, 1, size[side]), index)
 
-        whole = pl.BlockSpec(memory_space=pltpu.SMEM)
+        in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
         by_head = [
             jnp.zeros((1,), jnp.float32) if a is None else a.astype(jnp.float32)
             for a in (self.slopes, self.sinks)
@@ -285,9 +287,9 @@ class Call:
                 num_scalar_prefetch=len(scalars),
                 grid=grid,
                 in_specs=[
-                    *(whole for _ in by_head),
+                    *(in_smem for _ in by_head),
                     *(block(side, a) for side, a in arrays),
-                    *(place(side) for side, _ in places),
+                    *(mask_spec(side) for side, _ in mask_arrays),
                 ],
                 out_specs=[block(side, a) for side, a in zip(out, out_shape, strict=True)],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -296,7 +298,7 @@ class Call:
                 dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(grid) - 3)
             ),
             name=name,
-        )(*scalars, *by_head, *(a for _, a in arrays), *(a[:, None] for _, a in places))
+        )(*scalars, *by_head, *(a for _, a in arrays), *(a[:, None] for _, a in mask_arrays))
 
 
 def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
@@ -327,5 +329,5 @@ def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
         ("q", "q"),
         [(1, shape.query), (1, shape.query), (c, shape.query)],
     )
-    real = arrays[0].shape[1]
-    return jnp.swapaxes(y_bhtc[:, :, :real], 1, 2), lse[:, :, 0, :real]
+    length = arrays[0].shape[1]
+    return jnp.swapaxes(y_bhtc[:, :, :length], 1, 2), lse[:, :, 0, :length]

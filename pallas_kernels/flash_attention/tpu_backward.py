@@ -1,7 +1,8 @@
 """The backward pass of `tpu`: a kernel for dQ, and one for dK and dV.
 
-The first streams keys past a block of queries; the second streams the queries of all the heads that
-share a block of keys. Both make the block's weights anew from the log-sum-exp.
+In the first, a block of queries stays and keys are streamed; in the second, a block of keys stays
+and the queries of all heads that share it are streamed. Both recompute the weights from the
+log-sum-exp.
 """
 
 from collections.abc import Mapping
@@ -25,11 +26,11 @@ from pallas_kernels.flash_attention.tpu import (
 )
 
 
-def _gradients(spec, shape, refs, places, slope, i, j, masked):
-    """Weights and the gradient of scores, ``[keys, queries]`` both."""
+def _gradients(spec, shape, refs, mask_refs, slope, i, j, masked):
+    """Weights and gradients of scores, both ``[keys, queries]``."""
     q, k, v, dy, lse, delta = (ref[0, 0] for ref in refs)
-    s, seen = scores(spec, shape, q, k, places, slope, i, j, masked)
-    # ≤ 0 but for the rounding of scores made twice, which must not overflow
+    s, seen = scores(spec, shape, q, k, mask_refs, slope, i, j, masked)
+    # ≤ 0, except for rounding of the recomputed scores, which must not overflow
     weights = jnp.exp(jnp.minimum(s - lse, 0.0))
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
@@ -40,7 +41,7 @@ def _gradients(spec, shape, refs, places, slope, i, j, masked):
 def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     scalars, refs = split_scalars(spec, refs)
     slopes, _, *block, dq_ref, acc_ref = refs
-    block, places = block[:6], block[6:]
+    block, mask_refs = block[:6], block[6:]
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     row = b * shape.q_blocks + i
     j = scalars.first[row] + step
@@ -51,7 +52,7 @@ def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
 
     def body(masked):
         slope = slopes[h] if has[0] else None
-        _, d_scores = _gradients(spec, shape, block, places, slope, i, j, masked)
+        _, d_scores = _gradients(spec, shape, block, mask_refs, slope, i, j, masked)
         k = block[1][0, 0]
         acc_ref[...] += dot(d_scores.astype(k.dtype), k, FIRST)
 
@@ -65,7 +66,7 @@ def _dq_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
 def _dkv_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     scalars, refs = split_scalars(spec, refs)
     slopes, _, *block, dk_ref, dv_ref, dk_acc, dv_acc = refs
-    block, places = block[:6], block[6:]
+    block, mask_refs = block[:6], block[6:]
     b, k, j, head, step = (pl.program_id(axis) for axis in range(5))
     row = b * shape.k_blocks + j
     i = scalars.first[row] + step
@@ -77,7 +78,7 @@ def _dkv_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
 
     def body(masked):
         slope = slopes[k * shape.group + head] if has[0] else None
-        weights, d_scores = _gradients(spec, shape, block, places, slope, i, j, masked)
+        weights, d_scores = _gradients(spec, shape, block, mask_refs, slope, i, j, masked)
         q, dy = block[0][0, 0], block[3][0, 0]
         dv_acc[...] += dot(weights.astype(dy.dtype), dy, PLAIN)
         dk_acc[...] += dot(d_scores.astype(q.dtype), q, PLAIN)
@@ -108,7 +109,7 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         ("q", delta),
     )
 
-    def same(a):
+    def shape_of(a):
         return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
     def keys_of(b, h, i, step, scalars):
@@ -123,15 +124,15 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         lambda b, h, i, step, scalars: (b, h, i),
         keys_of,
         blocks,
-        [same(call.q_bhtc)],
+        [shape_of(call.q_bhtc)],
         ("q",),
         [(shape.query, c)],
     )
 
     def queries_of(b, k, j, head, step, scalars):
         row = b * shape.k_blocks + j
-        at = nearest(scalars.first[row], scalars.last[row], step)
-        return b, k * shape.group + head, at
+        block = nearest(scalars.first[row], scalars.last[row], step)
+        return b, k * shape.group + head, block
 
     dk, dv = call.run(
         _dkv_kernel,
@@ -141,7 +142,7 @@ def backward(spec: Spec, sizes: Mapping[str, int], *arrays):
         queries_of,
         lambda b, k, j, head, step, scalars: (b, k, j),
         blocks,
-        [same(call.k_bksc), same(call.v_bksc)],
+        [shape_of(call.k_bksc), shape_of(call.v_bksc)],
         ("k", "k"),
         [(shape.key, c), (shape.key, c)],
     )

@@ -1,7 +1,7 @@
-"""Flash attention as loops over blocks, in plain XLA: every platform, sized for a CPU's cache.
+"""Flash attention as loops over blocks in plain XLA, on every platform; blocks fit a CPU's cache.
 
-Loops have dynamic bounds: a block of queries visits only the keys it may see. Rows of a batch are
-taken a few at a time, so that a block of scores stays in the cache.
+Loops have dynamic bounds: a block of queries visits only the keys that it may see. A few rows of
+the batch are computed at a time, so that a block of scores stays in the cache.
 """
 
 import functools
@@ -17,16 +17,16 @@ from pallas_kernels.flash_attention.ranges import Extremes, Visit, all_see, extr
 from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient
 from pallas_kernels.mask import Mask, sees
 
-# Numbers in a block of scores, of all heads and of as many rows of the batch as are taken at once.
-# More of it would not stay in the last cache between the products.
+# The most numbers in a block of scores, over all heads and the rows that are computed at a time.
+# A larger block would not stay in the last-level cache between the products.
 SCORES = 2**20
-# From as many queries on, the blocks of a causal call are at most a quarter of its length. On a
-# CPU, 256 tokens then take 0.6 of the time of one block; 128 already take more.
+# Causal calls with at least this many queries have blocks of at most a quarter of their length. On
+# a CPU, 256 tokens then take 0.6 of the time of a single block; 128 tokens would take more.
 CUT = 256
 
 
 class _Blocks(NamedTuple):
-    """One side's arrays by block, the block's number first: ``n`` blocks of ``rows`` rows."""
+    """Arrays of queries or of keys in ``n`` blocks, with the block's index first."""
 
     positions: jax.Array  # [n, rows, block]
     segments: jax.Array
@@ -35,29 +35,29 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(positions, segments, until, size: int) -> _Blocks:
-    each = extremes(positions, segments, size, until)  # [rows, n]
+    of_rows = extremes(positions, segments, size, until)  # [rows, n]
     see = Extremes(
-        each.low.min(0),
-        each.high.max(0),
-        each.lowest.min(0),
-        each.first_segment.min(0),
-        each.last_segment.max(0),
-        None if each.reach is None else each.reach.max(0),
-        None if each.least_reach is None else each.least_reach.min(0),
+        of_rows.low.min(0),
+        of_rows.high.max(0),
+        of_rows.lowest.min(0),
+        of_rows.first_segment.min(0),
+        of_rows.last_segment.max(0),
+        None if of_rows.reach is None else of_rows.reach.max(0),
+        None if of_rows.least_reach is None else of_rows.least_reach.min(0),
     )
     until = None if until is None else _split(until, size, 1)
     return _Blocks(_split(positions, size, 1), _split(segments, size, 1), until, see)
 
 
 def _sides(mask: Mask, plan: "_Plan") -> tuple[_Blocks, _Blocks]:
-    """Blocks of queries and of keys of a `_padded` mask."""
+    """The blocks of queries and of keys of a `_padded` mask."""
     q = mask.q_positions_bt, mask.q_segments_bt, mask.until_bt
     k = mask.k_positions_bs, mask.k_segments_bs, None
     return _blocks(*q, plan.query), _blocks(*k, plan.key)
 
 
 def _split(a: jax.Array, size: int, axis: int) -> jax.Array:
-    """``axis`` in blocks of ``size``, the block's number moved to the front."""
+    """``a`` with ``axis`` in blocks of ``size``; the block's index is the first axis."""
     shape = (*a.shape[:axis], -1, size, *a.shape[axis + 1 :])
     return jnp.moveaxis(a.reshape(shape), axis, 0)
 
@@ -69,14 +69,14 @@ def _join(a: jax.Array, axis: int) -> jax.Array:
 
 
 def _pad(a: jax.Array, axis: int, size: int, value: float = 0) -> jax.Array:
-    """``axis`` lengthened to a multiple of ``size``."""
+    """``a`` with ``axis`` padded to a multiple of ``size``."""
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, -a.shape[axis] % size)
     return jnp.pad(a, widths, constant_values=value) if widths[axis][1] else a
 
 
 class _Plan(NamedTuple):
-    """How a call is cut: block lengths, and rows of the batch taken at once."""
+    """Block lengths of queries and of keys, and rows of the batch that are computed at a time."""
 
     query: int
     key: int
@@ -86,7 +86,7 @@ class _Plan(NamedTuple):
 def _plan(spec: Spec, sizes: Mapping[str, int], b: int, t: int, h: int, s: int) -> _Plan:
     query, key = min(sizes["query"], t), min(sizes["key"], s)
     if spec.causal and t >= CUT:
-        # nothing is skipped within a block: one block alone would do twice the work
+        # nothing is skipped within a block: a single block would be twice the work
         quarter = 2 ** int(math.log2(max(t, s) / 4))
         query, key = min(query, quarter), min(key, quarter)
     most = max(1, SCORES // (h * query * key))
@@ -95,7 +95,7 @@ def _plan(spec: Spec, sizes: Mapping[str, int], b: int, t: int, h: int, s: int) 
 
 
 def _heads_first(plan, q_bthc, k_bskc, v_bskc):
-    """Padded to whole blocks: ``q_bkgtc, k_bksc, v_bksc``."""
+    """``q_bkgtc, k_bksc, v_bksc``, padded to full blocks."""
     b, _, h, c = q_bthc.shape
     k = k_bskc.shape[2]
     q = jnp.swapaxes(_pad(q_bthc, 1, plan.query), 1, 2).reshape(b, k, h // k, -1, c)
@@ -103,28 +103,28 @@ def _heads_first(plan, q_bthc, k_bskc, v_bskc):
 
 
 def _padded(plan: "_Plan", mask: Mask) -> Mask:
-    """``mask`` of whole blocks."""
+    """``mask`` padded to full blocks."""
     t, s = mask.q_positions_bt.shape[1], mask.k_positions_bs.shape[1]
     return mask.padded(t + -t % plan.query, s + -s % plan.key)
 
 
 def _by_rows(plan: _Plan, function, *arguments):
-    """``function`` of ``plan.rows`` rows of the batch at a time."""
+    """``function(*arguments)``, computed for ``plan.rows`` rows of the batch at a time."""
     b = jax.tree.leaves(arguments)[0].shape[0]
     if plan.rows == b:
         return function(*arguments)
-    parts = jax.tree.map(lambda a: a.reshape(-1, plan.rows, *a.shape[1:]), arguments)
-    done = jax.lax.map(lambda a: function(*a), parts)
-    return jax.tree.map(lambda a: a.reshape(b, *a.shape[2:]), done)
+    groups = jax.tree.map(lambda a: a.reshape(-1, plan.rows, *a.shape[1:]), arguments)
+    results = jax.lax.map(lambda a: function(*a), groups)
+    return jax.tree.map(lambda a: a.reshape(b, *a.shape[2:]), results)
 
 
 def _slopes(slopes_h, k: int, dtype):
     return None if slopes_h is None else slopes_h.astype(dtype).reshape(k, -1)[..., None, None]
 
 
-def _scores(spec, exact, slopes, q_rkgtc, k_rksc, q: _Blocks, k: _Blocks, i, j, masked: bool):
-    """One block of scores ``[r, k, g, t, s]``; ``masked`` False: all are seen."""
-    scores = jnp.einsum("rkgtc,rksc->rkgts", q_rkgtc, k_rksc, preferred_element_type=exact)
+def _scores(spec, acc_dtype, slopes, q_rkgtc, k_rksc, q: _Blocks, k: _Blocks, i, j, masked: bool):
+    """A block of scores ``[r, k, g, t, s]``, and whether each query sees each key (None: all)."""
+    scores = jnp.einsum("rkgtc,rksc->rkgts", q_rkgtc, k_rksc, preferred_element_type=acc_dtype)
     q_at = q.positions[i][:, None, None, :, None]
     k_at = k.positions[j][:, None, None, None, :]
     scores = biased(spec, scores, q_at - k_at, slopes)
@@ -154,10 +154,10 @@ def forward(
     s, k = k_bskc.shape[1:3]
     if t * h < k * c:
         return reference.attention(spec, q_bthc, k_bskc, v_bskc, mask, slopes_h, sinks_h)
-    exact = jnp.promote_types(jnp.float32, q_bthc.dtype)
+    acc_dtype = jnp.promote_types(jnp.float32, q_bthc.dtype)
     plan = _plan(spec, sizes, b, t, h, s)
-    slopes = _slopes(slopes_h, k, exact)
-    sinks = None if sinks_h is None else sinks_h.astype(exact).reshape(k, h // k)[..., None]
+    slopes = _slopes(slopes_h, k, acc_dtype)
+    sinks = None if sinks_h is None else sinks_h.astype(acc_dtype).reshape(k, h // k)[..., None]
 
     def rows(q_rkgtc, k_rksc, v_rksc, mask):
         q_side, k_side = _sides(mask, plan)
@@ -168,19 +168,21 @@ def forward(
         )
 
         def block_of_queries(_, i):
-            ours = jax.tree.map(lambda a: a[i], q_side.see)
+            q_extremes = jax.tree.map(lambda a: a[i], q_side.see)
             q_i = q_n[i]
-            visit = Visit.of(may_see(spec, ours, k_side.see), all_see(spec, ours, k_side.see))
+            visit = Visit.of(
+                may_see(spec, q_extremes, k_side.see), all_see(spec, q_extremes, k_side.see)
+            )
 
             def body(j, carry, masked):
                 top, total, y = carry
                 scores, seen = _scores(
-                    spec, exact, slopes, q_i, k_n[j], q_side, k_side, i, j, masked
+                    spec, acc_dtype, slopes, q_i, k_n[j], q_side, k_side, i, j, masked
                 )
                 if seen is not None:
                     scores = jnp.where(seen, scores, MASKED)
                 new_top = jnp.maximum(top, scores.max(-1))
-                # held here, or XLA would compute the exponentials once more for the sum
+                # a barrier: without it, XLA computes the exponentials once more for the sum
                 weights = jax.lax.optimization_barrier(jnp.exp(scores - new_top[..., None]))
                 shrink = jnp.exp(top - new_top)
                 total = total * shrink + weights.sum(-1)
@@ -188,28 +190,28 @@ def forward(
                     "rkgts,rksc->rkgtc",
                     weights.astype(v_n.dtype),
                     v_n[j],
-                    preferred_element_type=exact,
+                    preferred_element_type=acc_dtype,
                 )
                 return new_top, total, y
 
             row = (plan.rows, k, h // k, plan.query)
             start = (
-                jnp.full(row, MASKED, exact),
-                jnp.zeros(row, exact),
-                jnp.zeros((*row, c), exact),
+                jnp.full(row, MASKED, acc_dtype),
+                jnp.zeros(row, acc_dtype),
+                jnp.zeros((*row, c), acc_dtype),
             )
             masked, unmasked = (functools.partial(body, masked=m) for m in (True, False))
             top, total, y = visit.loop(masked, unmasked, start)
-            # a row that has seen only what is masked counted it: exp(MASKED − MASKED) = 1
-            some = top > MASKED / 2
+            # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
+            sees_any = top > MASKED / 2
             if sinks is not None:
                 new_top = jnp.maximum(top, sinks)
-                shrink = jnp.where(some, jnp.exp(top - new_top), 0)
+                shrink = jnp.where(sees_any, jnp.exp(top - new_top), 0)
                 total = total * shrink + jnp.exp(sinks - new_top)
                 y, top = y * shrink[..., None], new_top
             else:
-                total = jnp.where(some, total, 1)
-            y = jnp.where(some[..., None], y / total[..., None], 0).astype(q_bthc.dtype)
+                total = jnp.where(sees_any, total, 1)
+            y = jnp.where(sees_any[..., None], y / total[..., None], 0).astype(q_bthc.dtype)
             return None, (y, top + jnp.log(total))
 
         _, (y, lse) = jax.lax.scan(block_of_queries, None, jnp.arange(q_n.shape[0]))
@@ -238,39 +240,41 @@ def backward(
     delta_bht,
     dy_bthc,
 ):
-    """``dq_bthc, dk_bskc, dv_bskc``; ``delta_bht`` is Δ of the package's docstring."""
-    del sinks_h  # they are in the log-sum-exp
+    """``dq_bthc, dk_bskc, dv_bskc``; ``delta_bht`` is Δ in the docstring of the package."""
+    del sinks_h  # the log-sum-exp contains them
     b, t, h, c = q_bthc.shape
     s, k = k_bskc.shape[1:3]
-    exact = lse_bht.dtype
+    acc_dtype = lse_bht.dtype
     plan = _plan(spec, sizes, b, t, h, s)
-    slopes = _slopes(slopes_h, k, exact)
+    slopes = _slopes(slopes_h, k, acc_dtype)
 
     def rows(q_rkgtc, k_rksc, v_rksc, dy_rkgtc, lse, delta, mask):
         q_side, k_side = _sides(mask, plan)
         q_n, dy_n = (_split(a, plan.query, 3) for a in (q_rkgtc, dy_rkgtc))
         k_n, v_n = (_split(a, plan.key, 2) for a in (k_rksc, v_rksc))
         lse_n, delta_n = (_split(a, plan.query, 3) for a in (lse, delta))
-        # Channels first once here: XLA:CPU would otherwise turn every block of weights to sum over
-        # queries, at more than the product's own cost.
-        q_across, dy_across = (jnp.moveaxis(a, -1, 3) for a in (q_n, dy_n))
+        # channels first, once: otherwise XLA:CPU transposes every block of weights to sum over
+        # queries, which costs more than the product
+        q_channels_first, dy_channels_first = (jnp.moveaxis(a, -1, 3) for a in (q_n, dy_n))
 
         def block_of_keys(dq_n, j):
-            theirs = jax.tree.map(lambda a: a[j], k_side.see)
+            k_extremes = jax.tree.map(lambda a: a[j], k_side.see)
             k_j, v_j = k_n[j], v_n[j]
-            visit = Visit.of(may_see(spec, q_side.see, theirs), all_see(spec, q_side.see, theirs))
+            visit = Visit.of(
+                may_see(spec, q_side.see, k_extremes), all_see(spec, q_side.see, k_extremes)
+            )
 
             def body(i, carry, masked):
                 dq_n, dk, dv = carry
                 scores, seen = _scores(
-                    spec, exact, slopes, q_n[i], k_j, q_side, k_side, i, j, masked
+                    spec, acc_dtype, slopes, q_n[i], k_j, q_side, k_side, i, j, masked
                 )
-                # ≤ 0 but for the rounding of scores made twice, which must not overflow
+                # ≤ 0, except for rounding of the recomputed scores, which must not overflow
                 weights = jnp.exp(jnp.minimum(scores - lse_n[i][..., None], 0))
                 if seen is not None:
                     weights = jnp.where(seen, weights, 0)
                 d_weights = jnp.einsum(
-                    "rkgtc,rksc->rkgts", dy_n[i], v_j, preferred_element_type=exact
+                    "rkgtc,rksc->rkgts", dy_n[i], v_j, preferred_element_type=acc_dtype
                 )
                 d_scores = weights * (d_weights - delta_n[i][..., None])
                 d_scores = biased_gradient(spec, scores, d_scores).astype(q_n.dtype)
@@ -278,23 +282,25 @@ def backward(
                     (weights.astype(dy_n.dtype), d_scores)
                 )
 
-                def across(left, right):
+                def sum_queries(left, right):
                     return jnp.einsum(
-                        "rkcgt,rkgts->rkcs", left[i], right, preferred_element_type=exact
+                        "rkcgt,rkgts->rkcs", left[i], right, preferred_element_type=acc_dtype
                     )
 
-                dq = jnp.einsum("rkgts,rksc->rkgtc", d_scores, k_j, preferred_element_type=exact)
-                dk += across(q_across, d_scores)
-                dv += across(dy_across, weights)
+                dq = jnp.einsum(
+                    "rkgts,rksc->rkgtc", d_scores, k_j, preferred_element_type=acc_dtype
+                )
+                dk += sum_queries(q_channels_first, d_scores)
+                dv += sum_queries(dy_channels_first, weights)
                 return dq_n.at[i].add(dq), dk, dv
 
-            zeros = jnp.zeros_like(k_n[0], exact).swapaxes(-1, -2)
+            zeros = jnp.zeros_like(k_n[0], acc_dtype).swapaxes(-1, -2)
             masked, unmasked = (functools.partial(body, masked=m) for m in (True, False))
             dq_n, dk, dv = visit.loop(masked, unmasked, (dq_n, zeros, zeros))
             dk, dv = (jnp.swapaxes(a, -1, -2) for a in (dk, dv))
             return dq_n, (dk.astype(k_n.dtype), dv.astype(v_n.dtype))
 
-        dq_n = jnp.zeros(q_n.shape, exact)
+        dq_n = jnp.zeros(q_n.shape, acc_dtype)
         dq_n, (dk_n, dv_n) = jax.lax.scan(block_of_keys, dq_n, jnp.arange(k_n.shape[0]))
         return _join(dq_n, 3).astype(q_n.dtype), _join(dk_n, 2), _join(dv_n, 2)
 

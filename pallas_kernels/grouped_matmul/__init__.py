@@ -1,36 +1,36 @@
-"""Grouped matmul: rows sorted by expert, each multiplied by its expert's weights.
+"""Grouped matmul: the product of each row with its expert's weights, for rows sorted by expert.
 
     y[i] = x[i] @ weights[e]    for  sum(sizes[:e]) <= i < sum(sizes[:e + 1]),  else 0
     dx[i] = dy[i] @ weights[e].T
     dweights[e] = sum over the rows i of group e of outer(x[i], dy[i])
 
-It is the product of dropless mixtures of experts (MegaBlocks, Gale et al. 2022, 2211.15841, section
-3, where it is a block-sparse product; Mixtral, Jiang et al. 2024, 2401.04088, section 2.1, runs on
-it): no capacity, so no row is dropped and none is padded. A group may be empty; its gradient is
-exactly 0.
+Mixtures of experts without capacity use it (MegaBlocks, Gale et al. 2022, 2211.15841, section 3, as
+a block-sparse product; Mixtral, Jiang et al. 2024, 2401.04088, section 2.1): no row is dropped and
+none is padded. A group may be empty; its gradient is exactly 0.
 
-A matrix unit wants tiles of rows that share their weights, and groups end anywhere. So the kernels
-go through visits (tile of rows, group), in order: a tile that several groups share is visited once
-for each of them, multiplied whole, and each stores its own rows (`visits`). With tiles of R rows
-that is at most ``m / R + e`` visits, whatever the sizes; nothing depends on the largest group.
+A matrix unit requires blocks of rows with the same weights, but a group may end at any row. So the
+kernels compute a list of visits (block of rows, group), in order. A block that several groups share
+is visited once for each of them; each visit multiplies all rows of the block and stores those of
+its group (`visits`). With blocks of R rows there are at most ``m / R + e`` visits, for any sizes;
+nothing depends on the largest group.
 
-Implementations, and what each keeps in fast memory:
+Implementations, and what each has in fast memory:
 
-- ``reference``: one dense product an expert over all rows. The equation.
+- ``reference``: one dense product for each expert over all rows. The equation.
 - ``xla``: XLA's ragged products; on a CPU, where those are dense, a loop over groups and chunks of
-  rows that copies one group's weights at a time. See `xla`.
-- ``tpu``: a tile of y is summed in VMEM over blocks of d; a group's weights stay there over its
-  tiles if d is one block. The gradient of the weights is summed in VMEM over the tiles of a group.
-  float32 and bfloat16. See `tpu`.
-- ``gpu``: a tile of y, or of the gradient of the weights, is summed in registers. Tiles begin where
-  groups do, so none is shared. float32, bfloat16 and float16. See `gpu`.
+  rows that copies the weights of one group at a time. See `xla`.
+- ``tpu``: a block of y is summed in VMEM over blocks of d; the weights of a group stay there for
+  all its blocks if d is one block. The gradient of the weights is summed in VMEM over the blocks of
+  a group. float32 and bfloat16. See `tpu`.
+- ``gpu``: a block of y, or of the gradient of the weights, is summed in registers. Blocks begin
+  where groups do, so none is shared. float32, bfloat16 and float16. See `gpu`.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
-Limits: the sizes must be non-negative and add up to at most m: they are values, so no check is made
-of them. Forward mode and second derivatives are the reference's (`pallas_kernels.derivatives`). The
-kernels have been compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU
-yet.
+Limits: the sizes must be ≥ 0 and their sum at most m; this is not checked, because they are values
+of an array. Forward mode and second derivatives are those of the reference
+(`pallas_kernels.derivatives`). The kernels have been compiled for TPUs and for an H100 and run
+interpreted; they have not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -50,7 +50,7 @@ PASSES = {
     "tpu": {"forward": tpu.forward, "backward": tpu.backward},
     "gpu": {"forward": gpu.forward, "backward": gpu.backward},
 }
-# whose row of `pallas_kernels.blocks` holds
+# implementation → the platform whose block sizes (`pallas_kernels.blocks`) it has
 PLATFORMS = {"xla": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
 
@@ -62,23 +62,23 @@ def grouped_matmul(
     implementation: str | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> jax.Array:
-    """Multiply each group of rows by its own matrix.
+    """The product of each group of rows with the group's matrix.
 
     Args:
-      x_md: rows sorted by group; those past the last group give 0 and get gradient 0, whatever
-        they hold.
-      weights_edf: a matrix a group, of x's dtype.
-      group_sizes_e: integers, the rows of each group.
+      x_md: rows sorted by group; rows after the last group give 0 and have gradient 0, also if
+        they are NaN.
+      weights_edf: a matrix for each group, of x's dtype.
+      group_sizes_e: integers, the number of rows in each group.
       implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
-      blocks: sizes that override `pallas_kernels.blocks`: ``rows`` of a tile for every
+      blocks: sizes that override `pallas_kernels.blocks`: ``rows`` of a block for every
         implementation; for a named kernel also ``inner`` (of d, or of f for dx) and ``columns``.
 
     Returns:
       y_mf in x's dtype, accumulated in float32.
 
     Raises:
-      ValueError: names the argument that has another shape, dtype or range than said here, or the
-        implementation that cannot serve, with the reason.
+      ValueError: an argument has a shape, dtype or value that is not described here, or the named
+        implementation does not support the call.
     """
     check(x_md.ndim == 2, "x_md.shape", x_md.shape, "must be (m, d)")
     check_array("x_md", x_md, x_md.shape)
@@ -112,8 +112,8 @@ def _op(sizes):
 
 
 def _run(sizes, name, *arrays):
-    """The pass ``name`` of one of the implementations that ``sizes`` names."""
-    table = {n: functools.partial(PASSES[n][name], dict(own)) for n, own in sizes}
+    """The pass ``name`` of an implementation in ``sizes``, chosen by platform."""
+    table = {n: functools.partial(PASSES[n][name], dict(sizes_of_n)) for n, sizes_of_n in sizes}
     return per_platform(list(table), table, *arrays)
 
 

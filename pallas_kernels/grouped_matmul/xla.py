@@ -1,13 +1,12 @@
 """The grouped matmul and its two gradients without a kernel, on every platform.
 
-Elsewhere than on a CPU they are XLA's own ragged products (`jax.lax.ragged_dot_general`). On the
-CPU XLA lowers those densely: every row meets every expert, and the rows are copied once an expert,
-so that with 8 experts they take several times as long as 8 dense products. A program lowered for
-the CPU instead goes through the groups that have rows, takes the group's weights out of the stack
-once, and multiplies its rows chunk by chunk: as long as a chunk of ``rows`` is full, and what is
-left in chunks an eighth of it. The time is that of one dense product a group with its sizes known,
-or little more, forward and backward, and nothing is copied but one group's weights. A chunk may
-reach into rows of other groups: each chunk stores its own rows.
+Except on a CPU they are XLA's ragged products (`jax.lax.ragged_dot_general`). On a CPU XLA lowers
+these as dense products of all rows with all experts, and copies the rows for each expert: with 8
+experts they take several times as long as 8 dense products. So a program for a CPU iterates over
+the groups with rows, copies a group's weights once, and multiplies its rows in chunks: full chunks
+of ``rows``, then chunks of an eighth of it. The time is that of one dense product for each group
+with static sizes, or slightly more, in both passes; only the weights of one group are copied. A
+chunk may contain rows of other groups; it stores only rows of its group.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from pallas_kernels.grouped_matmul.visits import bounds
 # contract d with d or f with f; the rows m are ragged
 _FORWARD = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 _INPUT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
-# contract the ragged rows themselves: one product a group
+# contract the ragged rows: one product for each group
 _WEIGHTS = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 
 
@@ -30,13 +29,13 @@ def forward(sizes: Mapping[str, int], x_md, weights_edf, group_sizes_e):
     def on_cpu(x_md, weights_edf, group_sizes_e):
         return _rows_by_chunks(sizes["rows"], x_md, weights_edf, group_sizes_e, 0)
 
-    def elsewhere(x_md, weights_edf, group_sizes_e):
+    def on_others(x_md, weights_edf, group_sizes_e):
         x_md = _grouped(x_md, group_sizes_e)
         y_mf = _grouped(_ragged(x_md, weights_edf, group_sizes_e, _FORWARD), group_sizes_e)
         return y_mf.astype(x_md.dtype)
 
     return jax.lax.platform_dependent(
-        x_md, weights_edf, group_sizes_e, cpu=on_cpu, default=elsewhere
+        x_md, weights_edf, group_sizes_e, cpu=on_cpu, default=on_others
     )
 
 
@@ -47,14 +46,14 @@ def backward(sizes: Mapping[str, int], x_md, weights_edf, group_sizes_e, dy_mf):
         dx_md = _rows_by_chunks(sizes["rows"], dy_mf, weights_edf, group_sizes_e, 1)
         return dx_md, _weights_by_chunks(sizes["rows"], x_md, dy_mf, group_sizes_e)
 
-    def elsewhere(x_md, weights_edf, group_sizes_e, dy_mf):
+    def on_others(x_md, weights_edf, group_sizes_e, dy_mf):
         x_md, dy_mf = _grouped(x_md, group_sizes_e), _grouped(dy_mf, group_sizes_e)
         dx_md = _grouped(_ragged(dy_mf, weights_edf, group_sizes_e, _INPUT), group_sizes_e)
         dweights_edf = _ragged(x_md, dy_mf, group_sizes_e, _WEIGHTS)
         return dx_md.astype(x_md.dtype), dweights_edf.astype(weights_edf.dtype)
 
     return jax.lax.platform_dependent(
-        x_md, weights_edf, group_sizes_e, dy_mf, cpu=on_cpu, default=elsewhere
+        x_md, weights_edf, group_sizes_e, dy_mf, cpu=on_cpu, default=on_others
     )
 
 
@@ -69,7 +68,7 @@ def _wide(a):
 
 
 def _grouped(a_m, group_sizes_e):
-    """``a_m`` with the rows of no group set to 0, whatever they hold."""
+    """``a_m`` with rows of no group set to 0, also if they are NaN."""
     inside_m = jnp.arange(a_m.shape[0]) < jnp.sum(group_sizes_e)
     return jnp.where(inside_m[:, None], a_m, 0)
 
@@ -83,41 +82,41 @@ def _each_group(group_sizes_e, carry, visit: Callable):
 
 
 def _each_chunk(start, end, rows: int, most: int, carry, visit: Callable):
-    """``carry = visit(at, own, carry)`` over the rows ``[start, end)`` of ``most``.
+    """``carry = visit(row_start, in_range, size, carry)`` for chunks of the rows ``[start, end)``.
 
-    ``at`` is where a chunk begins, ``own[:, None]`` which of its rows are meant: the last chunk of
-    all the rows begins early rather than beyond their end.
+    A chunk has ``size`` rows from ``row_start``; ``in_range``, ``[size, 1]``, masks those that
+    belong to it. The last chunk begins earlier, so that it does not exceed the ``most`` rows.
     """
-    whole, rest = min(rows, most), min(max(rows // 8, 1), most)
-    # chunks that are full, and then the rest, of which the last need not be
-    for size, part in ((whole, 0), (rest, rest - 1)):
-        chunks = (end - start + part) // size
+    full_size, small_size = min(rows, most), min(max(rows // 8, 1), most)
+    # full chunks, then small ones, of which the last may be incomplete
+    for size, round_up in ((full_size, 0), (small_size, small_size - 1)):
+        chunks = (end - start + round_up) // size
 
-        def one(n, carry, start=start, size=size):
+        def visit_chunk(n, carry, start=start, size=size):
             begin = start + n * size
-            at = jnp.minimum(begin, most - size)
-            row = at + jnp.arange(size, dtype=jnp.int32)
-            return visit(at, ((row >= begin) & (row < end))[:, None], size, carry)
+            row_start = jnp.minimum(begin, most - size)
+            row = row_start + jnp.arange(size, dtype=jnp.int32)
+            return visit(row_start, ((row >= begin) & (row < end))[:, None], size, carry)
 
-        carry = jax.lax.fori_loop(0, chunks, one, carry)
+        carry = jax.lax.fori_loop(0, chunks, visit_chunk, carry)
         start = start + chunks * size
     return carry
 
 
 def _rows_by_chunks(rows, x_mk, weights, group_sizes_e, contracted: int):
-    """Each row times its group's weights, which it meets along their axis ``contracted``."""
+    """The product of each row with its group's weights, along their axis ``contracted``."""
     m, n = x_mk.shape[0], weights.shape[2 - contracted]
     bounds_g = bounds(group_sizes_e, m)
 
     def group(g, y_mn):
         matrix = jax.lax.dynamic_index_in_dim(weights, g, keepdims=False).astype(_wide(weights))
 
-        def chunk(at, own, size, y_mn):
-            x = jax.lax.dynamic_slice_in_dim(x_mk, at, size).astype(matrix.dtype)
+        def chunk(row_start, in_range, size, y_mn):
+            x = jax.lax.dynamic_slice_in_dim(x_mk, row_start, size).astype(matrix.dtype)
             y = jax.lax.dot_general(x, matrix, (((1,), (contracted,)), ((), ())))
-            others = jax.lax.dynamic_slice_in_dim(y_mn, at, size)
-            y = jnp.where(own, y.astype(y_mn.dtype), others)
-            return jax.lax.dynamic_update_slice_in_dim(y_mn, y, at, 0)
+            others = jax.lax.dynamic_slice_in_dim(y_mn, row_start, size)
+            y = jnp.where(in_range, y.astype(y_mn.dtype), others)
+            return jax.lax.dynamic_update_slice_in_dim(y_mn, y, row_start, 0)
 
         return _each_chunk(bounds_g[g], bounds_g[g + 1], rows, m, y_mn, chunk)
 
@@ -131,12 +130,14 @@ def _weights_by_chunks(rows, x_md, dy_mf, group_sizes_e):
     wide = _wide(x_md)
 
     def group(g, dweights_edf):
-        def chunk(at, own, size, total_df):
+        def chunk(row_start, in_range, size, total_df):
             x, dy = (
-                jnp.where(own, jax.lax.dynamic_slice_in_dim(a, at, size), 0).astype(wide)
+                jnp.where(in_range, jax.lax.dynamic_slice_in_dim(a, row_start, size), 0).astype(
+                    wide
+                )
                 for a in (x_md, dy_mf)
             )
-            # XLA's CPU product is fast over the last axis of its left side only
+            # on a CPU, XLA's product is fast over the last axis of its left factor only
             return total_df + x.T @ dy
 
         total_df = jnp.zeros((d, f), wide)

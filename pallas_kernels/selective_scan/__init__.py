@@ -1,36 +1,37 @@
-"""The selective scan of Mamba: a linear recurrence whose coefficients follow the token.
+"""The selective scan of Mamba: a linear recurrence whose coefficients depend on the token.
 
-For each channel ``d`` a state of ``n`` numbers (Gu & Dao 2023, 2312.00752, eq. 2 and Alg. 2; zero-
-order hold for A, Euler for B, as its released code has it):
+Each channel ``d`` has a state of ``n`` numbers (Gu & Dao 2023, 2312.00752, eq. 2 and Alg. 2; zero-
+order hold for A, Euler for B, as in the released code):
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t          y_t = C_t · h_t + D x_t
 
-``Δ``, ``B`` and ``C`` differ for each token, so there is no convolution to take instead. Around it,
-in plain JAX, which XLA fuses: ``Δ = softplus(Δ + bias)``, the skip ``D x`` and the gate
-``y · silu(z)``. Nothing of size ``t · d · n`` is made: the forward pass keeps the state at the
-beginning of each chunk of tokens, the backward pass makes the states of one chunk anew (§3.3.2).
+``Δ``, ``B`` and ``C`` depend on the token, so this is no convolution. ``Δ = softplus(Δ + bias)``,
+the skip ``D x`` and the gate ``y · silu(z)`` are plain JAX, which XLA fuses. No array of size
+``t · d · n`` is stored: the forward pass stores the state at the beginning of each chunk of tokens,
+and the backward pass recomputes the states of one chunk at a time (§3.3.2).
 
 Backward, with ``g_t`` the gradient of ``h_t`` and ``e_t = exp(Δ_t A)``:
 
     g_t = C_t dy_t + e_{t+1} g_{t+1}      dC_t = Σ_d dy_t h_t      dB_t = Σ_d g_t Δ_t x_t
     d(Δ_t x_t) = g_t · B_t                d(Δ_t A) = g_t e_t h_{t−1}
 
-Implementations, and what each keeps in fast memory:
+Implementations, and what each has in fast memory:
 
 - ``reference``: token by token, differentiated by JAX. The equation.
-- ``xla``: a token at a time, channels along the vector; the states of one chunk in the backward
-  pass. See `xla`.
-- ``tpu``: the state of up to 1,024 channels in VMEM while time passes; it never leaves. See `tpu`.
-- ``gpu``: the state of 32 or 64 channels in a warp's registers while time passes. See `gpu`.
+- ``xla``: token by token, vectorised over channels; in the backward pass the states of one chunk.
+  See `xla`.
+- ``tpu``: the state of up to 1,024 channels in VMEM, over all tokens. See `tpu`.
+- ``gpu``: the state of 32 or 64 channels in a warp's registers, over all tokens. See `gpu`.
 
 Every backward pass is deterministic: each gradient is summed by one program in one order.
 
-Packed segments: a token whose segment is not its predecessor's begins with an empty state. The
-first token of a call always goes on from ``initial_state``.
+Packed segments: the state is 0 before a token whose segment is not that of its predecessor. The
+first token of a call always continues from ``initial_state``.
 
-Limits: ``A`` is real. On a GPU at most 256 numbers a state; more take ``xla``. Forward mode and
-second derivatives are the reference's (`pallas_kernels.derivatives`). The kernels have been
-compiled for TPUs and for an H100 and run interpreted; not run on a TPU or a GPU yet.
+Limits: ``A`` is real. The GPU kernel supports at most 256 numbers in a state; ``xla`` computes
+larger states. Forward mode and second derivatives are those of the reference
+(`pallas_kernels.derivatives`). The kernels have been compiled for TPUs and for an H100 and run
+interpreted; they have not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -73,25 +74,25 @@ def selective_scan(
 
     Args:
       x_btd: input.
-      delta_btd: step sizes, before bias and softplus if those are asked for. A step of 0 leaves the
-        state as it is.
-      a_dn: decay rates, negative where the state is to fade.
-      b_btn, c_btn: what of a token goes into the state, and what is read.
-      d_d: the skip's weights.
+      delta_btd: step sizes, before bias and softplus, if any. A step of 0 does not change the
+        state.
+      a_dn: decay rates; negative for a state that decays.
+      b_btn, c_btn: input and output coefficients of the state.
+      d_d: weights of the skip.
       z_btd: the gate, before its SiLU.
       delta_bias_d, delta_softplus: ``Δ = softplus(Δ + bias)``.
-      segment_ids_bt: integers; the state is emptied where they change.
+      segment_ids_bt: integers; the state is set to 0 where they change.
       initial_state_bdn: default 0.
       implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
-      blocks: sizes that override `pallas_kernels.blocks`: tokens of a ``chunk``, and ``rows`` of
-        128 channels that a TPU's program takes.
+      blocks: sizes that override `pallas_kernels.blocks`: tokens in a ``chunk``, and ``rows`` of
+        128 channels in a program on a TPU.
 
     Returns:
       ``y_btd`` in ``x``'s dtype and ``final_state_bdn``, float32 (float64 if ``x`` is).
 
     Raises:
-      ValueError: names the argument that has another shape, dtype or range than said here, or the
-        implementation that cannot serve, with the reason.
+      ValueError: an argument has a shape, dtype or value that is not described here, or the named
+        implementation does not support the call.
     """
     check(x_btd.ndim == 3, "x.shape", x_btd.shape, "must be [batch, time, channels]")
     check(a_dn.ndim == 2, "a.shape", a_dn.shape, "must be [channels, state]")
@@ -102,19 +103,19 @@ def selective_scan(
     check_array("a", a_dn, (d, n))
     check_array("b", b_btn, (b, t, n))
     check_array("c", c_btn, (b, t, n))
-    for name, given, shape in (
+    for name, array, shape in (
         ("d", d_d, (d,)), ("z", z_btd, (b, t, d)), ("delta_bias", delta_bias_d, (d,)),
         ("initial_state", initial_state_bdn, (b, d, n)),
     ):  # fmt: skip
-        if given is not None:
-            check_array(name, given, shape)
+        if array is not None:
+            check_array(name, array, shape)
 
-    exact = jnp.promote_types(jnp.float32, x_btd.dtype)
+    acc_dtype = jnp.promote_types(jnp.float32, x_btd.dtype)
     x, delta, a, b_in, c_out = (
-        array.astype(exact) for array in (x_btd, delta_btd, a_dn, b_btn, c_btn)
+        input_array.astype(acc_dtype) for input_array in (x_btd, delta_btd, a_dn, b_btn, c_btn)
     )
     if delta_bias_d is not None:
-        delta = delta + delta_bias_d.astype(exact)
+        delta = delta + delta_bias_d.astype(acc_dtype)
     if delta_softplus:
         delta = jax.nn.softplus(delta)
     reset = jnp.zeros((b, t), bool)
@@ -123,21 +124,21 @@ def selective_scan(
         changed = segment_ids_bt[:, 1:] != segment_ids_bt[:, :-1]
         reset = jnp.pad(changed, ((0, 0), (1, 0)))
     if initial_state_bdn is None:
-        initial_state_bdn = jnp.zeros((b, d, n), exact)
-    arrays = (x, delta, a, b_in, c_out, reset, initial_state_bdn.astype(exact))
+        initial_state_bdn = jnp.zeros((b, d, n), acc_dtype)
+    arrays = (x, delta, a, b_in, c_out, reset, initial_state_bdn.astype(acc_dtype))
 
     refusals = {"xla": None, "tpu": tpu.refusal(x), "gpu": gpu.refusal(x, n)}
     chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:
         y, state = reference.scan(*arrays)
     else:
-        # one table for all: the states that one pass keeps, any platform's other pass may read
+        # the same sizes for all: another platform's backward pass may read the stored states
         sizes = tuple(block_sizes(OP, "cpu", blocks).items())
         y, state = _op(tuple(chosen), sizes)(*arrays)
     if d_d is not None:
-        y = y + d_d.astype(exact) * x
+        y = y + d_d.astype(acc_dtype) * x
     if z_btd is not None:
-        y = y * jax.nn.silu(z_btd.astype(exact))
+        y = y * jax.nn.silu(z_btd.astype(acc_dtype))
     return y.astype(x_btd.dtype), state
 
 

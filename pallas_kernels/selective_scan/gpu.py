@@ -1,15 +1,15 @@
 """The selective scan on an NVIDIA GPU: Pallas kernels, compiled by Triton.
 
-A program takes a row of the batch and a block of channels through the whole of time, with its state
-``[n, channels]`` in registers of one warp (of more, if ``n`` is above 32). A few tokens are written
-out in a row (`_stride`): what they load depends on no state, and is on its way while those before
-are computed.
+A program computes all tokens of one row of the batch and a block of channels, with the state
+``[n, channels]`` in registers of one warp (of more if ``n`` > 32). The loop over tokens is unrolled
+by a few tokens (`_stride`): their loads depend on no state, so they overlap with the computation of
+the tokens before.
 
-The backward pass goes through the chunks from the last to the first. A program cannot index its
-registers, so of a chunk's states, made anew from the one at its beginning, it puts every second in
-memory, in a place of its own that is written again for the next chunk; the one after it is made
-once more when its turn comes. Sums over channels (``dB``, ``dC``) leave a program as partial sums
-and are added outside.
+The backward pass goes through the chunks from the last to the first, and recomputes the states of a
+chunk from the one at its beginning. A program cannot index its registers, so it stores every second
+state in a buffer in memory, which it uses for each chunk again; it recomputes the states between
+these once more. Sums over channels (``dB``, ``dC``) are partial sums of each program, which are
+added outside the kernel.
 """
 
 import math
@@ -24,28 +24,28 @@ from pallas_kernels.exp2 import LOG2E
 from pallas_kernels.triton_kernels import named
 
 LANES = 32
-# numbers of a state that a thread holds, which leaves registers for those of three tokens more
+# numbers of a state in the registers of a thread, which also have space for those of three tokens
 HELD = 32
-# tokens written out in a row, a power of 2
+# the number of unrolled tokens, a power of 2
 FORWARD, BACKWARD = 4, 2
 
 
 def refusal(x_btd, n: int) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """What the kernels do not support in this call, or None."""
     if x_btd.dtype != jnp.float32:
-        return f"dtype {x_btd.dtype}: it computes in float32"
+        return f"dtype {x_btd.dtype}: must be float32"
     if n > 256:
         return f"a state of {n} numbers: at most 256 fit in registers"
     return None
 
 
 def _stride(chunk: int, most: int) -> int:
-    """Tokens written out in a row: up to ``most``, and what divides a chunk."""
+    """The number of unrolled tokens: at most ``most``, and a divisor of ``chunk``."""
     return math.gcd(chunk, most)
 
 
-class _Cut:
-    """Sizes of a call, and arrays to and from the shapes that the kernels take."""
+class _Layout:
+    """The sizes of a call, and the conversion of arrays to and from the kernels' shapes."""
 
     def __init__(self, sizes: Mapping[str, int], x_btd, n: int):
         self.b, self.t, self.d = x_btd.shape
@@ -57,35 +57,35 @@ class _Cut:
         self.blocks = pl.cdiv(self.d, self.channels)
 
     def _padded(self, a, lengths: Mapping[int, int]):
-        """``a`` with its axes lengthened."""
+        """``a`` with its axes padded to ``lengths``."""
         widths = [(0, 0)] * a.ndim
         for axis, length in lengths.items():
             widths[axis] = (0, length - a.shape[axis])
         return jnp.pad(a, widths)
 
     def tokens(self, a_btd):
-        """Whole chunks of whole blocks of channels."""
+        """``a_btd`` padded to full chunks and full blocks of channels."""
         return self._padded(a_btd, {1: self.chunks * self.chunk, 2: self.blocks * self.channels})
 
     def numbers_of(self, a_btn):
         return self._padded(a_btn, {1: self.chunks * self.chunk, 2: self.numbers})
 
     def states(self, a_nd):
-        """``[…, n, d]`` arrays."""
+        """``[…, n, d]`` padded to a power of 2 and to full blocks of channels."""
         return self._padded(a_nd, {-2: self.numbers, -1: self.blocks * self.channels})
 
     def tokenwise(self, x_btd, delta_btd, b_btn, c_btn, reset_bt):
-        """What both kernels take of the tokens; 0 where a segment begins, else 1."""
+        """The inputs of both kernels that depend on time; the last is 0 where a segment begins."""
         reset = self._padded(reset_bt.astype(jnp.float32), {1: self.chunks * self.chunk})
         tokens = (self.tokens(x_btd), self.tokens(delta_btd))
         return *tokens, self.numbers_of(b_btn), self.numbers_of(c_btn), 1 - reset
 
     def call(self, kernel, name, inputs, outputs, arrays):
-        """The kernel over rows and blocks of channels, of ``inputs`` and ``outputs`` by kind."""
+        """Run ``kernel`` over rows and blocks of channels; ``inputs``, ``outputs``: their kinds."""
         length, width = self.chunks * self.chunk, self.blocks * self.channels
         n, d = self.numbers, self.channels
         steps = self.chunk // _stride(self.chunk, BACKWARD)
-        # of the whole array, and of the block of row ``b`` and channels ``i``
+        # kind → shape of the array, shape of a block, its index for row b and channels i
         kinds = dict(
             tokens=((self.b, length, width), (None, length, d), lambda i, b: (b, 0, i)),
             numbers=((self.b, length, n), (None, length, n), lambda i, b: (b, 0, 0)),
@@ -117,10 +117,10 @@ class _Cut:
 
 
 def _advance(x, delta, b, keep, rates, t, state):
-    """What is left of ``state`` at token ``t``, and the state after it."""
+    """``state`` after the decay at token ``t``, and the state after this token."""
     step = delta[t, :]
-    left = jnp.exp2(step * rates) * keep[t] * state
-    return left, left + b[t, :][:, None] * (step * x[t, :])
+    decayed = jnp.exp2(step * rates) * keep[t] * state
+    return decayed, decayed + b[t, :][:, None] * (step * x[t, :])
 
 
 def _forward_kernel(chunk, chunks, x, delta, b, c, keep, rate, first, y, last, starts):
@@ -143,58 +143,60 @@ def _forward_kernel(chunk, chunks, x, delta, b, c, keep, rate, first, y, last, s
 
 def forward(sizes: Mapping[str, int], x_btd, delta_btd, a_dn, b_btn, c_btn, reset_bt, state_bdn):
     """``y_btd``, the final ``state_bdn``, and the states at the beginning of each chunk."""
-    cut = _Cut(sizes, x_btd, a_dn.shape[1])
-    y, last, starts = cut.call(
+    layout = _Layout(sizes, x_btd, a_dn.shape[1])
+    y, last, starts = layout.call(
         _forward_kernel,
         "selective_scan",
         ("tokens", "tokens", "numbers", "numbers", "keep", "rates", "state"),
         ("tokens", "state", "starts"),
         (
-            *cut.tokenwise(x_btd, delta_btd, b_btn, c_btn, reset_bt),
-            cut.states(a_dn.T * LOG2E),
-            cut.states(jnp.swapaxes(state_bdn, 1, 2)),
+            *layout.tokenwise(x_btd, delta_btd, b_btn, c_btn, reset_bt),
+            layout.states(a_dn.T * LOG2E),
+            layout.states(jnp.swapaxes(state_bdn, 1, 2)),
         ),
     )
-    n, d = cut.n, cut.d
-    return y[:, : cut.t, :d], jnp.swapaxes(last[:, :n, :d], 1, 2), starts[..., :n, :d]
+    n, d = layout.n, layout.d
+    return y[:, : layout.t, :d], jnp.swapaxes(last[:, :n, :d], 1, 2), starts[..., :n, :d]
 
 
 def _backward_kernel(
     chunk, chunks, x, delta, b, c, keep, rate, starts, dy, d_last,
-    d_x, d_delta, d_b, d_c, d_rate, d_first, kept,
+    d_x, d_delta, d_b, d_c, d_rate, d_first, stored,
 ):  # fmt: skip
     rates, stride = rate[...], _stride(chunk, BACKWARD)
     steps = chunk // stride
 
-    def of_chunk(back, carry):
-        i = chunks - 1 - back
+    def of_chunk(from_end, carry):
+        i = chunks - 1 - from_end
 
-        def again(s, state):
-            # read by the thread that wrote it, so that nothing need be waited for
-            kept[s] = state
+        def recompute(s, state):
+            # the thread that writes this also reads it, so that no barrier is required
+            stored[s] = state
             for u in range(stride):
                 _, state = _advance(x, delta, b, keep, rates, i * chunk + s * stride + u, state)
             return state
 
-        jax.lax.fori_loop(0, steps, again, starts[i])
+        jax.lax.fori_loop(0, steps, recompute, starts[i])
 
         def step(n, carry):
             g, d_rates = carry
             s = steps - 1 - n
-            state, lefts = kept[s], []
+            state, decayed_states = stored[s], []
             for u in range(stride):
-                left, state = _advance(x, delta, b, keep, rates, i * chunk + s * stride + u, state)
-                lefts.append(left)
+                decayed, state = _advance(
+                    x, delta, b, keep, rates, i * chunk + s * stride + u, state
+                )
+                decayed_states.append(decayed)
             for u in reversed(range(stride)):
                 t = i * chunk + s * stride + u
                 step, x_t, dy_t = delta[t, :], x[t, :], dy[t, :]
                 inflow, b_t = step * x_t, b[t, :][:, None]
                 g += dy_t * c[t, :][:, None]
-                d_c[t, :] = jnp.sum((lefts[u] + b_t * inflow) * dy_t, 1)
+                d_c[t, :] = jnp.sum((decayed_states[u] + b_t * inflow) * dy_t, 1)
                 d_b[t, :] = jnp.sum(g * inflow, 1)
                 d_inflow = jnp.sum(g * b_t, 0)
-                # of Δ A, through the exponential
-                d_log = g * lefts[u]
+                # the gradient of Δ A
+                d_log = g * decayed_states[u]
                 d_x[t, :] = d_inflow * step
                 d_delta[t, :] = jnp.sum(d_log * rates, 0) * (1 / LOG2E) + d_inflow * x_t
                 d_rates += d_log * step
@@ -220,21 +222,21 @@ def backward(
     d_end_bdn,
 ):
     """Gradients by x, Δ, A, B, C and the initial state."""
-    cut = _Cut(sizes, x_btd, a_dn.shape[1])
-    d_x, d_delta, d_b, d_c, d_a, d_first, _ = cut.call(
+    layout = _Layout(sizes, x_btd, a_dn.shape[1])
+    d_x, d_delta, d_b, d_c, d_a, d_first, _ = layout.call(
         _backward_kernel,
         "selective_scan_backward",
         ("tokens", "tokens", "numbers", "numbers", "keep", "rates", "starts", "tokens", "state"),
         ("tokens", "tokens", "sums", "sums", "state", "state", "kept"),
         (
-            *cut.tokenwise(x_btd, delta_btd, b_btn, c_btn, reset_bt),
-            cut.states(a_dn.T * LOG2E),
-            cut.states(starts),
-            cut.tokens(dy_btd),
-            cut.states(jnp.swapaxes(d_end_bdn, 1, 2)),
+            *layout.tokenwise(x_btd, delta_btd, b_btn, c_btn, reset_bt),
+            layout.states(a_dn.T * LOG2E),
+            layout.states(starts),
+            layout.tokens(dy_btd),
+            layout.states(jnp.swapaxes(d_end_bdn, 1, 2)),
         ),
     )
-    t, n, d = cut.t, cut.n, cut.d
+    t, n, d = layout.t, layout.n, layout.d
     d_b, d_c = (a.sum(0)[:, :t, :n] for a in (d_b, d_c))
     d_first = jnp.swapaxes(d_first[:, :n, :d], 1, 2)
     return d_x[:, :t, :d], d_delta[:, :t, :d], d_a.sum(0)[:n, :d].T, d_b, d_c, d_first

@@ -1,4 +1,4 @@
-"""The recurrence, token by token."""
+"""The equation of the selective scan, token by token."""
 
 import jax
 import jax.numpy as jnp

@@ -1,13 +1,13 @@
 """The selective scan on a TPU: Pallas kernels for the vector unit, compiled by Mosaic.
 
-A program takes a row of the batch and up to ``rows`` × 128 channels, which fill sublanes and lanes;
-each of the ``n`` numbers of the state is then one array of that shape, and ``B_t`` and ``C_t`` are
-scalars. Time is the last axis of the grid, so that the state stays in VMEM from chunk to chunk.
+A program has one row of the batch and up to ``rows`` × 128 channels, along sublanes and lanes. Each
+of the ``n`` numbers of the state is then one array of that shape, and ``B_t`` and ``C_t`` are
+scalars. Time is the last axis of the grid, so that the state stays in VMEM between chunks.
 
-The backward pass goes through the chunks from the last to the first. It makes the states of a chunk
-anew from the one kept at its beginning, then walks back. Sums over channels (``dB``, ``dC``) leave
-a program as partial sums, one for each block of channels, and are added outside; ``dA`` is summed
-in VMEM over all the chunks.
+The backward pass goes through the chunks from the last to the first. It recomputes the states of a
+chunk from the stored one at its beginning, then goes through its tokens backwards. Sums over
+channels (``dB``, ``dC``) are partial sums for each block of channels, which are added outside the
+kernel; ``dA`` is summed in VMEM over all chunks.
 """
 
 import functools
@@ -22,14 +22,14 @@ LANES = 128
 
 
 def refusal(x_btd) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """What the kernels do not support in this call, or None."""
     if x_btd.dtype != jnp.float32:
-        return f"dtype {x_btd.dtype}: the vector unit computes in float32"
+        return f"dtype {x_btd.dtype}: must be float32"
     return None
 
 
-class _Cut:
-    """Sizes of a call, and arrays to and from the shapes that the kernels take."""
+class _Layout:
+    """The sizes of a call, and the conversion of arrays to and from the kernels' shapes."""
 
     def __init__(self, sizes: Mapping[str, int], x_btd, n: int):
         self.b, self.t, self.d = x_btd.shape
@@ -51,21 +51,21 @@ class _Cut:
         return a.reshape(*a.shape[:-2], -1)[..., : self.d]
 
     def time(self, a):
-        """``[b, t, …]`` lengthened to whole chunks."""
-        more = self.chunks * self.chunk - self.t
-        return jnp.pad(a, [(0, 0), (0, more), *[(0, 0)] * (a.ndim - 2)])
+        """``[b, t, …]`` padded to full chunks."""
+        missing = self.chunks * self.chunk - self.t
+        return jnp.pad(a, [(0, 0), (0, missing), *[(0, 0)] * (a.ndim - 2)])
 
     def wide(self, a_btd):
-        """A ``[b, t, d]`` array as the kernels take it."""
+        """``[b, t, d]`` in the shape of the kernels."""
         return self.channels(self.time(a_btd))
 
     def scalars(self, b_btn, c_btn, reset_bt):
-        """``B``, ``C`` and 1 where a segment begins, side by side, ``[b, t, 2 n + 1]``."""
+        """``B``, ``C`` and 1 where a segment begins, concatenated: ``[b, t, 2 n + 1]``."""
         reset = reset_bt[..., None].astype(b_btn.dtype)
         return self.time(jnp.concatenate((b_btn, c_btn, reset), axis=-1))
 
     def specs(self, chunk_of):
-        """Block specs by kind of array; ``chunk_of`` maps the grid's last index to a chunk."""
+        """Kind of array → block spec; ``chunk_of`` maps the last index of the grid to a chunk."""
         chunk, n, lines = self.chunk, self.n, (self.rows, LANES)
         return dict(
             tokens=pl.BlockSpec((None, chunk, *lines), lambda b, d, i: (b, chunk_of(i), d, 0)),
@@ -81,7 +81,7 @@ class _Cut:
         )
 
     def call(self, kernel, name, inputs, outputs, scratch, arrays, chunk_of=lambda i: i):
-        """The kernel over rows, blocks of channels and, in ``chunk_of``'s order, chunks."""
+        """Run ``kernel`` over rows, blocks of channels and chunks, in the order of ``chunk_of``."""
         specs = self.specs(chunk_of)
         length, lines = self.chunks * self.chunk, (self.blocks * self.rows, LANES)
         shapes = dict(
@@ -104,12 +104,12 @@ class _Cut:
         )(*arrays)
 
 
-def _forward_kernel(n, x, delta, scalars, rates, first, y, last, start, held):
+def _forward_kernel(n, x, delta, scalars, rates, first, y, last, start, state_ref):
     @pl.when(pl.program_id(2) == 0)
     def _():
-        held[...] = first[...]
+        state_ref[...] = first[...]
 
-    start[...] = held[...]
+    start[...] = state_ref[...]
 
     def token(t, state):
         step = delta[t]
@@ -121,71 +121,71 @@ def _forward_kernel(n, x, delta, scalars, rates, first, y, last, start, held):
         y[t] = total
         return tuple(new)
 
-    state = jax.lax.fori_loop(0, x.shape[0], token, tuple(held[i] for i in range(n)))
+    state = jax.lax.fori_loop(0, x.shape[0], token, tuple(state_ref[i] for i in range(n)))
     for i in range(n):
-        held[i] = state[i]
+        state_ref[i] = state[i]
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        last[...] = held[...]
+        last[...] = state_ref[...]
 
 
 def forward(sizes: Mapping[str, int], x_btd, delta_btd, a_dn, b_btn, c_btn, reset_bt, state_bdn):
     """``y_btd``, the final ``state_bdn``, and the states at the beginning of each chunk."""
-    cut = _Cut(sizes, x_btd, a_dn.shape[1])
-    y, last, starts = cut.call(
-        functools.partial(_forward_kernel, cut.n),
+    layout = _Layout(sizes, x_btd, a_dn.shape[1])
+    y, last, starts = layout.call(
+        functools.partial(_forward_kernel, layout.n),
         "selective_scan",
         ("tokens", "tokens", "scalars", "rates", "state"),
         ("tokens", "state", "starts"),
-        [(cut.n, cut.rows, LANES)],
+        [(layout.n, layout.rows, LANES)],
         (
-            cut.wide(x_btd),
-            cut.wide(delta_btd),
-            cut.scalars(b_btn, c_btn, reset_bt),
-            cut.channels(a_dn.T),
-            cut.channels(jnp.swapaxes(state_bdn, 1, 2)),
+            layout.wide(x_btd),
+            layout.wide(delta_btd),
+            layout.scalars(b_btn, c_btn, reset_bt),
+            layout.channels(a_dn.T),
+            layout.channels(jnp.swapaxes(state_bdn, 1, 2)),
         ),
     )
-    return cut.flat(y)[:, : cut.t], jnp.swapaxes(cut.flat(last), 1, 2), cut.flat(starts)
+    return layout.flat(y)[:, : layout.t], jnp.swapaxes(layout.flat(last), 1, 2), layout.flat(starts)
 
 
 def _backward_kernel(
     n, x, delta, scalars, rates, start, dy, d_last,
     d_x, d_delta, d_b, d_c, d_rates, d_first,
-    left, d_state, b_sums, c_sums,
+    decayed_states, d_state, b_sums, c_sums,
 ):  # fmt: skip
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state[...] = d_last[...]
         d_rates[...] = jnp.zeros_like(d_rates)
 
-    def again(t, state):
+    def recompute(t, state):
         step = delta[t]
         inflow, keep = step * x[t], 1 - scalars[t, 2 * n]
         new = []
         for i in range(n):
-            past = jnp.exp(step * rates[i]) * keep * state[i]
-            left[t, i] = past
-            new.append(past + inflow * scalars[t, i])
+            decayed = jnp.exp(step * rates[i]) * keep * state[i]
+            decayed_states[t, i] = decayed
+            new.append(decayed + inflow * scalars[t, i])
         return tuple(new)
 
     chunk = x.shape[0]
-    jax.lax.fori_loop(0, chunk, again, tuple(start[i] for i in range(n)))
+    jax.lax.fori_loop(0, chunk, recompute, tuple(start[i] for i in range(n)))
 
-    def token(back, gradient):
-        t = chunk - 1 - back
+    def token(from_end, gradient):
+        t = chunk - 1 - from_end
         step, x_t, dy_t = delta[t], x[t], dy[t]
         inflow, keep = step * x_t, 1 - scalars[t, 2 * n]
         new, d_inflow, d_step = [], jnp.zeros_like(inflow), jnp.zeros_like(inflow)
         for i in range(n):
             g = gradient[i] + dy_t * scalars[t, n + i]
-            past = left[t, i]
-            state = past + inflow * scalars[t, i]
+            decayed = decayed_states[t, i]
+            state = decayed + inflow * scalars[t, i]
             c_sums[t, pl.ds(i, 1)] = jnp.sum(state * dy_t, 0, keepdims=True)
             b_sums[t, pl.ds(i, 1)] = jnp.sum(g * inflow, 0, keepdims=True)
             d_inflow += g * scalars[t, i]
-            d_log = g * past
+            d_log = g * decayed
             d_step += d_log * rates[i]
             d_rates[i] += d_log * step
             new.append(jnp.exp(step * rates[i]) * keep * g)
@@ -217,27 +217,27 @@ def backward(
     d_end_bdn,
 ):
     """Gradients by x, Δ, A, B, C and the initial state."""
-    cut = _Cut(sizes, x_btd, a_dn.shape[1])
-    state = (cut.n, cut.rows, LANES)
-    sums = (cut.chunk, cut.n, LANES)
-    d_x, d_delta, d_b, d_c, d_a, d_first = cut.call(
-        functools.partial(_backward_kernel, cut.n),
+    layout = _Layout(sizes, x_btd, a_dn.shape[1])
+    state = (layout.n, layout.rows, LANES)
+    sums = (layout.chunk, layout.n, LANES)
+    d_x, d_delta, d_b, d_c, d_a, d_first = layout.call(
+        functools.partial(_backward_kernel, layout.n),
         "selective_scan_backward",
         ("tokens", "tokens", "scalars", "rates", "starts", "tokens", "state"),
         ("tokens", "tokens", "sums", "sums", "state", "state"),
-        [(cut.chunk, *state), state, sums, sums],
+        [(layout.chunk, *state), state, sums, sums],
         (
-            cut.wide(x_btd),
-            cut.wide(delta_btd),
-            cut.scalars(b_btn, c_btn, reset_bt),
-            cut.channels(a_dn.T),
-            cut.channels(starts),
-            cut.wide(dy_btd),
-            cut.channels(jnp.swapaxes(d_end_bdn, 1, 2)),
+            layout.wide(x_btd),
+            layout.wide(delta_btd),
+            layout.scalars(b_btn, c_btn, reset_bt),
+            layout.channels(a_dn.T),
+            layout.channels(starts),
+            layout.wide(dy_btd),
+            layout.channels(jnp.swapaxes(d_end_bdn, 1, 2)),
         ),
-        chunk_of=lambda i: cut.chunks - 1 - i,
+        chunk_of=lambda i: layout.chunks - 1 - i,
     )
-    d_x, d_delta = (cut.flat(a)[:, : cut.t] for a in (d_x, d_delta))
-    d_b, d_c = (a.sum(0)[:, : cut.t] for a in (d_b, d_c))
-    d_a = cut.flat(d_a).sum(0).T
-    return d_x, d_delta, d_a, d_b, d_c, jnp.swapaxes(cut.flat(d_first), 1, 2)
+    d_x, d_delta = (layout.flat(a)[:, : layout.t] for a in (d_x, d_delta))
+    d_b, d_c = (a.sum(0)[:, : layout.t] for a in (d_b, d_c))
+    d_a = layout.flat(d_a).sum(0).T
+    return d_x, d_delta, d_a, d_b, d_c, jnp.swapaxes(layout.flat(d_first), 1, 2)

@@ -1,15 +1,15 @@
-"""The selective scan in plain XLA, on every platform; made for a CPU.
+"""The selective scan in plain XLA, on every platform; optimised for a CPU.
 
-Token by token with the state as ``[n, d]``: channels lie next to one another, so that everything
-but the sums over channels in the backward pass is elementwise along them. What the profile of a CPU
-showed, and what is done about it:
+It goes token by token with the state as ``[n, d]``: channels are the last axis, so that everything
+except sums over channels in the backward pass is elementwise along it. Profiles on a CPU led to
+these choices:
 
-- exponentials were most of the time: `pallas_kernels.exp2`, a third of it;
-- a sum over ``n``, which is neither the first nor the last axis, took half of the backward pass:
-  written out, it joins the loops beside it; sums over channels are products of matrices;
-- states of all tokens in memory, or an associative scan over them, cost several times the loop:
-  only the state at the beginning of each chunk is kept for the backward pass, which makes those of
-  one chunk anew, in the cache.
+- Exponentials took most of the time. `pallas_kernels.exp2` takes a third of it.
+- A sum over ``n``, which is neither the first nor the last axis, took half of the backward pass.
+  Unrolled, it is fused with the loops around it. Sums over channels are matrix products.
+- States of all tokens in memory, or an associative scan over them, take several times as long as
+  the loop. So only the state at the beginning of each chunk is stored, and the backward pass
+  recomputes the states of one chunk at a time, in the cache.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from pallas_kernels.exp2 import LOG2E, exp2
 
 
 def _chunks(sizes: Mapping[str, int], *arrays):
-    """Each ``[b, t, …]`` as ``[chunks, chunk, b, …]``; padding is tokens that change nothing."""
+    """Each ``[b, t, …]`` as ``[chunks, chunk, b, …]``; padding does not change the state."""
     t = arrays[0].shape[1]
     chunk = min(sizes["chunk"], t)
 
@@ -33,7 +33,7 @@ def _chunks(sizes: Mapping[str, int], *arrays):
 
 
 def _joined(a, t: int):
-    """``[chunks, chunk, b, …]`` back as ``[b, t, …]``."""
+    """The inverse of `_chunks` for one array: ``[b, t, …]``."""
     return jnp.moveaxis(a.reshape(-1, *a.shape[2:]), 0, 1)[:, :t]
 
 
@@ -44,7 +44,7 @@ def _decay(delta_bd, rate_nd, reset_b):
 
 
 def _over_states(state_bnd, weight):
-    """``Σ_n weight(n) state_n``, written out."""
+    """``Σ_n weight(n) state_n``, unrolled."""
     return sum(weight(n) * state_bnd[:, n] for n in range(state_bnd.shape[1]))
 
 
@@ -85,23 +85,23 @@ def backward(
     a_nd = a_dn.T
     rate_nd = a_nd * LOG2E
 
-    def again(state_bnd, arrays):
+    def recompute(state_bnd, arrays):
         x, delta, b, reset = arrays
-        # what is left of the past, and the state
-        left = _decay(delta, rate_nd, reset) * state_bnd
-        return left + (delta * x)[:, None] * b[..., None], left
+        # the state after the decay, and the new state
+        decayed = _decay(delta, rate_nd, reset) * state_bnd
+        return decayed + (delta * x)[:, None] * b[..., None], decayed
 
     def token(carry, arrays):
         d_state, d_a = carry
-        x, delta, b, c, reset, dy, left = arrays
+        x, delta, b, c, reset, dy, decayed = arrays
         inflow = delta * x
-        state = left + inflow[:, None] * b[..., None]
+        state = decayed + inflow[:, None] * b[..., None]
         d_state = d_state + dy[:, None] * c[..., None]
         d_c = jnp.einsum("bnd,bd->bn", state, dy)
         d_b = jnp.einsum("bnd,bd->bn", d_state, inflow)
         d_inflow = _over_states(d_state, lambda n: b[:, n, None])
-        # of Δ A, through the exponential
-        d_log = d_state * left
+        # the gradient of Δ A
+        d_log = d_state * decayed
         d_delta = _over_states(d_log, lambda n: a_nd[n]) + d_inflow * x
         d_a = d_a + d_log * delta[:, None]
         d_state = _decay(delta, rate_nd, reset) * d_state
@@ -109,14 +109,14 @@ def backward(
 
     def chunk(carry, arrays):
         x, delta, b, c, reset, dy, start = arrays
-        _, left = jax.lax.scan(again, start, (x, delta, b, reset))
-        return jax.lax.scan(token, carry, (x, delta, b, c, reset, dy, left), reverse=True)
+        _, decayed = jax.lax.scan(recompute, start, (x, delta, b, reset))
+        return jax.lax.scan(token, carry, (x, delta, b, c, reset, dy, decayed), reverse=True)
 
     arrays = _chunks(sizes, x_btd, delta_btd, b_btn, c_btn, reset_bt, dy_btd)
     d_end = jnp.swapaxes(d_end_bdn, 1, 2)
-    carry, each = jax.lax.scan(
+    carry, gradients = jax.lax.scan(
         chunk, (d_end, jnp.zeros_like(d_end)), (*arrays, starts), reverse=True
     )
     d_start, d_a = carry
-    d_x, d_delta, d_b, d_c = (_joined(a, t) for a in each)
+    d_x, d_delta, d_b, d_c = (_joined(a, t) for a in gradients)
     return d_x, d_delta, d_a.sum(0).T, d_b, d_c, jnp.swapaxes(d_start, 1, 2)

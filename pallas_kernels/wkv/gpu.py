@@ -1,15 +1,15 @@
 """The recurrences on an NVIDIA GPU: Pallas kernels, compiled by Triton.
 
-A program takes 32 channels of a row (`wkv4`) or one head (`wkv7`) through the whole of time, its
-state in registers. A few tokens are written out in a row (`_stride`): what they load depends on no
-state, and is on its way while those before are computed.
+A program computes all tokens of 32 channels of a row (`wkv4`) or of one head (`wkv7`), with its
+state in registers. The loop over tokens is unrolled by a few tokens (`_stride`): their loads depend
+on no state, so they overlap with the computation of the tokens before.
 
 The backward pass goes through the chunks from the last to the first, by the transpose of the step,
-which JAX derives inside the kernel: no decay is divided by. A program cannot index its registers,
-so of a chunk's states, made anew from the one at its beginning, it puts every second in memory, in
-a place of its own that is written again for the next chunk; the one after it is made once more when
-its turn comes. Gradients of constants leave a program for each row of the batch and are added
-outside.
+which JAX derives inside the kernel: nothing is divided by a decay. It recomputes the states of a
+chunk from the one at its beginning. A program cannot index its registers, so it stores every second
+state in a buffer in memory, which it uses for each chunk again; it recomputes the states between
+these once more. Gradients of constants are partial sums for each row of the batch, which are added
+outside the kernel.
 """
 
 import math
@@ -26,38 +26,38 @@ from pallas_kernels.wkv.reference import EMPTY
 from pallas_kernels.wkv.tpu import step4
 
 LANES = 32
-# numbers of a state that a thread holds
+# numbers of a state in the registers of a thread
 HELD = 32
 # the widest head
 WIDEST = 128
-# tokens written out in a row, a power of 2
+# the number of unrolled tokens, a power of 2
 FORWARD, BACKWARD = 4, 2
 
 
 def refusal(array) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """What the kernels do not support in this call, or None."""
     if array.dtype != jnp.float32:
-        return f"dtype {array.dtype}: it computes in float32"
+        return f"dtype {array.dtype}: must be float32"
     if array.ndim == 4 and array.shape[3] > WIDEST:
-        return f"{array.shape[3]} channels a head: at most {WIDEST} fit in registers"
+        return f"{array.shape[3]} channels per head: at most {WIDEST} fit in registers"
     return None
 
 
 def _step7(constants, state, token):
     del constants
     [matrix], (r, w, k, v, a, b) = state, token
-    taken = jnp.sum(matrix * a[None], 1)
-    kept = matrix * jnp.exp(-jnp.exp(w))[None]
-    matrix = kept + taken[:, None] * b[None] + v[:, None] * k[None]
+    removed = jnp.sum(matrix * a[None], 1)
+    decayed = matrix * jnp.exp(-jnp.exp(w))[None]
+    matrix = decayed + removed[:, None] * b[None] + v[:, None] * k[None]
     return (matrix,), jnp.sum(matrix * r[None], 1)
 
 
 class _Layout(NamedTuple):
-    """What a program takes of an op's arrays, and how these are padded for it.
+    """The part of an operation's arrays that each program has, and their padding.
 
-    ``empty``: each part of a state before the first token. ``parts``: programs a row of the batch;
-    ``width``: channels of one. ``heads``: whether a part is a head, whose state is a matrix.
-    ``channels``: the last axis before padding.
+    ``empty``: the values of each array of a state before the first token. ``parts``: the number of
+    programs for each row of the batch; ``width``: the channels of one. ``heads``: whether a part is
+    a head, whose state is a matrix. ``channels``: the size of the last axis before padding.
     """
 
     step: Callable
@@ -80,7 +80,7 @@ class _Layout(NamedTuple):
         return max(1, self.width**2 // (HELD * LANES)) if self.heads else 1
 
     def padded(self, a, axes: int, time: int = 0):
-        """The last ``axes`` of channels as wide as the parts; ``time``, if not 0, as long."""
+        """``a`` with its last ``axes`` padded to full parts, and its length to ``time`` if > 0."""
         wide = self.width if self.heads else self.parts * self.width
         lengths = {a.ndim - 1 - i: wide for i in range(axes)}
         if time:
@@ -88,7 +88,7 @@ class _Layout(NamedTuple):
         return jnp.pad(a, [(0, lengths.get(i, n) - n) for i, n in enumerate(a.shape)])
 
     def cut(self, a, axes: int):
-        """The inverse of `padded`, but for time."""
+        """The inverse of `padded`, except for time."""
         return a[(..., *[slice(self.channels)] * axes)]
 
     def padded_states(self, arrays):
@@ -99,7 +99,7 @@ class _Layout(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call: its layout, and how time is cut."""
+    """The layout of a call, and its chunks."""
 
     layout: _Layout
     batch: int
@@ -116,7 +116,7 @@ class _Call(NamedTuple):
         return pl.cdiv(self.length, self.chunk)
 
     def tokenwise(self, tokens, reset_bt):
-        """Tokens in whole chunks, and 1 where a segment begins."""
+        """The tokens padded to full chunks, and 1 where a segment begins."""
         time = self.chunks * self.chunk
         reset = jnp.pad(reset_bt.astype(jnp.float32), [(0, 0), (0, time - self.length)])
         return *(self.layout.padded(a, 1, time) for a in tokens), reset
@@ -125,7 +125,7 @@ class _Call(NamedTuple):
         return self.layout.cut(a, 1)[:, : self.length]
 
     def kinds(self) -> dict[str, tuple[tuple, tuple, Callable]]:
-        """By kind of array: its shape, its block's, and where part ``p`` of row ``b`` has it."""
+        """Kind of array → its shape, its block's shape, the block's index for part p of row b."""
         b, n, w = self.batch, self.layout.parts, self.layout.width
         time, steps = self.chunks * self.chunk, self.chunk // _stride(self.chunk, BACKWARD)
         chunks = self.chunks
@@ -156,7 +156,7 @@ class _Call(NamedTuple):
         )
 
     def run(self, kernel, name, inputs, outputs, arrays):
-        """The kernel over parts and rows, of ``inputs`` and ``outputs`` by kind."""
+        """Run ``kernel`` over parts and rows; ``inputs``, ``outputs``: their kinds."""
         kinds = self.kinds()
         specs = {kind: pl.BlockSpec(block, index) for kind, (_, block, index) in kinds.items()}
         return pl.pallas_call(
@@ -170,27 +170,27 @@ class _Call(NamedTuple):
         )(*arrays)
 
     def advance(self, constants, state, token, alive, begins):
-        """One token, or none where not ``alive``."""
-        begun = tuple(
+        """The state after one token, or ``state`` if not ``alive`` (padding); and ``y``."""
+        initial = tuple(
             jnp.where(begins, jnp.full_like(s, e), s)
             for s, e in zip(state, self.layout.empty, strict=True)
         )
-        new, y = self.layout.step(constants, begun, token)
+        new, y = self.layout.step(constants, initial, token)
         return tuple(jnp.where(alive, n, s) for n, s in zip(new, state, strict=True)), y
 
 
 def _stride(chunk: int, most: int) -> int:
-    """Tokens written out in a row: up to ``most``, and what divides a chunk."""
+    """The number of unrolled tokens: at most ``most``, and a divisor of ``chunk``."""
     return math.gcd(chunk, most)
 
 
 def _groups(refs, *counts: int) -> list:
     """``refs`` in groups of ``counts``."""
-    groups, at = [], 0
+    groups, index = [], 0
     for count in counts:
-        groups.append(refs[at : at + count])
-        at += count
-    assert at == len(refs), (at, len(refs))
+        groups.append(refs[index : index + count])
+        index += count
+    assert index == len(refs), (index, len(refs))
     return groups
 
 
@@ -248,7 +248,7 @@ def _backward_kernel(call: _Call, *refs):
     constant_count, token_count = (0, 6) if call.layout.heads else (2, 2)
     (
         constants, tokens, [reset], starts, [dy], d_ends,
-        d_constants, d_tokens, d_firsts, kept,
+        d_constants, d_tokens, d_firsts, stored,
     ) = _groups(
         refs, constant_count, token_count, 1, states, 1, states,
         constant_count, token_count, states, states,
@@ -257,41 +257,41 @@ def _backward_kernel(call: _Call, *refs):
     stride = _stride(call.chunk, BACKWARD)
     steps = call.chunk // stride
 
-    def at(i, n, u):
-        """Token ``u`` of step ``n`` of chunk ``i``: where, itself, and what holds of it."""
+    def read_token(i, n, u):
+        """Token ``u`` of step ``n`` of chunk ``i``: its index, its values, ``(alive, begins)``."""
         t = i * call.chunk + n * stride + u
         return t, tuple(x[t, :] for x in tokens), (t < call.length, reset[t] > 0)
 
-    def of_chunk(back, carry):
-        i = call.chunks - 1 - back
+    def of_chunk(from_end, carry):
+        i = call.chunks - 1 - from_end
 
-        def again(n, state):
-            # read by the thread that wrote it, so that nothing need be waited for
-            for k, s in zip(kept, state, strict=True):
+        def recompute(n, state):
+            # the thread that writes this also reads it, so that no barrier is required
+            for k, s in zip(stored, state, strict=True):
                 k[n] = s
             for u in range(stride):
-                _, token, holds = at(i, n, u)
-                state, _ = call.advance(fixed, state, token, *holds)
+                _, token, flags = read_token(i, n, u)
+                state, _ = call.advance(fixed, state, token, *flags)
             return state
 
-        jax.lax.fori_loop(0, steps, again, tuple(s[i] for s in starts))
+        jax.lax.fori_loop(0, steps, recompute, tuple(s[i] for s in starts))
 
         def step(from_last, carry):
             d_state, d_fixed = carry
             n = steps - 1 - from_last
-            before = [tuple(k[n] for k in kept)]
+            states_before = [tuple(k[n] for k in stored)]
             for u in range(stride - 1):
-                _, token, holds = at(i, n, u)
-                before.append(call.advance(fixed, before[-1], token, *holds)[0])
+                _, token, flags = read_token(i, n, u)
+                states_before.append(call.advance(fixed, states_before[-1], token, *flags)[0])
             for u in reversed(range(stride)):
-                t, token, holds = at(i, n, u)
+                t, token, flags = read_token(i, n, u)
 
-                def run(constants, state, token, holds=holds):
-                    return call.advance(constants, state, token, *holds)
+                def run(constants, state, token, flags=flags):
+                    return call.advance(constants, state, token, *flags)
 
-                _, pull = jax.vjp(run, fixed, before[u], token)
-                more, d_state, d_token = pull((d_state, dy[t, :]))
-                d_fixed = tuple(d + m for d, m in zip(d_fixed, more, strict=True))
+                _, vjp = jax.vjp(run, fixed, states_before[u], token)
+                d_constant, d_state, d_token = vjp((d_state, dy[t, :]))
+                d_fixed = tuple(d + m for d, m in zip(d_fixed, d_constant, strict=True))
                 for d, value in zip(d_tokens, d_token, strict=True):
                     d[t, :] = value
             return d_state, d_fixed
@@ -300,22 +300,22 @@ def _backward_kernel(call: _Call, *refs):
 
     start = (tuple(d[...] for d in d_ends), tuple(jnp.zeros_like(c) for c in fixed))
     d_state, d_fixed = jax.lax.fori_loop(0, call.chunks, of_chunk, start)
-    for refs, found in ((d_firsts, d_state), (d_constants, d_fixed)):
-        for ref, value in zip(refs, found, strict=True):
+    for refs, gradients in ((d_firsts, d_state), (d_constants, d_fixed)):
+        for ref, value in zip(refs, gradients, strict=True):
             ref[...] = value
 
 
 def backward(op: str, sizes: Mapping[str, int], constants, tokens, reset_bt, starts, dy, d_end):
     """Gradients by constants, by the first state and by tokens."""
     call = _Call.of(op, sizes, tokens)
-    fixed, states, many = len(constants), len(d_end), len(tokens)
+    fixed, states, inputs = len(constants), len(d_end), len(tokens)
     *padded, reset = call.tokenwise((*tokens, dy), reset_bt)
-    found = call.run(
+    gradients = call.run(
         _backward_kernel,
         f"{op}_backward",
-        ("constant",) * fixed + ("tokens",) * many + ("reset",)
+        ("constant",) * fixed + ("tokens",) * inputs + ("reset",)
         + ("starts",) * states + ("tokens",) + ("state",) * states,
-        ("d_constant",) * fixed + ("tokens",) * many + ("state",) * states + ("kept",) * states,
+        ("d_constant",) * fixed + ("tokens",) * inputs + ("state",) * states + ("kept",) * states,
         (
             *(call.layout.padded(a, 1) for a in constants),
             *padded[:-1],
@@ -325,7 +325,7 @@ def backward(op: str, sizes: Mapping[str, int], constants, tokens, reset_bt, sta
             *call.layout.padded_states(d_end),
         ),
     )  # fmt: skip
-    d_constants, d_tokens, d_first, _ = _groups(found, fixed, many, states, states)
+    d_constants, d_tokens, d_first, _ = _groups(gradients, fixed, inputs, states, states)
     return (
         tuple(call.layout.cut(d.sum(0), 1) for d in d_constants),
         call.layout.cut_states(d_first),

@@ -1,11 +1,11 @@
-"""The recurrences, token by token."""
+"""The equations of the recurrences, token by token."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-# the greatest exponent of a state that has seen nothing: finite, so that no ∞ − ∞ can be
+# the greatest exponent of an empty state: finite, so that ∞ − ∞ does not occur
 EMPTY = -1e38
 
 
@@ -31,13 +31,17 @@ def step4(constants, state, token, reset_b):
     denominator = jnp.where(reset, 0, denominator)
     greatest = jnp.where(reset, EMPTY, greatest)
 
-    top = jnp.maximum(greatest, k_bd + u_d)
-    past, now = jnp.exp(greatest - top), jnp.exp(k_bd + u_d - top)
-    y = (past * numerator + now * v_bd) / (past * denominator + now)
+    maximum = jnp.maximum(greatest, k_bd + u_d)
+    old_weight, new_weight = jnp.exp(greatest - maximum), jnp.exp(k_bd + u_d - maximum)
+    y = (old_weight * numerator + new_weight * v_bd) / (old_weight * denominator + new_weight)
 
-    top = jnp.maximum(greatest + decay_d, k_bd)
-    past, now = jnp.exp(greatest + decay_d - top), jnp.exp(k_bd - top)
-    return (past * numerator + now * v_bd, past * denominator + now, top), y
+    maximum = jnp.maximum(greatest + decay_d, k_bd)
+    old_weight, new_weight = jnp.exp(greatest + decay_d - maximum), jnp.exp(k_bd - maximum)
+    return (
+        old_weight * numerator + new_weight * v_bd,
+        old_weight * denominator + new_weight,
+        maximum,
+    ), y
 
 
 def step7(constants, state, token, reset_b):
@@ -46,10 +50,10 @@ def step7(constants, state, token, reset_b):
     [matrix] = state
     r, w, k, v, a, b = token
     matrix = jnp.where(reset_b[:, None, None, None], 0, matrix)
-    taken_bhc = jnp.sum(matrix * a[..., None, :], -1)
+    removed_bhc = jnp.sum(matrix * a[..., None, :], -1)
     matrix = (
         matrix * jnp.exp(-jnp.exp(w))[..., None, :]
-        + taken_bhc[..., None] * b[..., None, :]
+        + removed_bhc[..., None] * b[..., None, :]
         + v[..., None] * k[..., None, :]
     )
     return (matrix,), jnp.sum(matrix * r[..., None, :], -1)

@@ -1,7 +1,7 @@
-"""What `kernels` needs for each recurrence: its step on tiles, and arrays to and from tiles.
+"""The recurrences for `kernels`: the step of each, and arrays as tiles.
 
-A part of `wkv4` is up to ``rows`` × 128 channels, which fill sublanes and lanes. A part of `wkv7`
-is one head: a token is a row of ``c`` channels, its products with the state are the matrix unit's.
+A part of `wkv4` is up to ``rows`` × 128 channels, along sublanes and lanes. A part of `wkv7` is one
+head: a token is a row of ``c`` channels, and the matrix unit computes its products with the state.
 """
 
 from collections.abc import Mapping
@@ -17,25 +17,29 @@ LANES = 128
 
 
 def refusal(array) -> str | None:
-    """Why the kernels cannot serve this call, or None."""
+    """What the kernels do not support in this call, or None."""
     if array.dtype != jnp.float32:
-        return f"dtype {array.dtype}: the vector unit computes in float32"
+        return f"dtype {array.dtype}: must be float32"
     return None
 
 
 def step4(constants, state, token):
     (decay, u), (k, v) = constants, token
     numerator, denominator, greatest = state
-    top = jnp.maximum(greatest, k + u)
-    past, now = jnp.exp(greatest - top), jnp.exp(k + u - top)
-    y = (past * numerator + now * v) / (past * denominator + now)
-    top = jnp.maximum(greatest + decay, k)
-    past, now = jnp.exp(greatest + decay - top), jnp.exp(k - top)
-    return (past * numerator + now * v, past * denominator + now, top), y
+    maximum = jnp.maximum(greatest, k + u)
+    old_weight, new_weight = jnp.exp(greatest - maximum), jnp.exp(k + u - maximum)
+    y = (old_weight * numerator + new_weight * v) / (old_weight * denominator + new_weight)
+    maximum = jnp.maximum(greatest + decay, k)
+    old_weight, new_weight = jnp.exp(greatest + decay - maximum), jnp.exp(k - maximum)
+    return (
+        old_weight * numerator + new_weight * v,
+        old_weight * denominator + new_weight,
+        maximum,
+    ), y
 
 
 class _Channels:
-    """`wkv4`'s channels, ``[…, d]``, as ``[…, parts, rows, lanes]``."""
+    """`wkv4`: channels ``[…, d]`` as tiles ``[…, parts, rows, lanes]``."""
 
     step = staticmethod(step4)
     empty = (0.0, 0.0, EMPTY)
@@ -47,8 +51,8 @@ class _Channels:
         self.parts = pl.cdiv(lines, self.rows)
 
     def tiles(self, a):
-        more = self.parts * self.rows * LANES - self.d
-        a = jnp.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, more)])
+        missing = self.parts * self.rows * LANES - self.d
+        a = jnp.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, missing)])
         return a.reshape(*a.shape[:-1], self.parts, self.rows, LANES)
 
     def flat(self, a):
@@ -64,14 +68,14 @@ class _Channels:
 def _step7(constants, state, token):
     del constants
     [matrix], (r, w, k, v, a, b) = state, token
-    taken = _dot(a, matrix, 1)
-    change = _dot(jnp.concatenate((taken, v)), jnp.concatenate((b, k)), 0)
+    removed = _dot(a, matrix, 1)
+    change = _dot(jnp.concatenate((removed, v)), jnp.concatenate((b, k)), 0)
     matrix = matrix * jnp.exp(-jnp.exp(w)) + change
     return (matrix,), _dot(r, matrix, 1)
 
 
 def _dot(a, b, axis):
-    """The product over ``axis`` of both, in float32 throughout."""
+    """The product that contracts ``axis`` of both, in full float32."""
     return jax.lax.dot_general(
         a,
         b,
@@ -82,7 +86,7 @@ def _dot(a, b, axis):
 
 
 class _Heads:
-    """`wkv7`'s heads: parts already, once they stand before time."""
+    """`wkv7`: each head is a part; heads are moved before time."""
 
     step = staticmethod(_step7)
     empty = (0.0,)

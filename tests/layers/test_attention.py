@@ -251,7 +251,7 @@ def test_refuses_shapes_that_do_not_go_together():
         sharded_attention(q, k, v, Mask(window=0))
     with pytest.raises(ValueError, match="segments='one of two'"):
         sharded_attention(q, k, v, Mask(q_segments_bt=ids))
-    with pytest.raises(ValueError, match="until='given': changes nothing: the mask is not causal"):
+    with pytest.raises(ValueError, match="until='given': changes nothing: requires causal=True"):
         sharded_attention(q, k, v, Mask(until_bt=ids, causal=False))
 
 

@@ -178,10 +178,10 @@ def test_refusals():
     with jax.enable_x64(True):
         double = (x.astype(jnp.float64), w.astype(jnp.float64), sizes)
     for arrays, options, message in [
-        (double, dict(implementation="gpu"), "implementation='gpu': .* dtype float64: it takes"),
-        (half, dict(implementation="tpu"), "implementation='tpu': .* dtype float16: the matrix"),
-        ((x[:0], w, sizes), dict(implementation="tpu"), r".* a size is 0: x_md \(0, 3\)"),
-        ((x[:0], w, sizes), dict(implementation="gpu"), r".* a size is 0: x_md \(0, 3\)"),
+        (double, dict(implementation="gpu"), "implementation='gpu': .* dtype float64: must be "),
+        (half, dict(implementation="tpu"), "implementation='tpu': .* dtype float16: must be bf"),
+        ((x[:0], w, sizes), dict(implementation="tpu"), r".* a size of 0: x_md \(0, 3\)"),
+        ((x[:0], w, sizes), dict(implementation="gpu"), r".* a size of 0: x_md \(0, 3\)"),
         ((x, w, sizes), dict(implementation="xla", blocks=dict(inner=64)), "blocks.inner=64: no"),
         ((x, w, sizes), dict(blocks=dict(rows=0)), "blocks.rows=0: must be > 0"),
         ((x, w, sizes), dict(implementation="xl"), "implementation='xl': .* 'xla'"),

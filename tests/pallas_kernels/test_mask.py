@@ -78,7 +78,7 @@ def test_it_is_a_pytree_whose_rule_is_static():
         (Mask(window=0), "window=0: must be > 0"),
         (Mask(q_positions_bt=np.zeros((2, 5), int)), r"q_positions.shape=\(2, 5\): must be \(2, 3"),
         (Mask(k_positions_bs=np.zeros((1, 4))), "k_positions.dtype='float64': must be an integer"),
-        (Mask(k_segments_bs=np.zeros((2, 4), int)), "segments='one of two': queries and keys both"),
+        (Mask(k_segments_bs=np.zeros((2, 4), int)), "segments='one of two': queries and keys must"),
         (Mask(until_bt=np.zeros((2, 3), int), causal=False), "until='given': changes nothing"),
     ],
 )

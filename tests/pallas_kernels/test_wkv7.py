@@ -166,7 +166,7 @@ def test_the_kernels_refuse_what_they_cannot_serve(kernel):
         with pytest.raises(ValueError, match=f"implementation='{kernel}': .* dtype float64"):
             wkv7(*arrays, implementation=kernel)
     if kernel == "gpu":
-        with pytest.raises(ValueError, match="implementation='gpu': .* 129 channels a head"):
+        with pytest.raises(ValueError, match="implementation='gpu': .* 129 channels per head"):
             wkv7(*[jnp.zeros((1, 3, 2, 129))] * 6, implementation=kernel)
 
 
