@@ -89,8 +89,8 @@ def causal_convolution(
     ``earlier``: ``x`` delayed by ``n − 1, …, 1`` tokens (`layers.recurrent.before`).
     """
     y = x_btd * weight_nd[-1]
-    for i, past in enumerate(earlier):
-        y = y + past * weight_nd[i]
+    for i, delayed in enumerate(earlier):
+        y = y + delayed * weight_nd[i]
     return y if bias_d is None else y + bias_d
 
 
@@ -290,14 +290,14 @@ def _scan_by_channel(x, delta, a, b, c, skip, z, *, delta_bias_d, initial_state_
         return jnp.broadcast_to(array[:, :, None] if array.ndim == 3 else array, (batch, t, d, n))
 
     inputs = (x.astype(jnp.float32)[..., None] * expanded(b)).reshape(batch, t, d * n)
-    one = jnp.ones((batch, t, 1), jnp.float32)
+    ones = jnp.ones((batch, t, 1), jnp.float32)
     initial = None if initial_state_bdn is None else initial_state_bdn.reshape(batch, d * n, 1)
     y, end = selective_scan(
         inputs,
         jnp.repeat(delta, n, axis=-1),
         a.reshape(d * n, 1),
-        one,
-        one,
+        ones,
+        ones,
         delta_bias_d=jnp.repeat(delta_bias_d, n),
         initial_state_bdn=initial,
         **options,

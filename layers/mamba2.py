@@ -118,9 +118,9 @@ class Mamba2(nnx.Module):
         """The empty state; ``max_length`` does not change its size."""
         del max_length
         n, p = self.config.state, self.config.head_dim
-        kept, group = self.config.convolution - 1, self.config.groups * n
+        tail_length, group = self.config.convolution - 1, self.config.groups * n
         into, b, c = (
-            Tail.empty(batch, kept, size, dtype or self.dtype)
+            Tail.empty(batch, tail_length, size, dtype or self.dtype)
             for size in (self.inner, group, group)
         )
         scan = jnp.zeros((batch, self.inner // p, p, n), jnp.float32)
@@ -133,8 +133,8 @@ class Mamba2(nnx.Module):
         tokens, x_btd = Tokens.of(reshard(x_btd, "batch", None, None), context.mask, tails[0])
         inputs = self.into(x_btd), self.b(x_btd), self.c(x_btd)
         x_bti, b_btm, c_btm = (
-            self.convolutions[name](each, tokens, tail)
-            for name, each, tail in zip(CONVOLVED, inputs, tails, strict=True)
+            self.convolutions[name](array, tokens, tail)
+            for name, array, tail in zip(CONVOLVED, inputs, tails, strict=True)
         )
         z_bti, delta_bth = self.gate(x_btd), self.delta(x_btd)
         initial = None
@@ -181,7 +181,7 @@ class Mamba2(nnx.Module):
         )  # fmt: skip
         if state is not None:
             into, b, c = (
-                after(each, tokens, tail) for each, tail in zip(inputs, state.tails, strict=True)
+                after(array, tokens, tail) for array, tail in zip(inputs, state.tails, strict=True)
             )
             state = Mamba2State((into, b, c), scan_bhpn)
         y_bti = context.tap("mixer.hidden", tokens.as_called(y_bti))

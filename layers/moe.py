@@ -121,7 +121,7 @@ class Moe(nnx.Module):
         on_mesh = expert_tap is not None and spec() is not None
         check(not on_mesh, "hooks", "experts.hidden", "is not supported on a mesh")
 
-        def local(x_btd, scores_bte, valid_bt, bias_e, *weights):
+        def run_shards(x_btd, scores_bte, valid_bt, bias_e, *weights):
             if config.router == "expert_choice":
                 dispatch, combine = choose_tokens(config, scores_bte, valid_bt)
                 chosen_bte = jnp.any(dispatch, axis=-1)
@@ -145,7 +145,7 @@ class Moe(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         hidden = ("experts", None, "mlp")
         y_btd, chosen_bte, lost_bt = per_device(
-            local,
+            run_shards,
             (x_btd.astype(self.dtype), scores_bte, valid_bt, bias, *weights),
             (row, row, row[:2], (None,), hidden, hidden, ("experts", "mlp", None)),
             [row, row, row[:2]],

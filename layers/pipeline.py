@@ -156,10 +156,10 @@ def _batch_axes(axis: str, parameters: Any) -> tuple[str, ...]:
     """The mesh axes that only rows of the batch are sharded over."""
     rules = dict(get_logical_axis_rules())
     rows = (rules.pop("batch"),)
-    taken = named_axes(PartitionSpec(*rules.values())).union(
+    used_by_others = named_axes(PartitionSpec(*rules.values())).union(
         *(named_axes(axes_of(a)) for a in jax.tree.leaves(parameters))
     )
-    return tuple(name for name in jax.tree.leaves(rows) if name not in taken)
+    return tuple(name for name in jax.tree.leaves(rows) if name not in used_by_others)
 
 
 def _without(axes: Any, names: Collection[str]) -> Any:

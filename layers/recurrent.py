@@ -81,8 +81,8 @@ class Tokens(NamedTuple):
             segments, valid = (jnp.take_along_axis(a, order, axis=1) for a in (segments, valid))
         # padding has the segment of the last token: a new segment would reset the state
         extended = jnp.concatenate((tail.segments_bn[:, -1:], segments), axis=1)
-        last = jnp.take_along_axis(extended, jnp.sum(valid, axis=1, keepdims=True), axis=1)
-        return cls(jnp.where(valid, segments, last), valid, order), x_btd
+        last_segment = jnp.take_along_axis(extended, jnp.sum(valid, axis=1, keepdims=True), axis=1)
+        return cls(jnp.where(valid, segments, last_segment), valid, order), x_btd
 
     def as_called(self, y: jax.Array) -> jax.Array:
         """``y``, ``[b, t, …]``, in the order of the call."""

@@ -112,8 +112,8 @@ class KVCache:
         """
         check(not self.rolling, "state", "rolling KVCache", "does not support rewind")
         written = jnp.maximum(self.written_b - count_b, 0)
-        kept = jnp.arange(self.capacity) < written[..., None]
-        positions = jnp.where(kept, self.positions_bs, -1)
+        is_kept = jnp.arange(self.capacity) < written[..., None]
+        positions = jnp.where(is_kept, self.positions_bs, -1)
         return dataclasses.replace(self, positions_bs=positions, written_b=written)
 
     def _keys(self) -> Keys:
@@ -141,7 +141,7 @@ class KVCache:
         def put(old, new, *heads):
             """``old`` with ``new`` ``[b, t, …]`` in its slots, which come after heads, if any."""
 
-            def local(old, new, slots):
+            def write_shards(old, new, slots):
                 # as rows of one matrix, which XLA writes in place
                 shape = old.shape if heads else (old.shape[0], 1, old.shape[1], 1)
                 b, k, s, c = shape
@@ -156,7 +156,7 @@ class KVCache:
             row = ("batch", None)
             axes = ("batch", *heads, None, None) if heads else row
             new_axes = (*row, *heads, None) if heads else row
-            return per_device(local, (old, new, slots), (axes, new_axes, row), axes)
+            return per_device(write_shards, (old, new, slots), (axes, new_axes, row), axes)
 
         return dataclasses.replace(
             self,

@@ -151,7 +151,7 @@ def map_named(function: Callable[..., Any], tree: Tree, *trees: Any) -> Tree:
 
     Arrays of a `Leaf` have the axes of `Leaf.parts`. Those of another pytree in a variable (an
     optimiser's codes and scales) have the variable's axes; arrays outside variables have ``()``.
-    ``trees``: trees of the same structure, or with subtrees in the place of arrays.
+    ``trees``: further trees of the same structure, or with subtrees in the place of arrays.
     """
 
     def of_value(value: Any, axes: Axes, *others: Any) -> Any:

@@ -189,16 +189,18 @@ def _batch(operands, dims, *, program, plain, pull, fixed):
     ]
     residuals, residual_dims = operands[:fixed], dims[:fixed]
 
-    def each(function, count):
+    def batched(function, count):
         return jax.vmap(function, (*residual_dims, *[0] * count))
 
     count_of_results = len(program.out_avals)
     results_of_batch = _linear_p.bind(
         *residuals,
         *tangents,
-        program=jax.make_jaxpr(each(jaxpr_as_fun(program), len(tangents)))(*residuals, *tangents),
-        plain=each(plain, len(tangents)),
-        pull=each(pull, count_of_results),
+        program=jax.make_jaxpr(batched(jaxpr_as_fun(program), len(tangents)))(
+            *residuals, *tangents
+        ),
+        plain=batched(plain, len(tangents)),
+        pull=batched(pull, count_of_results),
         fixed=fixed,
     )
     return results_of_batch, [0] * count_of_results

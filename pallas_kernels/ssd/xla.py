@@ -1,8 +1,8 @@
 """The state-space duality in plain XLA, on every platform: matrix products, chunk by chunk.
 
 A scan over chunks carries the state; all rows and heads of a chunk are one batch of products.
-Arrays within a chunk have the square of its length for each head, and are not stored: the forward
-pass stores the state at the beginning of each chunk, and the backward pass recomputes the others.
+Arrays within a chunk have its length squared for each head, and are not stored: the forward pass
+stores the state at the beginning of each chunk, and the backward pass recomputes all else.
 
 Exponents: a decay over several tokens is ``exp`` of a difference of cumulative sums, whose rounding
 error is relative to the sums. After tokens with very strong decay, a decay of 1 would be wrong in

@@ -33,7 +33,7 @@ class _Kernel(NamedTuple):
     length: int
     single: bool  # a token's tile is one row, which is kept two-dimensional
 
-    def at(self, t):
+    def index(self, t):
         return pl.ds(t, 1) if self.single else t
 
     def split(self, refs: Sequence, *counts: int):
@@ -73,10 +73,10 @@ def _forward_kernel(kernel: _Kernel, empty, reset, *refs):
     fixed = tuple(c[...] for c in constants)
 
     def one_token(t, state):
-        token = tuple(x[kernel.at(t)] for x in tokens)
+        token = tuple(x[kernel.index(t)] for x in tokens)
         alive = kernel.alive(i, size, t)
         state, out = kernel.advance(fixed, state, token, alive, reset[t, 0] > 0, empty)
-        y[kernel.at(t)] = out
+        y[kernel.index(t)] = out
         return state
 
     state = jax.lax.fori_loop(0, size, one_token, tuple(h[...] for h in state_refs))
@@ -120,7 +120,7 @@ def _backward_kernel(kernel: _Kernel, empty, reset, *refs):
     def recompute(t, state):
         for b, s in zip(states_before, state, strict=True):
             b[t] = s
-        token = tuple(x[kernel.at(t)] for x in tokens)
+        token = tuple(x[kernel.index(t)] for x in tokens)
         alive = kernel.alive(i, size, t)
         return kernel.advance(fixed, state, token, alive, reset[t, 0] > 0, empty)[0]
 
@@ -133,13 +133,13 @@ def _backward_kernel(kernel: _Kernel, empty, reset, *refs):
         def run(constants, state, token):
             return kernel.advance(constants, state, token, alive, begins, empty)
 
-        token = tuple(x[kernel.at(t)] for x in tokens)
+        token = tuple(x[kernel.index(t)] for x in tokens)
         _, vjp = jax.vjp(run, fixed, tuple(b[t] for b in states_before), token)
-        d_fixed, d_state, d_token = vjp((d_state, dy[kernel.at(t)]))
+        d_fixed, d_state, d_token = vjp((d_state, dy[kernel.index(t)]))
         for d, d_constant in zip(d_constants, d_fixed, strict=True):
             d[...] += d_constant
         for d, value in zip(d_tokens, d_token, strict=True):
-            d[kernel.at(t)] = value
+            d[kernel.index(t)] = value
         return d_state
 
     d_state = jax.lax.fori_loop(0, size, one_token, tuple(d[...] for d in d_state_refs))
