@@ -27,7 +27,7 @@ class RotaryScaling:
     2023, arXiv:2309.00071, §3.2): the same, but the interpolation is linear in the index of the
     frequency, between the indices of those two, rounded outwards.
     ``magnitude`` multiplies the rotated channels, so scores are multiplied by its square. None: 1,
-    but ``0.1 · ln(factor) + 1`` for ``yarn``, the temperature of its softmax (§3.4).
+    but for ``yarn`` ``0.1 · ln(factor) + 1``, which lowers the temperature of the softmax (§3.4).
     """
 
     kind: str = "linear"
