@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, and the one table from logical axis names to mesh axes."""
+"""The device mesh, the rules from logical axes to mesh axes, and runs of several processes."""
 
 from research.parallel.mesh import MeshConfig, make_mesh
 from research.parallel.processes import initialize

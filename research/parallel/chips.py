@@ -1,4 +1,4 @@
-"""What a device can do at best, from its maker's data sheet."""
+"""Peak rates and memory of accelerators, from their makers' data sheets."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one of jax's devices (of a TPU7x, one of the chip's two cores).
+    """Peaks of one JAX device (of a TPU7x: one of the chip's two cores).
 
-    ``flops``: dense bfloat16 FLOP/s. ``memory``: bytes a program may have, as XLA says when one
-    asks for more; ``memory_bandwidth``: bytes/s. ``link_bandwidth``: bytes/s out of the device over
-    all its links together, one way.
+    ``flops``: dense bfloat16 FLOP/s. ``memory``: bytes that a program can use, as XLA reports them
+    when a program requires more. ``memory_bandwidth``: bytes/s. ``link_bandwidth``: bytes/s that
+    the device sends over all its links together.
     """
 
     flops: float
@@ -20,7 +20,7 @@ class Chip:
     link_bandwidth: float | None = None
 
 
-# by prefix of jax's device_kind; the TPUs' from docs.cloud.google.com/tpu/docs
+# the keys are prefixes of JAX's device_kind; TPU numbers are from docs.cloud.google.com/tpu/docs
 CHIPS = {
     "NVIDIA A100": Chip(312e12),
     "NVIDIA H100": Chip(989e12),
@@ -34,5 +34,5 @@ CHIPS = {
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip that jax calls ``device_kind``, if it is in the table."""
+    """The chip of JAX's ``device_kind``, or None if the table does not list it."""
     return next((chip for name, chip in CHIPS.items() if device_kind.startswith(name)), None)

@@ -1,4 +1,4 @@
-"""The devices of this process, virtual ones of the CPU where there is nothing else."""
+"""The devices of this process; on a CPU, as many virtual devices as are required."""
 
 import jax
 
@@ -6,22 +6,22 @@ from layers.config import ConfigError
 
 
 def first_devices(count: int) -> list:
-    """``count`` devices: accelerators where there are any, else the CPU in ``count`` parts.
+    """The first ``count`` devices: accelerators if there are any, else virtual CPU devices.
 
-    How many parts the CPU has is settled when something first asks JAX for a device. Here it may
-    not have been asked yet; a process that needs another number later cannot have it.
+    The number of virtual CPU devices is fixed when JAX initialises its backend. If that has not
+    happened yet, this call sets the number; afterwards the process cannot change it.
 
     Raises:
-      ConfigError: there are fewer.
+      ConfigError: there are fewer than ``count``.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has been asked
+    except RuntimeError:  # the backend is initialised already
         pass
-    found = jax.devices()
-    if len(found) < count:
-        cpu = found[0].platform == "cpu"
-        way = f"XLA_FLAGS=--xla_force_host_platform_device_count={count} on the CPU"
-        way = way if cpu else "JAX_PLATFORMS=cpu for virtual ones"
-        raise ConfigError(f"devices={count}: this process has {len(found)}; set {way}")
-    return found[:count]
+    devices = jax.devices()
+    if len(devices) < count:
+        on_cpu = devices[0].platform == "cpu"
+        hint = f"XLA_FLAGS=--xla_force_host_platform_device_count={count} on the CPU"
+        hint = hint if on_cpu else "JAX_PLATFORMS=cpu for virtual ones"
+        raise ConfigError(f"devices={count}: this process has {len(devices)}; set {hint}")
+    return devices[:count]

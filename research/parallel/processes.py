@@ -1,15 +1,16 @@
-"""Several processes as one run: they find each other, and end together when one is lost.
+"""Several processes as one run: they connect at the start, and all end when one of them is lost.
 
-Every step needs all of them, so a run that has lost one can only end and be started again, which
-takes it on from its last checkpoint. What must not happen is that the others wait for hours:
+Every step requires all processes. When one is lost, the run must end; it is started again and
+resumes from its last checkpoint. The other processes must not wait for hours before they end:
 
-- a process that was killed closes its connections, and the others mostly end at once;
-- where they do not see that (XLA's CPU devices can wait for one another after a collective has
-  failed), or a machine is gone or hangs, it is given up after ``ABLATE_HEARTBEAT_SECONDS`` (30);
-- a process that fails by itself tells nobody, so it ends at once, instead of waiting in JAX's
-  barrier at exit for others that wait for it in the middle of a step.
+- a process that is killed closes its connections, and most often the others end at once;
+- if they do not notice it (XLA's CPU devices can wait for one another after a collective has
+  failed), or if a machine is gone or hangs, the process counts as lost after
+  ``ABLATE_HEARTBEAT_SECONDS`` (30);
+- a process that fails by itself ends at once. It does not enter JAX's barrier at exit: the other
+  processes are in the middle of a step and would not reach that barrier.
 
-The exit code of a process that ended because another was lost is `LOST`.
+A process that ends because another one was lost has exit code `LOST`.
 """
 
 import contextlib
@@ -29,31 +30,32 @@ from jax.experimental import multihost_utils
 from layers.config import check
 
 LOST = 3
-PATIENCE = 10  # seconds that a process that fails gives others to fail with it
-_LONGEST = 300  # seconds that a process may take to write what the others then read
-_MESSAGE = 1024  # bytes of a failure that are told to the others
+PATIENCE = 10  # seconds that a process that fails waits for the others to fail as well
+_LONGEST = 300  # seconds that one process may take to write what the others read afterwards
+_MESSAGE = 1024  # bytes of an error message that are sent to the other processes
 
-# How a collective or the coordination service says that its peer is not there.
+# parts of the error messages of collectives and of the coordination service when a peer is lost
 _SIGNS = ("Gloo", "NCCL", "CoordinationService", "heartbeat", "UNAVAILABLE")
 
 _name = ""  # "process 0 of 2", once there are several
 _ending = threading.Lock()
-_on_abort = None  # C keeps its address
+_on_abort = None  # keeps the handler alive: C has only its address
 
 
 def initialize() -> None:
-    """Join the other processes of this run, where the environment says that there are any.
+    """Connect to the other processes of this run, if the environment variables say that it has any.
 
-    ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` names them by
-    hand (or a JobSet does); under Slurm and on TPU pods `jax.distributed` finds them by itself when
-    ``ABLATE_DISTRIBUTED=1``. Call it before anything touches a device. CPU processes use gloo.
-    ``ABLATE_HEARTBEAT_SECONDS`` (30) without a sign of life, and a process is lost.
+    With ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` (set by hand or
+    by a JobSet), the processes are those that the variables describe. With
+    ``ABLATE_DISTRIBUTED=1``, under Slurm or on TPU pods, `jax.distributed` finds them. Call it
+    before JAX uses a device. Processes on CPUs communicate through gloo. A process without a sign
+    of life for ``ABLATE_HEARTBEAT_SECONDS`` (30) counts as lost.
 
-    From then on this process ends with exit code `LOST` and one line on standard error when
-    another one is lost, and with 1 on an exception that nothing handles.
+    Afterwards this process ends with exit code `LOST` and one line on standard error when another
+    process is lost, and with 1 on an unhandled exception.
 
     Raises:
-      ConfigError: a variable that is to be a number and is not.
+      ConfigError: a variable that must be a number is not one.
     """
     global _name
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -62,7 +64,7 @@ def initialize() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     heartbeat = _number("ABLATE_HEARTBEAT_SECONDS", "30")
     if address:
-        # "deactivate": under Slurm JAX would hide all devices but one, as below
+        # "deactivate": else JAX under Slurm hides all devices but one, see below
         jax.distributed.initialize(
             coordinator_address=address,
             num_processes=_number("JAX_NUM_PROCESSES"),
@@ -71,12 +73,13 @@ def initialize() -> None:
             heartbeat_timeout_seconds=heartbeat,
         )
     else:
-        # Under Slurm JAX gives a process one device of its node. One that is alone there, as a
-        # process must be for `tensor` and `sequence` to have several, takes all: no list, no limit.
+        # Under Slurm JAX gives each process one device of its node. A process that is the only
+        # one on its node takes all devices (an empty list is no limit): `tensor` and `sequence`
+        # are sharded only over the devices of one process.
         tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
-        alone = tasks is not None and tasks == nodes
+        one_per_node = tasks is not None and tasks == nodes
         jax.distributed.initialize(
-            local_device_ids=[] if alone else None, heartbeat_timeout_seconds=heartbeat
+            local_device_ids=[] if one_per_node else None, heartbeat_timeout_seconds=heartbeat
         )
     if jax.process_count() > 1:
         _name = f"process {jax.process_index()} of {jax.process_count()}"
@@ -86,50 +89,53 @@ def initialize() -> None:
 
 def _number(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
-    check(text.isdecimal(), name, text, "must be a number")
+    check(text.isdecimal(), name, text, "must be a non-negative integer")
     return int(text)
 
 
 def is_lead() -> bool:
-    """Whether this is the process that writes what one of them has to: the first.
+    """Whether this process is the first one: it writes the files that only one process may write.
 
-    A process that is alone asks no device for it: an experiment may still choose how many.
+    In a run of one process this does not initialise JAX's devices: an experiment may still choose
+    their number.
     """
     return not _name or jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def fate_shared() -> Iterator[None]:
-    """Inside, a collective that fails because its peer is lost ends this process (`LOST`).
+    """Inside, a collective that fails because another process is lost ends this one with `LOST`.
 
-    Not as an exception: what handles it, Orbax first, would wait for the lost process as well.
+    It does not raise an exception: the code that handles exceptions, such as Orbax's, would wait
+    for the lost process.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if is_loss(error):
-            _lose(f"another process was lost ({_line(error)})")
+            _end_as_lost(f"another process was lost ({_first_line(error)})")
         raise
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether ``error`` says that another process of this run is not there any more."""
-    told = isinstance(error, jax.errors.JaxRuntimeError)
-    return bool(_name) and told and any(sign in str(error) for sign in _SIGNS)
+    """Whether ``error`` says that another process of this run is lost."""
+    from_runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    return bool(_name) and from_runtime and any(sign in str(error) for sign in _SIGNS)
 
 
 def same_everywhere(values: np.ndarray) -> bool:
-    """Whether all processes hold the same ``values`` (of one shape). All must call it."""
-    every = multihost_utils.process_allgather(values) if _name else values[None]
-    return bool((every == every[0]).all())
+    """Whether ``values`` (of one shape) are equal in all processes. All processes must call it."""
+    gathered = multihost_utils.process_allgather(values) if _name else values[None]
+    return bool((gathered == gathered[0]).all())
 
 
 def first_failure(message: str) -> str:
-    """What failed in any of the processes, in all of them; empty if nothing did.
+    """The first error message of any process, returned in all processes; empty if nothing failed.
 
-    All call it after the same piece of work, with what failed in it or the empty text. Where the
-    others are still in the middle of that work, they wait for this one and cannot be told: then
-    this process ends with exit code 1, which tells them.
+    All processes call it after the same work, each with its own error message or an empty text. If
+    the others have not finished that work, because they wait for this process in a collective, they
+    cannot receive the message: this process then ends with exit code 1, and the others end because
+    it is lost.
     """
     if not _name:
         return message
@@ -139,68 +145,69 @@ def first_failure(message: str) -> str:
         try:
             _barrier("work", PATIENCE)
         except Exception:
-            _end(1, f"{message}; the other processes wait for this one and must end too")
-    told = message.encode()[:_MESSAGE]
-    padded = np.frombuffer(told.ljust(_MESSAGE, b"\0"), np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(padded))
-    texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in every)
+            _end(1, f"{message}; the other processes wait for this one, so they end too")
+    encoded = message.encode()[:_MESSAGE]
+    padded = np.frombuffer(encoded.ljust(_MESSAGE, b"\0"), np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered)
     return next(filter(None, texts), "")
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called it."""
     if not _name:
         return
     try:
         _barrier("work", _LONGEST)
     except Exception as error:
-        _lose(f"another process was lost ({_line(error)})")
+        _end_as_lost(f"another process was lost ({_first_line(error)})")
 
 
 def leave(code: int) -> None:
-    """End this process, with ``code``, if it is one of several; if it is alone, do nothing.
+    """End this process with exit code ``code`` if the run has several; otherwise do nothing.
 
-    Those that all fail alike, a moment apart, let each other finish; one that fails alone leaves
-    after `PATIENCE` seconds.
+    Processes that fail at about the same time let each other finish. A process that is the only one
+    to fail ends after `PATIENCE` seconds.
     """
     if not _name:
         return
     try:
         _barrier("leave", PATIENCE)
         jax.distributed.shutdown()
-    except Exception:  # the others will not come; nothing is left to do for this one
+    except Exception:  # the others do not reach the barrier
         pass
     _end(code)
 
 
 def _barrier(name: str, seconds: int) -> None:
-    """Wait until all processes are here, and raise after ``seconds``: the runtime's barrier, not a
-    collective, in which others may be."""
-    from orbax.checkpoint import multihost  # which makes the name unique
+    """Wait until all processes have called it; raises after ``seconds``.
+
+    It is a barrier of JAX's runtime, not a collective: other processes may be inside a collective.
+    """
+    from orbax.checkpoint import multihost  # makes the barrier's name unique
 
     multihost.get_barrier_sync_fn()(key=f"ablate {name}", timeout_ms=1000 * seconds)
 
 
 def _end_on_exception(kind, error, trace) -> None:
-    """As `sys.excepthook`: in place of Python's way out, which waits for the other processes."""
+    """A `sys.excepthook` that ends this process without waiting for the others at exit."""
     if is_loss(error):
-        _lose(f"another process was lost ({_line(error)})")
+        _end_as_lost(f"another process was lost ({_first_line(error)})")
     traceback.print_exception(kind, error, trace)
     leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def _end_on_abort() -> None:
-    """Have the last word when JAX ends this process.
+    """Print the reason and end with `LOST` when JAX aborts this process.
 
-    Its coordination service calls abort() from a thread of its own in C++, where no exception can
-    be raised, and `signal.signal` has no say there: Python would run its handler later, in the
-    main thread.
+    JAX's coordination service calls abort() from a C++ thread, in which no exception can be raised.
+    A handler of `signal.signal` would not help: Python runs it later, in the main thread.
     """
     global _on_abort
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(number):
-        _lose("JAX gave this run up (see above); most likely another process was lost")
+        _end_as_lost("JAX aborted this process (see above); most likely another process was lost")
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
@@ -209,12 +216,12 @@ def _end_on_abort() -> None:
     _on_abort = on_abort
 
 
-def _lose(reason: str) -> NoReturn:
-    _end(LOST, f"{reason}; start all of them again to go on from the last checkpoint")
+def _end_as_lost(reason: str) -> NoReturn:
+    _end(LOST, f"{reason}; start all processes again to resume from the last checkpoint")
 
 
 def _end(code: int, message: str = "") -> NoReturn:
-    """Exit without anything that Python does at exit; the first of two threads has the word."""
+    """Exit without Python's exit handlers; of two threads that call it, only the first prints."""
     if not _ending.acquire(blocking=False):
         while True:
             signal.pause()
@@ -227,5 +234,5 @@ def _end(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,8 +1,9 @@
-"""The one table from logical axis names to mesh axes, and what follows from it.
+"""The one table from logical axes to mesh axes, and the shardings that follow from it.
 
-An axis has two places: where it *rests* (parameters, gradients, optimiser moments between steps)
-and where it is *computed* with. ``fsdp`` splits parameters at rest only: layers gather them just
-before use (`layers.sharding.gather`), and the gather's transpose scatters the gradients back.
+A logical axis has two shardings: the *stored sharding*, of parameters, gradients and optimiser
+moments between steps, and the *computed sharding*, which an array has when it is multiplied.
+``fsdp`` shards parameters in their stored sharding only. Layers all-gather them just before use
+(`layers.sharding.gather`), and the transpose of the all-gather reduce-scatters the gradients.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from layers.weights import map_named
 
 Tree = TypeVar("Tree")
 
-# name: (at rest, in computation)
+# logical axis: (mesh axes of the stored sharding, of the computed sharding)
 RULES: Mapping[str, tuple[Any, Any]] = {
     "batch": (("stage", "data", "fsdp", "expert"), ("stage", "data", "fsdp", "expert")),
     "layers": ("stage", "stage"),
@@ -40,7 +41,7 @@ RULES: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-# what a batch holds, [batch, time] each
+# arrays of a batch and their dtypes; each is [batch, time]
 BATCH = {
     "tokens": np.int32,
     "targets": np.int32,
@@ -51,21 +52,21 @@ BATCH = {
 
 
 def _on_mesh(axes: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Mesh axes of one rule without those of size 1."""
+    """The mesh axes of one rule, without those of size 1."""
     names = (axes,) if isinstance(axes, str) else tuple(axes or ())
     names = tuple(name for name in names if mesh.shape[name] > 1)
     return names[0] if len(names) == 1 else names or None
 
 
 def _table(mesh: Mesh | AbstractMesh, column: int) -> dict[str, Any]:
-    return {name: _on_mesh(places[column], mesh) for name, places in RULES.items()}
+    return {name: _on_mesh(columns[column], mesh) for name, columns in RULES.items()}
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Trace and run inside ``mesh``: `jax.set_mesh`, with the computation column in force.
+    """Trace and run inside ``mesh``: `jax.set_mesh`, with the rules of the computed sharding.
 
-    A mesh of one device changes nothing at all, so that it costs nothing.
+    A mesh of one device changes nothing.
     """
     if mesh.size == 1:
         yield
@@ -75,19 +76,19 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def shardings(tree: Tree, mesh: Mesh, *, split: bool = True) -> Tree:
-    """The resting `NamedSharding` of every leaf of ``tree``, as the same tree; see `specs`."""
+    """The stored `NamedSharding` of every leaf of ``tree``, in the same structure; see `specs`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, split=split))
 
 
 def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
-    """The resting `PartitionSpec` of every leaf of ``tree``, as the same tree.
+    """The stored `PartitionSpec` of every leaf of ``tree``, in the same structure.
 
-    ``tree`` holds arrays or `jax.ShapeDtypeStruct`. An `nnx.Variable` with ``axes`` metadata is
-    placed by the table (the names are of its last dimensions: stacked parameters have one more in
-    front, ``layers``; a dimension of one is not split); everything else is replicated. Optimiser
-    moments carry the model's metadata and have as many dimensions, so they are placed alike.
-    ``split`` False: whole on every device of ``fsdp``, as the first stages of ZeRO keep parameters
-    (`research.parallel.zero`).
+    ``tree`` has arrays or `jax.ShapeDtypeStruct` as leaves. An `nnx.Variable` with ``axes``
+    metadata is sharded by the table. The names are those of its last dimensions: stacked parameters
+    have a further leading dimension, ``layers``. A dimension of size 1 is not sharded. All other
+    leaves are replicated. Optimiser moments have the metadata and the number of dimensions of their
+    parameters, so they are sharded like them. ``split=False``: replicated over ``fsdp``, as
+    parameters are at stages 1 and 2 of ZeRO (`research.parallel.zero`).
     """
     table = _table(mesh, 0)
     if not split:
@@ -100,34 +101,35 @@ def specs(tree: Tree, mesh: Mesh | AbstractMesh, *, split: bool = True) -> Tree:
         stacked = array.ndim - len(axes)
         leading = ("layers",)[:stacked] + (None,) * (stacked - 1)
         named = zip((*leading, *axes), array.shape, strict=True)
-        # a moment's mean over a dimension is one number there
+        # a factored moment has size 1 in the dimensions that it is a mean over
         return PartitionSpec(*(table.get(a) if size > 1 else None for a, size in named))
 
     return map_named(of_array, tree)
 
 
 def with_shardings(abstract: Tree, where: Tree) -> Tree:
-    """The arrays of ``abstract`` as `jax.ShapeDtypeStruct` with the shardings ``where``."""
+    """``abstract`` as `jax.ShapeDtypeStruct` with the shardings of the tree ``where``."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where
     )
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """How many ways ``mesh`` splits the rows of a batch."""
+    """The number of shards that ``mesh`` makes of the rows of a batch."""
     axes, _ = RULES["batch"]
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of the array ``name`` of a batch: rows, and time in those of `BATCH`."""
+    """The logical axes of the array ``name`` of a batch: rows, and time for arrays of `BATCH`."""
     return ("batch", "time" if name in BATCH and ndim > 1 else None)[:ndim] + (None,) * (ndim - 2)
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh, config: Any = None) -> dict[str, jax.Array]:
-    """A batch of this process's rows as global arrays on ``mesh``.
+    """The rows of this process as sharded global arrays on ``mesh``.
 
-    ``config``: of the model, whose attention may want tokens in another order (`time_order`).
+    ``config``: the model's. If its attention requires another order of tokens (`time_order`), they
+    are reordered.
     """
     order = None
     if isinstance(config, DecoderConfig) and "tokens" in batch:
@@ -149,14 +151,14 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh, config: Any = None) -> dic
 
 
 def time_order(config: DecoderConfig, mesh: Mesh, length: int) -> np.ndarray | None:
-    """Which token of a sequence of ``length`` stands at each place on ``mesh``; None: in order."""
+    """The index of the token at each position of a row of ``length`` tokens; None: in order."""
     ways = mesh.shape["sequence"]
     zigzag = config.attention is not None and config.attention.context == "zigzag"
     return zigzag_order(length, ways) if zigzag and ways > 1 else None
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, sequence_length: int) -> dict[str, Any]:
-    """The batch of a training step as `jax.ShapeDtypeStruct` with its place on ``mesh``."""
+    """The batch of a training step as `jax.ShapeDtypeStruct` with its sharding on ``mesh``."""
     table = _table(mesh, 1)
     sharding = NamedSharding(mesh, PartitionSpec(table["batch"], table["time"]))
     shape = (batch_size, sequence_length)
@@ -166,7 +168,7 @@ def abstract_batch(mesh: Mesh, batch_size: int, sequence_length: int) -> dict[st
 
 
 def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_length: int) -> None:
-    """Check that model and batch divide over ``mesh``.
+    """Check that the mesh axes divide the model and the batch.
 
     Raises:
       ConfigError: names the field, its size and the mesh axis that does not divide it.
@@ -174,7 +176,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
     _validate_stages(config, mesh, batch_size)
     parts: list[tuple[str, int]] = []
-    # a model may be told of parts that none of its layers has
+    # a configuration may describe parts that none of its layers uses
     used = {MIXERS[kind] for kind in config.pattern}
     used |= {FEED_FORWARDS[kind] for kind in config.feed_forward}
     if (attention := config.attention) is not None and "attention" in used:
@@ -198,7 +200,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     if "mamba2" in config.pattern:
         mamba = config.part("mamba")
         parts += [("mamba.expand × width / head_dim", mamba.heads(config.width))]
-        # one group is everybody's; several lie where their heads do
+        # one group is replicated; several are sharded like their heads
         parts += [("mamba.groups", mamba.groups)] if mamba.groups > 1 else []
     if "rwkv4" in config.pattern:
         parts += [("width", config.width)]
@@ -218,22 +220,23 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         expert == 1 or "moe" in used,
         "mesh.expert",
         expert,
-        "must be 1: the model has no experts to split",
+        "must be 1: the model has no experts",
     )
 
 
 def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None:
     stages, parts, circuits = mesh.shape["stage"], config.microbatches, config.circuits
     if stages == 1:
-        check(parts is None, "microbatches", parts, "changes nothing: mesh.stage=1 splits nothing")
+        check(parts is None, "microbatches", parts, "changes nothing: mesh.stage is 1")
         return
     repeats = config.repeats // circuits
-    check(config.scan, "scan", False, f"must be True: mesh stage={stages} shards stacked layers")
+    check(config.scan, "scan", False, f"must be True: mesh stage={stages} requires it")
     check(
         repeats % stages == 0,
         "num_layers",
         config.num_layers,
-        f"{repeats} repeats of the pattern a circuit must be a multiple of mesh stage={stages}",
+        f"its {repeats} repeats of the pattern per circuit must be a multiple of "
+        f"mesh stage={stages}",
     )
     divides = f"must be a multiple of mesh stage={stages}"
     check(parts is not None and parts % stages == 0, "microbatches", parts, divides)
@@ -248,16 +251,16 @@ def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None
 
 def _validate_context(config, attention, mesh, length) -> None:
     ways, field, context = mesh.shape["sequence"], "attention.context", attention.context
-    check(ways > 1, field, context, f"changes nothing: mesh.sequence={ways} splits nothing")
-    attends = {"attention", "sliding"} & set(config.pattern)
-    check(bool(attends), field, context, "changes nothing: no layer of the pattern attends")
+    check(ways > 1, field, context, f"changes nothing: mesh.sequence is {ways}")
+    attending = {"attention", "sliding"} & set(config.pattern)
+    check(bool(attending), field, context, "changes nothing: the pattern has no attention")
     if context == "ulysses":
-        heads, split = attention.kv_heads, ways * mesh.shape["tensor"]
+        heads, shards = attention.kv_heads, ways * mesh.shape["tensor"]
         check(
-            heads % split == 0,
+            heads % shards == 0,
             "attention.num_kv_heads",
             heads,
-            f"must be a multiple of mesh sequence × tensor={split} for context=ulysses",
+            f"must be a multiple of mesh sequence × tensor={shards} for context=ulysses",
         )
     if context == "zigzag":
         check(
@@ -266,9 +269,9 @@ def _validate_context(config, attention, mesh, length) -> None:
             length,
             f"must be a multiple of {2 * ways}, twice mesh sequence, for context=zigzag",
         )
-        # these look at the order of the tokens as they stand
+        # these layers depend on the order of the tokens in the array
         others = set(config.pattern) - {"attention", "sliding"}
-        check(not others, "pattern", config.pattern, "zigzag deals time out: attention alone")
+        check(not others, "pattern", config.pattern, "must be attention only for context=zigzag")
         capacity = None if config.moe is None else config.moe.capacity_factor
         field = "moe.capacity_factor"
-        check(capacity is None, field, capacity, "must be None: zigzag deals time out")
+        check(capacity is None, field, capacity, "must be None for context=zigzag")

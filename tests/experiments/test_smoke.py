@@ -100,7 +100,7 @@ def test_a_wrong_field_is_one_line_and_runs_nothing(tmp_path, capsys):
         ("model.width=-4", "model.width=-4: must be > 0"),
         ("training.steps=0", "training.steps=0: must be > 0"),
         ("data.batch_size=0", "data.batch_size=0: must be at least 1"),
-        ("mesh.tensor=3", "mesh=data=-1 × tensor=3: 1 devices do not divide by 3"),
+        ("mesh.tensor=3", "mesh=data=-1 × tensor=3: 3 must divide the number of devices, 1"),
         ("data.sequence_length=1", "data.sequence_length=1: must be at least 2"),
     ],
 )

@@ -209,7 +209,7 @@ ATTENDING = DecoderConfig(
     "context, options, sizes, message",
     [
         ("rink", {}, {}, "context='rink': must be one of gather, ring, .*did you mean 'ring'"),
-        ("ring", {}, {}, "attention.context='ring': changes nothing: mesh.sequence=1"),
+        ("ring", {}, {}, "attention.context='ring': changes nothing: mesh.sequence is 1"),
         (
             "ulysses", {}, dict(sequence=4, tensor=2),
             "attention.num_kv_heads=4: must be a multiple of mesh sequence × tensor=8",
@@ -222,19 +222,19 @@ ATTENDING = DecoderConfig(
             "zigzag",
             dict(pattern=("attention", "rwkv7"), rwkv=RwkvConfig(8, 4, 4, 4, 4)),
             dict(sequence=2),
-            "pattern=.*: zigzag deals time out",
+            "pattern=.*: must be attention only for context=zigzag",
         ),
         (
             "zigzag",
             dict(feed_forward=("moe",), moe=MoeConfig(4, 16, capacity_factor=1.0)),
             dict(sequence=2),
-            "moe.capacity_factor=1.0: must be None: zigzag deals time out",
+            "moe.capacity_factor=1.0: must be None for context=zigzag",
         ),
         (
             "ring",
             dict(pattern=("rwkv7",), rwkv=RwkvConfig(8, 4, 4, 4, 4), position="none"),
             dict(sequence=2),
-            "attention.context='ring': changes nothing: no layer of the pattern attends",
+            "attention.context='ring': changes nothing: the pattern has no attention",
         ),
     ],
 )  # fmt: skip

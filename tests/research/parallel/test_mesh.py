@@ -41,13 +41,13 @@ def test_the_open_axis_takes_what_is_left(sizes, open_axis):
 
 
 def test_sizes_that_do_not_fit_name_the_numbers():
-    with pytest.raises(ConfigError, match=r"fsdp=3: needs 3 devices, there are 8"):
+    with pytest.raises(ConfigError, match=r"fsdp=3: requires 3 devices, there are 8"):
         MeshConfig(data=1, fsdp=3).sizes(8)
-    with pytest.raises(ConfigError, match=r"8 devices do not divide by 3"):
+    with pytest.raises(ConfigError, match=r"3 must divide the number of devices, 8"):
         MeshConfig(data=-1, fsdp=3).sizes(8)
-    with pytest.raises(ConfigError, match=r"mesh.tensor=0: must be > 0, or -1 to fill"):
+    with pytest.raises(ConfigError, match=r"mesh.tensor=0: must be > 0, or -1 for all"):
         from_mapping(MeshConfig, {"tensor": 0}, "mesh")
-    with pytest.raises(ConfigError, match="only one axis may be -1"):
+    with pytest.raises(ConfigError, match="at most one axis may be -1"):
         MeshConfig(data=-1, fsdp=-1)
     with pytest.raises(ConfigError, match="mesh.tensr=2: no such field; did you mean 'tensor'"):
         from_mapping(MeshConfig, {"tensr": 2}, "mesh")

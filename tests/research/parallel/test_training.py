@@ -46,7 +46,7 @@ ALL_MESHES = (
 try:
     train(MODEL, DATA, TRAINING, mesh=MeshConfig(data=1, tensor=3))
 except ConfigError as error:
-    assert str(error) == "mesh=tensor=3: needs 3 devices, there are 8", error
+    assert str(error) == "mesh=tensor=3: requires 3 devices, there are 8", error
 else:
     raise AssertionError("3 devices of 8")
 

@@ -37,7 +37,7 @@ def test_an_unknown_slice_is_one_line():
         with pytest.raises(ConfigError, match=f"^topology='{name}': ") as caught:
             topology_mesh(name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="tensor=3: needs 3 devices, there are 4"):
+    with pytest.raises(ConfigError, match="tensor=3: requires 3 devices, there are 4"):
         topology_mesh("v5e:2x2", MeshConfig(data=1, tensor=3))
     assert dict(os.environ) == before
 

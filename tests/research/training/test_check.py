@@ -44,7 +44,7 @@ def setup(model, training, mesh, topology="v5e:1x1"):
             dict(position="learned", max_length=7), {}, {},
             "data.sequence_length=8: must be at most model.max_length=7",
         ),
-        (dict(microbatches=2), {}, {}, "microbatches=2: changes nothing: mesh.stage=1"),
+        (dict(microbatches=2), {}, {}, "microbatches=2: changes nothing: mesh.stage is 1"),
         (
             {}, dict(gradient_accumulation=3), {},
             "training.gradient_accumulation=3: must divide the 2 rows of a device",
@@ -53,8 +53,8 @@ def setup(model, training, mesh, topology="v5e:1x1"):
             {}, dict(optimizer=OptimizerConfig(master=True)), {},
             "training.optimizer.master=True: changes nothing: model.param_dtype is float32",
         ),
-        ({}, {}, dict(zero=2), "mesh.zero=2: changes nothing: mesh.fsdp=1 splits nothing"),
-        ({}, {}, dict(tensor=3), "mesh=data=-1 × tensor=3: 1 devices do not divide by 3"),
+        ({}, {}, dict(zero=2), "mesh.zero=2: changes nothing: mesh.fsdp is 1"),
+        ({}, {}, dict(tensor=3), "mesh=data=-1 × tensor=3: 3 must divide the number of devices, 1"),
     ],
 )  # fmt: skip
 def test_both_refuse(model, training, mesh, message, tmp_path):
