@@ -186,7 +186,7 @@ MODEL = DecoderConfig(64, 32, 4, AttentionConfig(4), MlpConfig(64), microbatches
         (
             dict(stage=4),
             dict(circuits=2),
-            "num_layers=4: 2 repeats of the pattern a circuit must be a multiple of mesh stage=4",
+            "num_layers=4: its 2 repeats of the pattern per circuit must be a multiple of mesh",
         ),
         (
             dict(stage=2),
