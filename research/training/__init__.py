@@ -1,4 +1,4 @@
-"""Training: a step, a loop that can be killed at any moment, and what it leaves behind."""
+"""Training: objectives, the compiled step, the loop, its checkpoints and its metrics."""
 
 from research.training.config import TrainingConfig
 from research.training.disk import WriteError

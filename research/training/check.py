@@ -1,4 +1,4 @@
-"""Whether the parts of a run fit one another and the devices: one check for a run and its plan."""
+"""Whether the parts of a run fit one another and the devices: the same check for runs and plans."""
 
 from collections.abc import Sequence
 
@@ -31,12 +31,12 @@ def check_run(
     objective: Objective | None = None,
     patterns: Sequence[str] = trainable.ALL,
 ) -> None:
-    """Check that a run can train on ``mesh``, whose devices need not be there.
+    """Check that a run can train on ``mesh``, which may consist of devices that do not exist.
 
     Args:
-      strategy: what ``mesh`` was made of.
-      batch_size, sequence_length, vocabulary: of the data; None where they are not known before.
-      patterns: what is trained.
+      strategy: the configuration that ``mesh`` was made from.
+      batch_size, sequence_length, vocabulary: of the data; None if they are not known in advance.
+      patterns: of the trained parameters, see `research.training.trainable`.
 
     Raises:
       ConfigError: sizes that do not divide or do not fit, a field that changes nothing, or an
@@ -49,10 +49,10 @@ def check_run(
         _check_decoder(model, training, mesh, batch_size, sequence_length, vocabulary)
     else:
         stages = mesh.shape["stage"]
-        check(stages == 1, "mesh.stage", stages, "must be 1: only a decoder's layers have stages")
+        check(stages == 1, "mesh.stage", stages, "must be 1: only decoders support stages")
         divides = f"must be a multiple of mesh stage×data×fsdp×expert={ways}"
         check(batch_size % ways == 0, "batch_size", batch_size, divides)
-    # a process brings its own rows, whole: the other axes cannot reach across processes
+    # each process loads complete rows, so only axes that shard rows can go across processes
     processes = len({device.process_index for device in mesh.devices.flat})
     check(
         ways % processes == 0,
@@ -60,23 +60,25 @@ def check_run(
         ways,
         f"must be a multiple of the {processes} processes",
     )
-    parts, each = training.gradient_accumulation, batch_size // ways
-    together = 1 if objective is None else objective.rows_together
+    microbatches, device_rows = training.gradient_accumulation, batch_size // ways
+    rows_together = 1 if objective is None else objective.rows_together
     check(
-        each % together == 0,
+        device_rows % rows_together == 0,
         "batch_size",
         batch_size,
-        f"the {each} rows of a device must be a multiple of {together}, which belong together",
+        f"the {device_rows} rows of a device must be a multiple of {rows_together}, the rows that "
+        "belong together",
     )
     check(
-        each // together % parts == 0,
+        device_rows // rows_together % microbatches == 0,
         "training.gradient_accumulation",
-        parts,
-        f"must divide the {each // together} {'rows' if together == 1 else 'groups'} of a device",
+        microbatches,
+        f"must divide the {device_rows // rows_together} "
+        f"{'rows' if rows_together == 1 else 'groups'} of a device",
     )
     optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
     trainable.check_patterns(jax.eval_shape(lambda: build(model, nnx.Rngs(0))), patterns)
-    # refuses moments that the mesh or the stage does not shard
+    # raises if neither the mesh nor the stage shards the moments
     abstract_state(
         model, optimizer, mesh, strategy.zero_stage, patterns=patterns, offload=strategy.offload
     )
@@ -90,14 +92,14 @@ def _check_decoder(
     sequence_length: int | None,
     vocabulary: int | None,
 ) -> None:
-    # where the length is not known before, any that the mesh divides
+    # if the length is not known in advance, any length that the mesh divides
     length = 2 * mesh.shape["sequence"] if sequence_length is None else sequence_length
     validate(model, mesh, batch_size=batch_size, sequence_length=length)
     check(
         vocabulary is None or vocabulary <= model.vocab_size,
         "model.vocab_size",
         model.vocab_size,
-        f"must be at least the data's {vocabulary}",
+        f"must be at least the vocabulary of the data, {vocabulary}",
     )
     limit = model.max_length if model.position == "learned" else None
     check(

@@ -1,4 +1,4 @@
-"""What a training run is told, as one frozen dataclass."""
+"""The configuration of a training run."""
 
 import dataclasses
 
@@ -8,12 +8,13 @@ from research.training.optimizers import OptimizerConfig, make_schedule
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long, how, and what is kept.
+    """Number of steps, optimiser, and how often to evaluate, save and log.
 
-    ``gradient_accumulation``: micro-batches a step; must divide the batch. ``z_loss``: coefficient
-    of ``log²Z``. ``eval_every``, ``eval_batches``: held-out evaluation, also after the last step;
-    0 batches for none. ``checkpoint_every``: also saved after the last step. ``keep``: newest
-    checkpoints kept, besides the one with the lowest held-out loss. ``log_every``: steps a record.
+    ``gradient_accumulation``: micro-batches per step; must divide the batch. ``z_loss``:
+    coefficient of ``log²Z``. ``eval_every``, ``eval_batches``: held-out evaluation, also after the
+    last step; 0 batches for none. ``checkpoint_every``: also saved after the last step. ``keep``:
+    newest checkpoints that are kept, besides the one with the lowest held-out loss. ``log_every``:
+    steps between two lines of the metrics.
     """
 
     steps: int

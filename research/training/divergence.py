@@ -1,4 +1,4 @@
-"""A run whose loss is no longer a number stops, and says where."""
+"""Stop a run whose loss or gradient is not finite."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,16 +21,18 @@ def check_finite(
 ) -> None:
     """Raise `DivergenceError` unless loss and gradient norm of ``step`` are finite.
 
-    The batch is written to ``workdir`` as ``diverged-<step>.npz``, to look at.
+    The batch is written to ``workdir`` as ``diverged-<step>.npz``, for inspection.
     """
-    wrong = [name for name in ("loss", "gradient_norm") if not np.isfinite(metrics[name])]
-    if not wrong:
+    not_finite = [name for name in ("loss", "gradient_norm") if not np.isfinite(metrics[name])]
+    if not not_finite:
         return
-    where = ""
+    note = ""
     if workdir is not None:
         path = workdir / f"diverged-{step}.npz"
         arrays: Any = {name: np.asarray(value) for name, value in batch.items()}
         write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
-        where = f", its batch is in {path.name}"
-    numbers = ", ".join(f"{name}={metrics[name]}" for name in wrong)
-    raise DivergenceError(f"step {step}: {numbers}{where}; the last checkpoint is from before it")
+        note = f", its batch is in {path.name}"
+    numbers = ", ".join(f"{name}={metrics[name]}" for name in not_finite)
+    raise DivergenceError(
+        f"step {step}: {numbers}{note}; the last checkpoint is from an earlier step"
+    )

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit. Goes into every record; names no path."""
+"""Versions, device and commit of a run, for every record; no path is recorded."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def environment() -> dict[str, Any]:
-    """Versions, platform, devices, commit and whether files differ from it, JSON-ready.
+    """Versions, platform, devices, commit and whether files differ from it, in JSON's types.
 
-    The last two are None outside a checkout, or where there is no git.
+    The last two are None outside a git checkout or without git.
     """
     devices = jax.devices()
     changes = _git("status", "--porcelain", "--untracked-files=no")
@@ -51,7 +51,7 @@ def _cpu() -> str:
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:  # no git here: a container, most likely
+        completed = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None

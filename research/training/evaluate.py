@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy."""
+"""Metrics of a model on held-out data."""
 
 from typing import Any
 
@@ -22,30 +22,33 @@ def evaluate(
     objective: Objective = NextToken(),  # noqa: B008
     frozen: Any = None,
 ) -> dict[str, float]:
-    """Metrics of ``objective`` over the first ``batches`` held-out batches, the same every time.
+    """Metrics of ``objective`` over the first ``batches`` held-out batches, the same at every call.
 
-    Of the next token: ``loss`` in nats a token, ``accuracy``, and what mixtures of experts report.
+    For the next token: ``loss`` in nats per token, ``accuracy``, and the metrics of mixtures of
+    experts.
 
     Raises:
-      ConfigError: ``batches`` < 1, a source without held-out batches, or none with anything to
-        predict.
+      ConfigError: ``batches`` < 1, a source without held-out batches, or held-out batches without a
+        label.
     """
     check(batches > 0, "batches", batches, "must be > 0")
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     step = make_eval_step(objective)
     if isinstance(data, DataConfig):
-        name, given = data.source, held_out(data, batches)
+        name, held_out_batches = data.source, held_out(data, batches)
     else:
         check_held_out(data, batches)
-        name, given = data.name, data.held_out(batches)  # type: ignore[attr-defined]
+        name, held_out_batches = data.name, data.held_out(batches)  # type: ignore[attr-defined]
     total: Any = 0.0
     totals: dict[str, Any] = {}
     config = getattr(model, "config", None)
     with use_mesh(mesh):
-        pending = [step(model, shard_batch(batch, mesh, config), frozen) for batch in given]
+        pending = [
+            step(model, shard_batch(batch, mesh, config), frozen) for batch in held_out_batches
+        ]
     for denominator, sums in pending:
         total = total + np.asarray(denominator, np.float64)
         for metric, value in sums.items():
             totals[metric] = totals.get(metric, 0.0) + np.asarray(value, np.float64)
-    check(float(total) > 0, "data", name, "its held-out split has nothing to predict")
+    check(float(total) > 0, "data", name, "its held-out split has no labels")
     return scalars(objective.metrics(totals, total))

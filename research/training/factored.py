@@ -1,8 +1,8 @@
-"""Adafactor's second moments (Shazeer 2018, arXiv:1804.04235): of a matrix two vectors.
+"""Adafactor's second moments (Shazeer 2018, arXiv:1804.04235): two vectors per matrix.
 
-optax's factor the two longest dimensions of an array, if both are 128 or more. Here an array may
-hold the matrices of many layers and experts, and a side of a matrix may be heads × channels, so
-what is a matrix follows from the names of its dimensions.
+optax factors the two longest dimensions of an array if both are at least 128. Here an array may
+contain the matrices of many layers and experts, and one side of a matrix may have several
+dimensions, such as heads × channels. So the names of the dimensions decide what is a matrix.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from layers.weights import map_named
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """Means over one side of a matrix, float32: the other side's dimensions are 1."""
+    """Means over one side of a matrix, float32; the dimensions of that side have size 1."""
 
     rows: jax.Array
     columns: jax.Array
 
 
 class FactoredState(NamedTuple):
-    """``moments`` as the parameters: `Factored` where there are `sides`, else as many numbers."""
+    """``moments`` has the parameters' structure: `Factored` if there are `sides`, else arrays."""
 
     count: jax.Array
     moments: Any
 
 
 def sides(array: Any, axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The input and output dimensions of the maps that ``array`` holds; None if it holds none.
+    """The input and output dimensions of the linear maps in ``array``; None if it contains no map.
 
-    ``embed`` is one side of a map and the other named dimensions are the other; a stack's leading
-    dimension and that of experts are batches of maps.
+    ``embed`` is one side of a map, the other named dimensions are the other side. The leading
+    dimension of a stack and that of experts are batch dimensions.
     """
     if len(axes) < 2 or "embed" not in axes:
         return None
@@ -49,11 +49,11 @@ def sides(array: Any, axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | N
 def scale_by_factored_rms(
     decay: float = 0.8, clip: float = 1.0, eps: float = 1e-30
 ) -> optax.GradientTransformation:
-    """Algorithm 4 and 5, without a relative step size: gradients over the root of ``V̂``, clipped.
+    """Algorithms 4 and 5, without a relative step size: gradients over the root of ``V̂``, clipped.
 
-    ``V̂ = R C / mean(R)``, with ``R`` and ``C`` the running means of ``G² + eps`` over either side
-    and ``β₂ = 1 − t^−decay`` (§7.2). ``clip``: the largest root mean square of an update of one
-    matrix or vector (§6).
+    ``V̂ = R C / mean(R)``, where ``R`` and ``C`` are the running means of ``G² + eps`` over the two
+    sides, and ``β₂ = 1 − t^−decay`` (§7.2). ``clip``: the largest root mean square of the update of
+    one matrix or vector (§6).
     """
 
     def init(params):
@@ -62,8 +62,12 @@ def scale_by_factored_rms(
                 shape = tuple(1 if i in over else n for i, n in enumerate(a.shape))
                 return jnp.zeros(shape, jnp.float32)
 
-            found = sides(a, axes)
-            return zeros() if found is None else Factored(zeros(found[1]), zeros(found[0]))
+            dimensions = sides(a, axes)
+            return (
+                zeros()
+                if dimensions is None
+                else Factored(zeros(dimensions[1]), zeros(dimensions[0]))
+            )
 
         return FactoredState(jnp.zeros((), jnp.int32), map_named(moment, params))
 
@@ -73,24 +77,24 @@ def scale_by_factored_rms(
         keep = 1 - count.astype(jnp.float32) ** -decay
 
         def track(g, axes, old):
-            found = sides(g, axes)
+            dimensions = sides(g, axes)
             square = jnp.square(g.astype(jnp.float32)) + eps
-            if found is None:
+            if dimensions is None:
                 return keep * old + (1 - keep) * square
-            rows, columns = (jnp.mean(square, axis=found[i], keepdims=True) for i in (1, 0))
+            rows, columns = (jnp.mean(square, axis=dimensions[i], keepdims=True) for i in (1, 0))
             return Factored(
                 keep * old.rows + (1 - keep) * rows,
                 keep * old.columns + (1 - keep) * columns,
             )
 
         def scaled(g, axes, v):
-            found = sides(g, axes)
-            if found is None:
+            dimensions = sides(g, axes)
+            if dimensions is None:
                 over = tuple(range(g.ndim - len(axes), g.ndim))
                 scale = jax.lax.rsqrt(v)
             else:
-                over = (*found[0], *found[1])
-                mean = jnp.mean(v.rows, axis=found[0], keepdims=True)
+                over = (*dimensions[0], *dimensions[1])
+                mean = jnp.mean(v.rows, axis=dimensions[0], keepdims=True)
                 scale = jax.lax.rsqrt(v.rows / mean) * jax.lax.rsqrt(v.columns)
             u = g.astype(jnp.float32) * scale
             rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=over, keepdims=True))

@@ -1,4 +1,4 @@
-"""Model FLOPs of a training token, and the share of the chip's peak they come to (MFU)."""
+"""Model FLOPs per token, and the peak FLOP/s of the device, for model FLOPs utilisation (MFU)."""
 
 import math
 from typing import Any
@@ -13,17 +13,20 @@ from research.parallel import chips
 
 
 def train_flops_per_token(model: Decoder, sequence_length: int) -> float:
-    """Forward and backward: ``6 N + 6 · layers · reach · 2 · h · c`` (PaLM, appendix B).
+    """FLOPs of both passes: ``6 N + 6 · layers · reach · 2 · h · c`` (PaLM, appendix B).
 
-    ``N`` counts every weight that a token is multiplied by: all but tables that are only looked up
-    and the experts it does not go to.
-    ``reach`` is the mean number of keys a query sees: half the length, or what the window leaves.
+    ``N`` counts the weights that a token is multiplied by: all except tables that are only looked
+    up and experts that the token is not routed to. ``reach`` is the mean number of keys that a
+    query sees: half the length, or fewer with a window.
     """
     return 3.0 * forward_flops_per_token(model, sequence_length)
 
 
 def forward_flops_per_token(model: Decoder, sequence_length: int, *, cached: bool = False) -> float:
-    """A third of `train_flops_per_token`; ``cached``: of the token after ``sequence_length``."""
+    """FLOPs of the forward pass, a third of `train_flops_per_token`.
+
+    ``cached``: those of one token after ``sequence_length`` cached ones.
+    """
     config = model.config
     weights = _multiplied(model, model)
     if not config.tie_embeddings:
@@ -34,10 +37,10 @@ def forward_flops_per_token(model: Decoder, sequence_length: int, *, cached: boo
 
 
 def recomputed_flops_per_token(model: Decoder, sequence_length: int) -> float:
-    """What ``remat`` computes again in the backward pass.
+    """FLOPs per token that ``remat`` computes again in the backward pass.
 
-    Not the last product of what is kept as a whole, a repeat or a layer, whose result the backward
-    pass does not ask for.
+    The last product of a recomputed unit, a repeat or a layer, is not counted: the backward pass
+    does not need its result.
     """
     remat, blocks = model.config.remat, list(model.blocks)
     if remat == "none":
@@ -55,12 +58,12 @@ def recomputed_flops_per_token(model: Decoder, sequence_length: int) -> float:
 
 
 def _kept(mixer: Any) -> Any:
-    """The parts of ``mixer`` whose products ``narrow`` keeps."""
+    """The parts of ``mixer`` whose products ``narrow`` keeps for the backward pass."""
     if isinstance(mixer, LatentAttention):
         return mixer
     if not isinstance(mixer, Attention):
         return mixer.out
-    # what is normalised is not what is kept
+    # normalised queries and keys are recomputed
     first = [] if mixer.query_norm is not None else [mixer.query, mixer.key]
     return [*first, mixer.value, mixer.out]
 
@@ -70,20 +73,23 @@ def _size(tree: Any) -> int:
 
 
 def _multiplied(model: Decoder, tree: Any) -> float:
-    """Weights of ``tree``, all of ``model`` or its blocks, without experts not gone to."""
+    """Weights of ``tree`` (``model`` or its blocks) that a token is multiplied by.
+
+    Of the experts, only those that a token is routed to are counted.
+    """
     weights = float(_size(tree))
     for moe in model.mixtures:
-        held = _size([moe.gate, moe.up, moe.down])
-        weights -= held * (1 - moe.config.experts_per_token / moe.config.num_experts)
+        experts = _size([moe.gate, moe.up, moe.down])
+        weights -= experts * (1 - moe.config.experts_per_token / moe.config.num_experts)
     return weights
 
 
 def _attended(model: Decoder, length: int, cached: bool) -> float:
-    """Keys that a token sees, times heads and channels, over all layers."""
+    """Keys that a token sees, times heads and channels, summed over all layers."""
     config, attended = model.config, 0.0
     for kind in config.pattern:
         if kind not in ("attention", "sliding"):
-            continue  # a recurrence's own work is small beside its projections
+            continue  # a recurrence costs little compared with its projections
         window = config.part("attention").window if kind == "sliding" else None
         w = min(window or length, length)
         attended += w if cached else (w * (w + 1) / 2 + (length - w) * w) / length
@@ -94,6 +100,6 @@ def _attended(model: Decoder, length: int, cached: bool) -> float:
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of one of this process's devices, or None if it is not in the table."""
+    """Peak FLOP/s of one device of this process, or None if the device is not in the table."""
     chip = chips.find(jax.devices()[0].device_kind)
     return None if chip is None else chip.flops

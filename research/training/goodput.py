@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's wall-clock time that went into steps that count."""
+"""Goodput: the share of a run's wall-clock time that was spent in steps that count."""
 
 import contextlib
 import time
@@ -11,17 +11,18 @@ PARTS: tuple[str, ...] = ("step", "start", "compile", "data", "evaluate", "save"
 
 
 class Clock:
-    """Charges every second since the run began, restarts included, to one of `PARTS`.
+    """Assigns every second since the run began, restarts included, to one of `PARTS`.
 
     ``step``: steps that count, the only productive part. ``start``: from the call of `train` to the
-    first step, with the state made or restored. ``compile``: the first call of the step, after each
-    start. ``data``: waiting for a batch while no step ran. ``evaluate``, ``save``: while the loop
-    stood still for it. ``profile``: beginning and writing a trace. ``lost``: from the checkpoint
-    that a run goes on from, or from its beginning where there was none, to its next start: steps
-    that are done again, and the time when no process ran.
+    first step, including the initialisation or restoration of the state. ``compile``: the first
+    call of the step after each start. ``data``: waiting for a batch while no step ran.
+    ``evaluate``, ``save``: the time for which the loop stopped for them. ``profile``: beginning and
+    writing a trace. ``lost``: from the checkpoint that a run resumes from (or from the beginning of
+    the run if there was none) to its next start: steps that are computed again, and the time when
+    no process ran.
 
-    What was charged is saved with the state, so that steps after the checkpoint do not count. The
-    moment when the run began is in ``clock.json``, since there may be no checkpoint yet.
+    The seconds are saved with the state, so that steps after the checkpoint do not count. The time
+    when the run began is in ``clock.json``, because there may be no checkpoint yet.
     """
 
     def __init__(self):
@@ -31,7 +32,7 @@ class Clock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def resume(self, seconds: Mapping[str, float], workdir: Path | None) -> None:
-        """Go on from ``seconds``, which the checkpoint held; with none, note that a run begins."""
+        """Continue from the checkpoint's ``seconds``; if empty, record when the run begins."""
         for part, spent in seconds.items():
             self._seconds[part] += spent
         if workdir is None:
@@ -40,22 +41,22 @@ class Clock:
         if not path.exists():
             write_json(path, {"began": self._called - before})
         elapsed = self._called - read_json(path)["began"]
-        # hosts' clocks differ: a machine that is behind the one before has lost nothing
+        # clocks of hosts differ: with a clock behind that of the previous host, nothing is lost
         self._seconds["lost"] += max(0.0, elapsed - before)
 
     @contextlib.contextmanager
     def during(self, part: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Charge what is inside to ``part``, unless at its end ``unless()``: as if not here."""
-        before = self._part
+        """Assign the time inside to ``part``; if ``unless()`` at the end, to the previous part."""
+        previous = self._part
         self._charge()
         self._part = part
         try:
             yield
         finally:
             if unless():
-                self._part = before
+                self._part = previous
             self._charge()
-            self._part = before
+            self._part = previous
 
     def seconds(self) -> dict[str, float]:
         """Part → seconds so far; their sum is the time since the run began."""
@@ -63,7 +64,7 @@ class Clock:
         return dict(self._seconds)
 
     def row(self) -> dict[str, float]:
-        """``goodput`` in [0, 1], and ``seconds_<part>`` of each part that took any."""
+        """``goodput`` in [0, 1], and ``seconds_<part>`` of each part that is not 0."""
         seconds = self.seconds()
         elapsed = sum(seconds.values())
         row = {"goodput": seconds["step"] / elapsed} if elapsed else {}

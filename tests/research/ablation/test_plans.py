@@ -128,7 +128,7 @@ def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
         ),
         (
             ["--topology=v5e:2x2", "--config.model.vocab_size=9"],
-            "model.vocab_size=9: must be at least the data's 258",
+            "model.vocab_size=9: must be at least the vocabulary of the data, 258",
         ),
         (["--fit", "--sweep"], "not allowed with argument"),
         (["--topology=v5e:2x2", "--config.model.widht=3"], "did you mean 'width'?"),

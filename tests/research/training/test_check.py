@@ -39,7 +39,7 @@ def setup(model, training, mesh, topology="v5e:1x1"):
 @pytest.mark.parametrize(
     "model, training, mesh, message",
     [
-        (dict(vocab_size=15), {}, {}, "model.vocab_size=15: must be at least the data's 16"),
+        (dict(vocab_size=15), {}, {}, "model.vocab_size=15: must be at least the vocabulary of the data, 16"),
         (
             dict(position="learned", max_length=7), {}, {},
             "data.sequence_length=8: must be at most model.max_length=7",

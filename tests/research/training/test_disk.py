@@ -29,7 +29,7 @@ def test_a_checkpoint_directory_that_is_lost_in_a_run(tmp_path, at):
             place.rename(gone)
             place.write_text("")
 
-    with pytest.raises(WriteError, match="cannot be written: .*; once it can, the") as caught:
+    with pytest.raises(WriteError, match="cannot be written: .*; when it can, the") as caught:
         run(tmp_path / "run", progress=lose)
     assert str(caught.value).startswith(f"{place}: ") and "\n" not in str(caught.value)
     place.unlink()
@@ -54,7 +54,7 @@ WRITING = 'Error writing "model/a" in OCDBT database: Error reading ByteRange'
     ],
 )
 def test_what_is_told_without_a_code(tmp_path, text, reason):
-    with pytest.raises(WriteError, match=f"cannot be written: {reason}; once it can"):
+    with pytest.raises(WriteError, match=f"cannot be written: {reason}; when it can"):
         with writing(tmp_path):
             raise ValueError(text)
     with pytest.raises(ValueError, match="^another$"):
