@@ -1,4 +1,4 @@
-"""Training: resumes what a workdir holds, and leaves it resumable whatever happens."""
+"""`train`: a training run that resumes from the newest checkpoint of its workdir."""
 
 import contextlib
 import dataclasses
@@ -58,43 +58,43 @@ def train(
     profile: tuple[int, int] | None = None,
     devices: Sequence | None = None,
 ) -> TrainResult:
-    """Train a model, from ``workdir``'s newest checkpoint if it holds one.
+    """Train a model, from ``workdir``'s newest checkpoint if there is one.
 
-    Of several processes, one that is lost ends the others (`research.parallel.processes`).
+    If one of several processes is lost, the others end (`research.parallel.processes`).
 
-    A resumed run gives the same numbers, bit for bit, as one that was never interrupted, on the
+    A resumed run gives the same numbers, bit for bit, as a run that was never interrupted, on the
     same mesh and machine. SIGTERM saves and raises `Preempted` (exit status 0); Ctrl-C saves and
     raises KeyboardInterrupt.
 
     Args:
       model: a decoder's configuration, or one that builds another module (`ModelConfig`).
-      data: what to read; None with a ``source``.
+      data: the configuration of the data; None with a ``source``.
       seed: of the initial weights and of the order of the data.
-      workdir: where checkpoints, metrics and the environment are written; None writes nothing.
+      workdir: the folder for checkpoints, metrics and the environment; None writes nothing.
       init: maps the freshly initialised model to the one to start from; not called on resume.
-      objective: what is minimised; None: the next token, with ``training.z_loss``.
+      objective: what is minimised; None: next token, with ``training.z_loss``.
       source: gives the batches in place of ``data``.
-      frozen: trees that the objective reads and nothing trains, as `Objective` says; stored
-        sharded like parameters, and no part of a checkpoint: give them again on resume.
-      trainable: patterns of the paths of the parameters that are trained, as
-        `research.training.trainable` says. The others have no gradient and no moments, and are
+      frozen: trees that the objective reads and that are not trained, see `Objective`. They are
+        sharded like parameters and are not saved: give them again on resume.
+      trainable: patterns for the paths of the trained parameters, see
+        `research.training.trainable`. All other parameters have no gradient and no moments, and are
         saved once, beside the checkpoints.
       progress: called with ``(step, steps, metrics)``; None shows a bar.
-      profile: ``(first, end)``: trace these steps, ``end`` not among them, into
+      profile: ``(first, end)``: trace the steps from ``first`` to before ``end`` into
         ``workdir/profile``; see `research.training.profile`. Changes no number.
-      devices: of ``mesh``; None is all there are.
+      devices: of ``mesh``; None: all.
 
     Raises:
-      ConfigError: parts that do not fit one another or the devices, or a workdir that was begun
-        with another configuration; before anything is compiled.
-      DivergenceError: a loss or gradient that is not finite; the last good checkpoint stays.
+      ConfigError: parts that do not fit one another or the devices, or a workdir of a run with
+        another configuration; raised before compilation.
+      DivergenceError: a loss or gradient is not finite; the last good checkpoint remains.
       DataError: the data could not give a batch.
-      WriteError: a checkpoint or the metrics could not be written; raised at the next save or at
-        the end, as saves are written while training goes on.
+      WriteError: a checkpoint or the metrics could not be written. Saves are written during
+        training, so it is raised at the next save or at the end.
     """
     clock, patterns = Clock(), tuple(trainable)
     the_mesh = make_mesh(mesh, devices)
-    _check_given(data, training, objective, source)
+    _check_arguments(data, training, objective, source)
     if data is None:
         assert source is not None
         size: Any = dict(batch_size=source.batch_size)
@@ -122,7 +122,7 @@ def train(
         stack.enter_context(use_mesh(the_mesh))
         if saved:
             stack.callback(saved.close)
-        # inside of the line above: to close waits for the other processes
+        # entered after the line above, so that it is left first: close waits for other processes
         stack.enter_context(fate_shared())
         restored = saved.restore() if saved else None
         if restored is not None:
@@ -145,7 +145,7 @@ def train(
             training=training,
             objective=objective or default_objective(training),
             source=source,
-            frozen=_on_mesh(frozen, the_mesh),
+            frozen=_reshard_frozen(frozen, the_mesh),
             mesh=the_mesh,
             checkpoints=saved.checkpoints if saved else None,
             save=saved.save if saved else None,
@@ -160,19 +160,24 @@ def train(
         )
         stack.enter_context(run.feed.watched())
         stack.enter_context(clock.during("step"))
-        state = run.go(state)
+        state = run.train(state)
         return TrainResult(state.model, dict(run.metrics))
 
 
-def _check_given(data, training, objective, source) -> None:
-    given = "given" if data is not None and source is not None else None
-    check((data is None) != (source is None), "source", given, "give data or a source, one of them")
-    unread = objective is not None and training.z_loss
+def _check_arguments(data, training, objective, source) -> None:
+    both = "given" if data is not None and source is not None else None
     check(
-        not unread,
+        (data is None) != (source is None),
+        "source",
+        both,
+        "exactly one of data and source is required",
+    )
+    unused = objective is not None and training.z_loss
+    check(
+        not unused,
         "training.z_loss",
         training.z_loss,
-        "is the next-token objective's: set it there",
+        "must be 0 with an objective: set z_loss in NextToken",
     )
 
 
@@ -182,7 +187,7 @@ def _abstract(training, mesh, model, *, stage, patterns, offload) -> TrainState:
 
 
 def _initial(model, training, mesh: Mesh, seed: int, init, **strategy) -> TrainState:
-    """Step 0, sharded as it is stored."""
+    """The state of step 0, in its stored sharding."""
     fresh_model, fresh_state = _begin(model, training, mesh, **strategy)
     fresh = fresh_model(seed)
     return fresh_state(fresh if init is None else init(fresh), seed)
@@ -190,7 +195,7 @@ def _initial(model, training, mesh: Mesh, seed: int, init, **strategy) -> TrainS
 
 @functools.lru_cache(maxsize=16)
 def _begin(model, training, mesh: Mesh, *, stage, patterns, offload) -> tuple[Any, Any]:
-    """Compiled once for every seed: ``(model of a seed, state that begins with a model)``."""
+    """Compiled for all seeds: ``(seed → model, (model, seed) → state of step 0)``."""
     abstract = _abstract(training, mesh, model, stage=stage, patterns=patterns, offload=offload)
     stored = jax.tree.map(lambda a: a.sharding, abstract)
     optimizer = make_optimizer(training.optimizer, training.steps, offload=offload)
@@ -207,9 +212,9 @@ def _begin(model, training, mesh: Mesh, *, stage, patterns, offload) -> tuple[An
     )
 
 
-def _on_mesh(frozen: Any, mesh: Mesh) -> Any:
+def _reshard_frozen(frozen: Any, mesh: Mesh) -> Any:
     return frozen if mesh.size == 1 else jax.device_put(frozen, shardings(frozen, mesh))
 
 
 def _silent(step: int, steps: int, metrics: Mapping[str, float]) -> None:
-    """Progress of the processes other than the first: one bar is enough."""
+    """Progress of all processes but the first, which alone shows a bar."""

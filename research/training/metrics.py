@@ -1,4 +1,4 @@
-"""Metrics: JSON lines are the record, TensorBoard the view."""
+"""Metrics of a run: JSON lines as the record, and TensorBoard events for viewing."""
 
 import contextlib
 import json
@@ -14,58 +14,61 @@ from tensorboardX.summary import scalar
 from research.files import parse_json, write_text
 from research.training.disk import writing
 
-_SHOWN_EVERY = 30.0  # seconds until the board shows a point
+_SHOWN_EVERY = 30.0  # seconds between two writes to TensorBoard
 
 
 class Metrics:
-    """``metrics.jsonl`` (what was computed, reproducible to the bit), ``timing.jsonl`` (how fast,
-    and where the time went: `research.training.goodput`) and ``tensorboard/`` in ``workdir``.
+    """Writes the metrics of a run to ``workdir``.
 
-    Opening at ``step`` drops what an interrupted run wrote after it, so that a resumed run's record
-    is that of an uninterrupted one. tensorboardX's `SummaryWriter` is not used: it writes in a
-    thread, which a full disk kills, from a queue, which the loop would then wait for without end.
+    ``metrics.jsonl``: what was computed, reproducible bit for bit. ``timing.jsonl``: speed, and the
+    seconds of `research.training.goodput`. ``tensorboard/``: the same numbers for viewing.
+
+    Opening at ``step`` removes what an interrupted run wrote after that step, so that the record of
+    a resumed run is that of an uninterrupted one. tensorboardX's `SummaryWriter` is not used: it
+    writes from a queue in a thread. A full disk ends the thread, and the loop would then wait for
+    the queue forever.
 
     Raises:
       WriteError: on opening and writing.
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._place = workdir
+        self._workdir = workdir
         self._files = {}
         with writing(workdir):
             for name in ("metrics", "timing"):
                 path = workdir / f"{name}.jsonl"
-                # The last line of a killed run may be half written, so the file is written anew.
+                # Rewrite the file: the last line of a killed run may be incomplete.
                 write_text(path, "".join(line + "\n" for line in _until(path, step)))
                 self._files[name] = path.open("a")
             board = workdir / "tensorboard"
             board.mkdir(exist_ok=True)
             self._board = EventsWriter(str(board / "events"))
-            # what an interrupted run has shown from here on is taken back
+            # TensorBoard drops the points of an interrupted run after this step
             begin = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
             self._point(begin)
             self._board.flush()
             self._shown = time.monotonic()
 
     def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of ``name`` ("metrics" or "timing"), and its points on the board.
+        """Append one line to ``name`` ("metrics" or "timing"), and write its points to TensorBoard.
 
-        Lists (an expert's share each) have no point there.
+        Lists (e.g. tokens per expert) are not written to TensorBoard.
         """
         row: dict[str, Any] = {"step": step, **values}
-        with writing(self._place):
+        with writing(self._workdir):
             self._files[name].write(json.dumps(row) + "\n")
             self._files[name].flush()
             for field, value in values.items():
                 if not isinstance(value, list):
                     self._point(Event(step=step, summary=scalar(f"{name}/{field}", value)))
-            if time.monotonic() - self._shown >= _SHOWN_EVERY:  # it syncs the disk
+            if time.monotonic() - self._shown >= _SHOWN_EVERY:  # flush syncs the disk
                 self._board.flush()
                 self._shown = time.monotonic()
 
     def close(self) -> None:
         for file in (*self._files.values(), self._board):
-            with contextlib.suppress(OSError):  # what failed to be written was told by `write`
+            with contextlib.suppress(OSError):  # `write` has raised the error already
                 file.close()
 
     def _point(self, event: Event) -> None:
@@ -74,7 +77,7 @@ class Metrics:
 
 
 def _until(path: Path, step: int) -> list[str]:
-    """The complete lines of ``path`` that are of no later step."""
+    """The complete lines of ``path`` up to ``step``."""
     if not path.exists():
         return []
     lines = path.read_text().rpartition("\n")[0].splitlines()

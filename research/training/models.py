@@ -1,4 +1,4 @@
-"""What is trained: a `Decoder`, or any `nnx.Module` that its configuration builds."""
+"""The model that is trained: a `Decoder`, or any `nnx.Module` that a configuration builds."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,9 +10,9 @@ from layers.decoder import Decoder, DecoderConfig
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """A frozen dataclass that builds a module; its fields are written to a run's config.json.
+    """A frozen dataclass that builds a module; its fields are written to the run's config.json.
 
-    The module's parameters are `nnx.Param`s with ``axes`` metadata, as those of all layers.
+    The module's parameters are `nnx.Param` with ``axes`` metadata, as in all layers.
     """
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module: ...
@@ -22,6 +22,6 @@ def build(config: DecoderConfig | ModelConfig, rngs: nnx.Rngs) -> Any:
     """The module of ``config`` with its initial values."""
     if isinstance(config, DecoderConfig):
         return Decoder(config, rngs=rngs)
-    can = isinstance(config, ModelConfig)
-    check(can, "model", type(config).__name__, "must be a DecoderConfig or have build(rngs)")
+    is_config = isinstance(config, ModelConfig)
+    check(is_config, "model", type(config).__name__, "must be a DecoderConfig or have build(rngs)")
     return config.build(rngs)

@@ -1,7 +1,7 @@
-"""What training minimises: a sum over a batch, and what it is a sum over.
+"""Objectives: the sum over a batch that training minimises, and its denominator.
 
-An objective is a frozen dataclass, so that one that is equal compiles nothing again. The loop,
-accumulation, ZeRO, resume and metrics are the same for all of them.
+An objective is a frozen dataclass: equal objectives share a compiled step. The loop, gradient
+accumulation, ZeRO, resume and metrics are the same for all objectives.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ Batch = Mapping[str, jax.Array]
 
 
 class Sums(NamedTuple):
-    """What an objective makes of the rows it is given.
+    """The sums of an objective over a batch or micro-batch.
 
-    ``total``: the sum to minimise. ``denominator``: what it is divided by, once for the whole batch
-    whatever the number of micro-batches: labelled tokens, sequences, pairs. ``reported``: further
-    sums, by name.
+    ``total``: the sum to minimise. ``denominator``: what the total is divided by, once for all
+    micro-batches of a batch: labelled tokens, sequences, pairs. ``reported``: further sums, by
+    name.
     """
 
     total: jax.Array
@@ -32,10 +32,10 @@ class Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Maps a model and a batch to `Sums`; subclasses have fields of their own.
+    """Maps a model and a batch to `Sums`; subclasses add fields.
 
-    ``rows_together``: consecutive rows of a batch that belong together (2 for preference pairs);
-    micro-batches never part them.
+    ``rows_together``: the number of consecutive rows that belong together (2 for preference pairs);
+    they are always in the same micro-batch.
     """
 
     rows_together: ClassVar[int] = 1
@@ -46,26 +46,26 @@ class Objective:
         """The sums over ``batch``.
 
         Args:
-          model: what is trained.
+          model: the model that is trained.
           batch: arrays whose first axis is rows.
-          key: of what is random in training; None in evaluation.
+          key: random key in training; None in evaluation.
           frozen: trees that are read and not trained: a reference policy, a reward model, a
-            teacher. An argument of the compiled step, never a constant of it.
+            teacher. They are an argument of the compiled step, never a constant.
         """
         raise NotImplementedError
 
     def metrics(self, reported: Mapping[str, Any], denominator: Any) -> dict[str, Any]:
-        """Metrics of sums over any number of batches: by default, each over the denominator."""
+        """Metrics from sums over any number of batches: by default each over the denominator."""
         return {name: value / denominator for name, value in reported.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class NextToken(Objective):
-    """Cross-entropy in nats a labelled token, plus ``z_loss · log²Z`` (PaLM, 2204.02311, §5).
+    """Cross-entropy in nats per labelled token, plus ``z_loss · log²Z`` (PaLM, 2204.02311, §5).
 
-    Reports ``loss`` (cross-entropy alone), ``accuracy`` and ``z_loss``; of a model with mixtures of
-    experts, whose losses are minimised too, also `router_metrics`. A batch holds ``tokens, targets,
-    positions, segment_ids`` and ``weights`` of labels, ``[b, t]`` each.
+    Reports ``loss`` (cross-entropy alone), ``accuracy`` and ``z_loss``. For models with mixtures of
+    experts it also minimises their losses and reports `router_metrics`. A batch has the arrays
+    ``tokens, targets, positions, segment_ids`` and ``weights`` of labels, ``[b, t]`` each.
     """
 
     z_loss: float = 0.0
@@ -99,6 +99,6 @@ def cross_entropy(logits_btv: jax.Array, targets_bt: jax.Array) -> tuple[jax.Arr
     """``(−log softmax(logits)[target], log Σ exp(logits))``, float32 ``[b, t]`` each."""
     logits_btv = logits_btv.astype(jnp.float32)
     norm_bt = jax.nn.logsumexp(logits_btv, axis=-1)
-    # A sum against a mask rather than a gather: the vocabulary may be sharded.
+    # A masked sum instead of a gather, because the vocabulary may be sharded.
     hit_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1])
     return norm_bt - jnp.sum(jnp.where(hit_btv, logits_btv, 0.0), axis=-1), norm_bt

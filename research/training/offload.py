@@ -1,6 +1,6 @@
-"""Moments that rest in the host's memory (ZeRO-Offload, Ren 2021, arXiv:2101.06840, §3).
+"""Moments in the host's memory (ZeRO-Offload, Ren 2021, arXiv:2101.06840, §3).
 
-They are brought to the device for the update, a layer at a time, and put back; unlike there, the
+They are moved to the device for the update, one layer at a time, and back. Unlike in the paper, the
 device computes the update.
 """
 
@@ -20,15 +20,15 @@ HOST = "pinned_host"
 
 
 def with_moments_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``optimizer`` whose moments lie in the host's memory between updates.
+    """``optimizer`` with moments that are stored in the host's memory between updates.
 
     Raises:
-      ConfigError: on ``init``, if it has none.
+      ConfigError: on ``init``, if the optimiser has no moments.
     """
     moved = between(optimizer, _to(jax.memory.Space.Device), _to(jax.memory.Space.Host))
 
     def init(params):
-        # where they are to lie, `abstract_state` says
+        # `abstract_state` gives the shardings in the host's memory
         state = optimizer.init(params)
         if not any(map(is_on_host, jax.tree.leaves(state))):
             raise ConfigError("mesh.offload=True: changes nothing: the optimiser has no moments")
@@ -38,7 +38,7 @@ def with_moments_on_host(optimizer: optax.GradientTransformation) -> optax.Gradi
 
 
 def check_host(model: Any, strategy: MeshConfig, mesh: Mesh) -> None:
-    """Raise `ConfigError` for what is moved to the host where devices have no other memory."""
+    """Raise `ConfigError` for offloading on devices that have no memory besides the host's."""
     if mesh.devices.flat[0].platform != "cpu":
         return
     nothing = "changes nothing: a CPU's memory is the host's"
@@ -48,20 +48,22 @@ def check_host(model: Any, strategy: MeshConfig, mesh: Mesh) -> None:
 
 
 def is_on_host(moment: Any) -> bool:
-    """Whether an array of the optimiser's state is moved: all but counters."""
+    """Whether an array of the optimiser's state is offloaded: all except counters."""
     return moment.ndim > 0
 
 
 def to_host(rests: Any, state: Any) -> Any:
-    """The shardings ``rests`` of an optimiser's ``state``, its moments in the host's memory."""
+    """The stored shardings ``rests`` of an optimiser's ``state``, with its moments on the host."""
     return jax.tree.map(
-        lambda a, rest: rest.with_memory_kind(HOST) if is_on_host(a) else rest, state, rests
+        lambda a, sharding: sharding.with_memory_kind(HOST) if is_on_host(a) else sharding,
+        state,
+        rests,
     )
 
 
 def _to(space: Any):
     def move(state):
-        settled = to_stored_sharding(state) if space == jax.memory.Space.Host else state
-        return jax.tree.map(lambda a: jax.device_put(a, space) if is_on_host(a) else a, settled)
+        stored = to_stored_sharding(state) if space == jax.memory.Space.Host else state
+        return jax.tree.map(lambda a: jax.device_put(a, space) if is_on_host(a) else a, stored)
 
     return move

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, all of them optax's."""
+"""Optimisers and learning-rate schedules by name, built from optax."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,15 +20,15 @@ SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What turns gradients into steps.
+    """Optimiser, learning-rate schedule, weight decay and clipping.
 
     ``schedule``: linear warm-up over ``warmup_steps``, then ``cosine`` or ``linear`` decay to
-    ``final_fraction`` of the peak, ``constant``, or ``wsd`` (Hu 2024, arXiv:2404.06395):
-    constant, then linear decay over the last ``decay_fraction`` of the steps.
-    ``b1``, ``b2``: decay of the first (or only) and second moment. ``weight_decay`` is decoupled
-    and spares biases and norms. ``clip_norm``: largest global norm of a gradient, or None.
-    ``master``: update a float32 copy of parameters that are stored in fewer bits. ``moments``:
-    ``full``, as the optimiser makes them, or ``8bit`` (Dettmers 2021, `research.training.moments`).
+    ``final_fraction`` of the peak, ``constant``, or ``wsd`` (Hu 2024, arXiv:2404.06395): constant,
+    then linear decay over the last ``decay_fraction`` of the steps. ``b1``, ``b2``: decay of the
+    first (or only) and second moment. ``weight_decay`` is decoupled, and not applied to biases and
+    norms. ``clip_norm``: largest global norm of a gradient, or None. ``master``: update a float32
+    copy of parameters that are stored in fewer bits. ``moments``: ``full`` precision, or ``8bit``
+    (Dettmers 2021, `research.training.moments`).
     """
 
     name: str = "adamw"
@@ -61,11 +61,19 @@ class OptimizerConfig:
         clip = self.clip_norm
         check(clip is None or clip > 0, "clip_norm", clip, "must be > 0 or None")
         if self.moments != "full":
-            without = self.name == "sgd" and self.b1 == 0
-            check(not without, "moments", self.moments, "changes nothing: sgd with b1=0 has none")
-            factored = self.name == "adafactor"
+            no_moments = self.name == "sgd" and self.b1 == 0
             check(
-                not factored, "moments", self.moments, "must be 'full': adafactor factors its own"
+                not no_moments,
+                "moments",
+                self.moments,
+                "changes nothing: sgd with b1=0 has no moments",
+            )
+            is_adafactor = self.name == "adafactor"
+            check(
+                not is_adafactor,
+                "moments",
+                self.moments,
+                "must be 'full': adafactor does not support it",
             )
 
 
@@ -73,7 +81,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate at each of ``steps`` steps.
 
     Raises:
-      ConfigError: the warm-up (and, for ``wsd``, the decay) take more than all steps.
+      ConfigError: the warm-up (for ``wsd``: plus the decay) has more than ``steps`` steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else 0
@@ -83,29 +91,29 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         warmup,
         f"with a decay of {decay} must be at most steps={steps}",
     )
-    final, rest = peak * config.final_fraction, max(1, steps - warmup)
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
-        "linear": optax.linear_schedule(peak, final, rest),
+    final, remaining = peak * config.final_fraction, max(1, steps - warmup)
+    after_warmup = {
+        "cosine": optax.cosine_decay_schedule(peak, remaining, config.final_fraction),
+        "linear": optax.linear_schedule(peak, final, remaining),
         "constant": optax.constant_schedule(peak),
         "wsd": optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, final, max(1, decay))],
-            [rest - decay],
+            [remaining - decay],
         ),
     }[config.schedule]
     if not warmup:
-        return after
-    # the first step is not wasted at 0
-    rise = optax.linear_schedule(peak / warmup, peak, warmup)
-    return optax.join_schedules([rise, after], [warmup])
+        return after_warmup
+    # begins at peak / warmup: a rate of 0 would waste the first step
+    warm_up = optax.linear_schedule(peak / warmup, peak, warmup)
+    return optax.join_schedules([warm_up, after_warmup], [warmup])
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, *, offload: bool = False
 ) -> optax.GradientTransformation:
-    """Clipping, then the optimiser called ``config.name`` with its schedule over ``steps``.
+    """Clipping, then the optimiser ``config.name`` with its schedule over ``steps``.
 
-    ``offload``: its moments rest in the host's memory (`research.training.offload`).
+    ``offload``: moments are stored in the host's memory (`research.training.offload`).
     """
     rate = make_schedule(config, steps)
     decay: dict[str, Any] = dict(weight_decay=config.weight_decay)
@@ -131,7 +139,7 @@ def make_optimizer(
                 adam_weight_decay=config.weight_decay,
                 adam_learning_rate=rate,
                 muon_weight_dimension_numbers=muon_dimensions,
-                # steps as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2), so one rate serves
+                # updates as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2): one learning rate
                 consistent_rms=0.2,
             )
         case _:
@@ -149,7 +157,7 @@ def make_optimizer(
     if config.clip_norm is None:
         return optimizer
     clip = optax.clip_by_global_norm(config.clip_norm)
-    # in as many bits as the update
+    # clip in the precision of the update
     first = (optax.stateless(lambda updates, _: wide(updates)),) if config.master else ()
     return optax.chain(*first, clip, optimizer)
 
@@ -162,9 +170,10 @@ class MasterState(NamedTuple):
 
 
 def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``optimizer`` on a float32 copy of the parameters, which are the copy rounded.
+    """``optimizer`` on a float32 copy of the parameters; the parameters are the copy, rounded.
 
-    Steps too small for their own precision add up there (Micikevicius 2018, 1710.03740, §3.1).
+    Updates that are too small for the parameters' precision add up in the copy (Micikevicius 2018,
+    1710.03740, §3.1).
     """
 
     def init(params):
@@ -173,7 +182,7 @@ def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     def update(updates, state, params=None):
         updates, inner = optimizer.update(wide(updates), state.inner, state.master)
         master = optax.apply_updates(state.master, updates)
-        # float32, so that adding it gives the copy and then rounds
+        # in float32: the parameters plus this difference are the copy, rounded once
         return jax.tree.map(jnp.subtract, master, wide(params)), MasterState(master, inner)
 
     return optax.GradientTransformation(init, update)
@@ -185,19 +194,19 @@ def wide(tree: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """The tree of ``params`` with True where weight decay applies: on weights, not biases."""
-    # a bias of heads has two dimensions as well, but every map has ``embed`` on one side
+    """The tree of ``params`` with True where weight decay applies: weights, not biases or norms."""
+    # a bias of heads has two dimensions too, but every linear map has ``embed`` on one side
     return map_named(lambda _, axes: len(axes) > 1 and "embed" in axes, params)
 
 
 def muon_dimensions(params: Any) -> Any:
-    """For Muon (Jordan 2024): the input and output dimensions of every map between spaces.
+    """For Muon (Jordan 2024): the input and output dimensions of every linear map, see `sides`.
 
-    See `sides`. Embeddings, heads, norms and biases are None: Adam takes them.
+    None for embeddings, heads, norms and biases, which Adam updates.
     """
 
-    def of(array, axes):
-        found = None if {"vocab", None} & set(axes) else sides(array, axes)
-        return None if found is None else optax.contrib.MuonDimensionNumbers(*found)
+    def dimensions(array, axes):
+        in_and_out = None if {"vocab", None} & set(axes) else sides(array, axes)
+        return None if in_and_out is None else optax.contrib.MuonDimensionNumbers(*in_and_out)
 
-    return map_named(of, params)
+    return map_named(dimensions, params)

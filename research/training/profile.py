@@ -11,10 +11,11 @@ from research.training.goodput import Clock
 
 
 class Trace:
-    """Traces steps ``first`` up to ``end`` of a run, by their number, the first being 1.
+    """Traces the steps from ``first`` to before ``end`` of a run; the first step of a run is 1.
 
     Each process writes ``<timestamp>/<host>.xplane.pb`` and ``perfetto_trace.json.gz`` below
-    ``workdir/profile/plugins/profile``; of several, each in ``workdir/profile/process<index>``.
+    ``workdir/profile/plugins/profile``; of several processes, each below
+    ``workdir/profile/process<index>``.
 
     Raises:
       ConfigError: steps that the run does not have, or no ``workdir`` to write to.
@@ -29,30 +30,32 @@ class Trace:
         if steps is None:
             return
         self._name = f"{self._first}:{self._end}"
-        fits = 1 <= self._first < self._end <= total + 1
-        check(fits, "profile", self._name, f"must be FIRST:END with 1 ≤ FIRST < END ≤ {total + 1}")
-        check(workdir is not None, "profile", self._name, "needs a workdir to write to")
+        in_run = 1 <= self._first < self._end <= total + 1
+        check(
+            in_run, "profile", self._name, f"must be FIRST:END with 1 ≤ FIRST < END ≤ {total + 1}"
+        )
+        check(workdir is not None, "profile", self._name, "requires a workdir")
         assert workdir is not None
         self._folder = workdir / "profile"
         if jax.process_count() > 1:
             self._folder /= f"process{jax.process_index()}"
 
     def resume(self, done: int) -> None:
-        """Say which of the steps will not be traced, because ``done`` are behind."""
+        """Warn if steps will not be traced because ``done`` steps are completed already."""
         if done < self._first or self._first == self._end:
             return
-        left = f"only {done + 1}:{self._end}" if done + 1 < self._end else "nothing"
-        message = f"profile={self._name}: the run goes on from step {done}: {left} is traced"
+        traced = f"only {done + 1}:{self._end}" if done + 1 < self._end else "nothing"
+        message = f"profile={self._name}: the run resumes from step {done}: {traced} is traced"
         warnings.warn(message, stacklevel=3)
 
     def begin(self, step: int, state: Any) -> None:
-        """Call before ``step``, with what the one before left on the device."""
+        """Call before ``step``, with the state that the previous step computes."""
         if self._tracing or not self._first <= step < self._end:
             return
         with self._clock.during("profile"):
-            jax.block_until_ready(state)  # no step but those asked for is to be in it
+            jax.block_until_ready(state)  # finish earlier steps, so that they are not traced
             options = jax.profiler.ProfileOptions()
-            # Python's calls would crowd out the rest: Perfetto's file holds a million events
+            # no Python calls: Perfetto's file is limited to a million events
             options.python_tracer_level = 0
             jax.profiler.start_trace(
                 self._folder, create_perfetto_trace=True, profiler_options=options
@@ -60,13 +63,13 @@ class Trace:
         self._tracing = True
 
     def end(self, step: int, state: Any) -> None:
-        """Call after ``step``, with what it computes; waits for it and writes if it is the last."""
+        """Call after ``step`` with its results; writes the trace after its last step."""
         if step + 1 == self._end:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
-        """Write what there is of a trace."""
+        """Stop tracing, if it has begun, and write the trace."""
         if self._tracing:
             self._tracing = False
             with self._clock.during("profile"):

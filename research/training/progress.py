@@ -1,4 +1,4 @@
-"""A progress bar for `train`: loss, tokens a second, MFU where known, time left."""
+"""A progress bar for `train`: loss, tokens per second, MFU if it is known, and time left."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """``loss 2.345 · 12,345 tokens/s · 41% MFU``, of those that are there."""
+    """``loss 2.345 · 12,345 tokens/s · 41% MFU``, of the metrics that are given."""
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {float(metrics['loss']):.3f}")
@@ -21,7 +21,7 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def lines(every: float = 30.0) -> Callable[[int, int, Mapping[str, float]], None]:
-    """A callback that prints the first step, the last, and one every ``every`` seconds."""
+    """A callback that prints the first and last step, and one every ``every`` seconds."""
     last = -float("inf")
 
     def update(step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -37,9 +37,9 @@ def lines(every: float = 30.0) -> Callable[[int, int, Mapping[str, float]], None
 
 @contextlib.contextmanager
 def bar(total: int) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """Show a bar of ``total`` steps while inside; yields the callback that moves it.
+    """Show a bar of ``total`` steps while inside; yields the callback that updates it.
 
-    Where there is neither a terminal nor a notebook, a line now and then instead.
+    Without a terminal or a notebook, the callback prints `lines`.
     """
     console = Console()
     if not (console.is_terminal or console.is_jupyter):

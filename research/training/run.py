@@ -1,4 +1,4 @@
-"""The training loop: step after step, until the last or a signal."""
+"""The training loop: steps until the last one or a signal."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 
 class Preempted(SystemExit):
-    """SIGTERM arrived; everything was saved. Exit status 0: the scheduler may start it again."""
+    """SIGTERM was received and the run is saved. Exit status 0: the scheduler may restart it."""
 
     def __init__(self):
         super().__init__(0)
@@ -43,10 +43,10 @@ class Preempted(SystemExit):
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """A run of ``step``, with what it reads and writes.
+    """A training run from a compiled ``step``, with its source and its outputs.
 
-    ``save(step, state, position, loss)`` begins a checkpoint; None: nothing is saved. ``saved`` is
-    the step of the newest one.
+    ``save(step, state, position, loss)`` begins a checkpoint; None: nothing is saved. ``saved``:
+    the step of the newest checkpoint.
     """
 
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -69,18 +69,18 @@ class Run:
     def __post_init__(self):
         self.feed = Feed(self.source)
 
-    def go(self, state: TrainState) -> TrainState:
-        """The state after the last step.
+    def train(self, state: TrainState) -> TrainState:
+        """Train until the last step, and return the state after it.
 
         Raises:
-          Preempted, KeyboardInterrupt: a signal came, and what was done is saved.
+          Preempted, KeyboardInterrupt: a signal was received; the completed steps are saved.
         """
         start = done = int(state.step)
         pending, speed = None, None
         while done < self.training.steps:
             self.trace.begin(done + 1, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=done + 1):
-                with self.clock.during("data", unless=functools.partial(_runs, pending)):
+                with self.clock.during("data", unless=functools.partial(_is_running, pending)):
                     batch = self.feed.next(done + 1, state.model)
                     config = getattr(state.model, "config", None)
                     sharded = shard_batch(batch, self.mesh, config)
@@ -88,27 +88,29 @@ class Run:
                     state, computed = self.step(state, sharded, self.frozen)
             done += 1
             self.trace.end(done, computed)
-            # Step N runs while the numbers of step N − 1 are read.
+            # The device computes step N while the metrics of step N − 1 are read.
             if pending is not None:
-                self._read(*pending)
+                self._read_metrics(*pending)
             pending = (done, computed, batch)
             if speed is None:
-                # the first step holds the compilation, which is no part of the speed
-                self._read(*pending)
+                # the first step includes the compilation, which is not counted in the speed
+                self._read_metrics(*pending)
                 pending = None
                 speed = _Speed(state.model, batch, done, self)
-            pending = self._after(done, state, pending, speed.row(done))
+            pending = self._finish_step(done, state, pending, speed.row(done))
         return state
 
-    def _after(self, done: int, state: TrainState, pending: Any, speed: dict[str, float]) -> Any:
-        """Report, evaluate, save and stop, as is due after step ``done``; what is still pending."""
+    def _finish_step(
+        self, done: int, state: TrainState, pending: Any, speed: dict[str, float]
+    ) -> Any:
+        """Report, evaluate, save and stop if due after step ``done``; return unread metrics."""
         training = self.training
         self.progress(done, training.steps, {**self.metrics, **speed})
         stopping = self._must_stop(done)
         due = done % training.checkpoint_every == 0 or done == training.steps or stopping
         evaluated = self._evaluates(done)
         if (due or evaluated) and pending is not None:
-            self._read(*pending)
+            self._read_metrics(*pending)
             pending = None
         if evaluated:
             self._evaluate(done, state.model)
@@ -122,8 +124,8 @@ class Run:
             raise KeyboardInterrupt if signal.SIGINT in self.stopped else Preempted
         return pending
 
-    def _read(self, step: int, computed, batch) -> None:
-        """Wait for a step's numbers; stop if they are not finite; log them when due."""
+    def _read_metrics(self, step: int, computed, batch) -> None:
+        """Wait for the metrics of a step; stop if they are not finite; log them when due."""
         values = {name: np.asarray(value).tolist() for name, value in computed.items()}
         check_finite(step, values, batch, self.workdir)
         self.metrics.update(scalars(values))
@@ -131,8 +133,10 @@ class Run:
             self.log.write("metrics", step, values)
 
     def _must_stop(self, step: int) -> bool:
-        """Whether a signal has come. Several processes must save at the same step, so they agree
-        on it when metrics are logged."""
+        """Whether a signal was received.
+
+        Several processes must save at the same step, so they agree on it when metrics are logged.
+        """
         if jax.process_count() == 1:
             return bool(self.stopped)
         if step % self.training.log_every:
@@ -156,12 +160,12 @@ class Run:
         for name, value in held_out.items():
             if not math.isfinite(value):
                 raise DivergenceError(
-                    f"step {step}: eval_{name}={value}; the last checkpoint is from before it"
+                    f"step {step}: eval_{name}={value}; the last checkpoint is from an earlier step"
                 )
-        found = {f"eval_{name}": value for name, value in held_out.items()}
-        self.metrics.update(found)
+        metrics = {f"eval_{name}": value for name, value in held_out.items()}
+        self.metrics.update(metrics)
         if self.log:
-            self.log.write("metrics", step, found)
+            self.log.write("metrics", step, metrics)
 
     def _save(self, step: int, state: TrainState, evaluated: bool) -> None:
         if self.save is None or step == self.saved:
@@ -178,13 +182,13 @@ class Run:
 
 
 class _Speed:
-    """How fast steps go after the first, which compiled."""
+    """The speed of all steps after the first one, which compiled."""
 
     def __init__(self, model: Any, batch: Mapping[str, Any], step: int, run: Run):
         self._run, self._step, self._since = run, step, time.perf_counter()
         self._waited = run.feed.waited
         self._unit = "tokens" if "tokens" in batch else "rows"
-        # a process holds its share of the rows
+        # `batch` has only the rows of this process
         length = np.shape(batch["tokens"])[1] if "tokens" in batch else 1
         self._count = run.source.batch_size * length
         self._flops, self._peak = None, peak_flops()
@@ -192,39 +196,39 @@ class _Speed:
             self._flops = train_flops_per_token(model, length) * self._count
 
     def row(self, done: int) -> dict[str, float]:
-        """``tokens_per_second`` (or ``rows_…``), ``data_wait``, and ``mfu`` where it is known."""
+        """``tokens_per_second`` (or ``rows_…``), ``data_wait``, and ``mfu`` if it is known."""
         if done <= self._step:
             return {}
-        passed = time.perf_counter() - self._since
-        seconds = passed / (done - self._step)
+        elapsed = time.perf_counter() - self._since
+        seconds = elapsed / (done - self._step)
         row = {f"{self._unit}_per_second": self._count / seconds}
-        row["data_wait"] = (self._run.feed.waited - self._waited) / passed
+        row["data_wait"] = (self._run.feed.waited - self._waited) / elapsed
         if self._flops and self._peak:
             row["mfu"] = self._flops / seconds / (self._peak * self._run.mesh.size)
         return row
 
 
-def _runs(pending: tuple | None) -> bool:
-    """Whether the device is still at the step before."""
+def _is_running(pending: tuple | None) -> bool:
+    """Whether the device still computes the previous step."""
     return pending is not None and not all(value.is_ready() for value in pending[1].values())
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """The signals that ask the run to stop, collected while inside; a second Ctrl-C is not."""
-    seen: list[int] = []
+    """The signals to stop that are received while inside; a second Ctrl-C raises at once."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # only the main thread may set handlers
+        yield received  # only the main thread may set handlers
         return
 
-    def note(number, frame):
-        if number == signal.SIGINT and seen:
+    def handle(number, frame):
+        if number == signal.SIGINT and received:
             raise KeyboardInterrupt
-        seen.append(number)
+        received.append(number)
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield seen
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

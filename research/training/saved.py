@@ -1,7 +1,7 @@
-"""A run's state on disk: checkpoints of what is trained, and once what is not.
+"""The state of a run on disk: checkpoints of the trained parameters, and one save of the others.
 
-A decoder's layers are saved as they are, stacked or a list (`layers.stack`); a run that goes on
-with the other layout gets them rearranged.
+The layers of a decoder are saved as they are, stacked or as a list (`layers.stack`). A run that
+resumes with the other layout gets them rearranged.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from research.training import trainable
 from research.training.checkpoint import Checkpoints
 from research.training.state import TrainState
 
-FIXED = "fixed"  # the folder of what is not trained, beside the checkpoints
+FIXED = "fixed"  # the folder of the parameters that are not trained, beside the checkpoints
 
 
 class SavedState:
-    """The checkpoints of the run in ``workdir``, which trains what ``patterns`` name.
+    """The checkpoints of the run in ``workdir``, which trains the parameters of ``patterns``.
 
-    ``model`` is the configuration to restore; ``abstract(model)`` is the state of one as
-    `jax.ShapeDtypeStruct` with the shardings to restore it in.
+    ``model`` is the configuration to restore; ``abstract(model)`` is its state as
+    `jax.ShapeDtypeStruct` with the shardings to restore to.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SavedState:
         self.checkpoints.save(step, dataclasses.replace(state, model=trained), position, loss)
 
     def keep_fixed(self, state: TrainState) -> None:
-        """Save what is not trained, where something is not: once, as the run begins."""
+        """Save the parameters that are not trained, if any; called once, at the start of a run."""
         _, fixed = trainable.split(state.model, self._patterns)
         if jax.tree.leaves(fixed):
             checkpoints = Checkpoints(self._workdir / FIXED, keep=1)
@@ -68,45 +68,47 @@ class SavedState:
         def fixed(config: Any) -> dict[str, Any]:
             return {"model": trainable.split(self._abstract(config).model, self._patterns)[1]}
 
-        found = self._restored(self.checkpoints, trained)
-        if found is None:
+        restored = self._restore_with_layout(self.checkpoints, trained)
+        if restored is None:
             return None
-        state, position = found
+        state, position = restored
         if jax.tree.leaves(fixed(self._model)):
-            held = Checkpoints(self._workdir / FIXED, keep=1)
+            checkpoints = Checkpoints(self._workdir / FIXED, keep=1)
             try:
-                rest = self._restored(held, fixed)
+                restored_fixed = self._restore_with_layout(checkpoints, fixed)
             finally:
-                held.close()
-            if rest is None:
+                checkpoints.close()
+            if restored_fixed is None:
                 folder = str(self._workdir / FIXED)
-                raise ConfigError(f"workdir={folder!r}: what is not trained is missing")
-            model = trainable.join(state.model, rest[0]["model"])
+                raise ConfigError(
+                    f"workdir={folder!r}: the parameters that are not trained are missing"
+                )
+            model = trainable.join(state.model, restored_fixed[0]["model"])
             state = dataclasses.replace(state, model=model)
         return state, position
 
     def close(self) -> None:
-        """Wait for saves under way; see `Checkpoints.close`."""
+        """Wait for unfinished saves; see `Checkpoints.close`."""
         self.checkpoints.close()
 
-    def _restored(self, checkpoints: Checkpoints, abstract: Callable[[Any], Any]):
-        """The newest tree of ``checkpoints`` in the layout of ``model``, and its position."""
+    def _restore_with_layout(self, checkpoints: Checkpoints, abstract: Callable[[Any], Any]):
+        """The newest tree of ``checkpoints`` in the layout of the model, and its position."""
 
-        def as_held(position: Mapping[str, Any]) -> Any:
+        def as_saved(position: Mapping[str, Any]) -> Any:
             return abstract(_with_layout(self._model, position.get("layout")))
 
-        found = checkpoints.restore(as_held)
-        if found is None or found[1].get("layout") in (None, _layout(self._model)):
-            return found
-        tree, position = found
-        wanted = abstract(self._model)
+        restored = checkpoints.restore(as_saved)
+        if restored is None or restored[1].get("layout") in (None, _layout(self._model)):
+            return restored
+        tree, position = restored
+        target = abstract(self._model)
         layout: Any = _layout(self._model)
-        stored = jax.tree.map(lambda a: a.sharding, wanted)
+        stored = jax.tree.map(lambda a: a.sharding, target)
         return jax.jit(lambda t: rearranged(t, **layout), out_shardings=stored)(tree), position
 
 
 def _layout(model: Any) -> dict[str, Any] | None:
-    """How the layers of ``model`` are laid out in memory: fields of a `DecoderConfig`."""
+    """The layout of the layers of ``model``: fields of `DecoderConfig`."""
     if not isinstance(model, DecoderConfig):
         return None
     return {"scan": model.scan, "circuits": model.circuits}

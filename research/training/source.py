@@ -1,4 +1,4 @@
-"""Where batches come from: Grain by default, or anything that gives the batch of a step.
+"""Sources of batches: Grain by default, or any object that gives the batch of a step.
 
 A source may use the model that is being trained (on-policy sources generate with it). Its state is
 saved beside the model's, and a resumed run gets the same batches, bit for bit.
@@ -18,42 +18,42 @@ import numpy as np
 from layers.config import check
 from research.data import DataConfig, make_dataset
 
-STALLED = 60.0  # seconds without a batch between two warnings
+STALLED = 60.0  # seconds of waiting for a batch between two warnings
 
 
 class DataError(RuntimeError):
-    """The data could not give the next batch; the message says which data and why."""
+    """The data could not give the next batch; the message names the data and the reason."""
 
 
 class Source(Protocol):
     """Gives the batch of every step: arrays by name whose first axis is rows.
 
-    ``name`` says which it is, in messages. ``batch_size``: rows of a batch over all processes; a
-    process gives its own share. A source that can be evaluated on also has ``held_out(batches)``,
-    an iterator of as many batches, the same ones every time.
+    ``name`` identifies the source in messages. ``batch_size``: rows of a batch over all processes;
+    a process gives its own share. A source that supports evaluation also has ``held_out(batches)``,
+    an iterator over that many batches, the same at every call.
     """
 
     name: str
     batch_size: int
 
     def next(self, step: int, model: Any) -> Mapping[str, Any]:
-        """The batch of ``step`` (1 is the first), for the ``model`` that the step begins with.
+        """The batch of ``step`` (1 is the first), for the ``model`` at the start of that step.
 
-        Raises StopIteration where there is no more.
+        Raises StopIteration when there are no more batches.
         """
         ...
 
     def get_state(self) -> Any:
-        """What the next batches depend on, in JSON's types."""
+        """The state that determines the next batches, in JSON's types."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Go on from what `get_state` returned."""
+        """Continue from what `get_state` returned."""
         ...
 
 
 class GrainSource:
-    """The batches of ``data`` (`research.data.make_dataset`), of this process."""
+    """The batches of ``data`` for this process (`research.data.make_dataset`)."""
 
     def __init__(self, data: DataConfig, seed: int = 0):
         paths = f", data.paths={data.paths}" if data.paths else ""
@@ -83,23 +83,28 @@ def held_out(data: DataConfig, batches: int) -> Iterator[Mapping[str, np.ndarray
 
 
 def _dataset(data: DataConfig, **options: Any) -> Iterable[Mapping[str, np.ndarray]]:
-    """This process's batches of ``data``."""
+    """The batches of ``data`` for this process."""
     index, count = jax.process_index(), jax.process_count()
     return make_dataset(data, process_index=index, process_count=count, **options)
 
 
 def check_held_out(source: Source, batches: int) -> None:
-    """Raise `ConfigError` for ``batches`` of a source that has none held out."""
-    there = batches == 0 or hasattr(source, "held_out")
-    check(there, "training.eval_batches", batches, f"must be 0: {source.name} has none held out")
+    """Raise `ConfigError` for ``batches`` > 0 of a source that has no held-out batches."""
+    supported = batches == 0 or hasattr(source, "held_out")
+    check(
+        supported,
+        "training.eval_batches",
+        batches,
+        f"must be 0: {source.name} has no held-out batches",
+    )
 
 
 class Feed:
-    """The batches of ``source``, and how long the loop waited for them.
+    """The batches of ``source``, and the time that the loop waited for them.
 
-    Data that hangs cannot be told from data that is slow, so neither ends the run: a line on
-    standard error says every `STALLED` seconds what is waited for (while `watched`), and the share
-    of time waited is in ``timing.jsonl``.
+    A source that hangs cannot be distinguished from a slow one, so neither ends the run. Inside
+    `watched`, a line on standard error says every `STALLED` seconds what the run waits for. The
+    share of time waited is in ``timing.jsonl``.
 
     Attributes:
       waited: seconds spent waiting for batches so far.
@@ -107,17 +112,17 @@ class Feed:
 
     def __init__(self, source: Source):
         self._source = source
-        self._asked: tuple[float, int] | None = None  # when, and for which step
+        self._request: tuple[float, int] | None = None  # time of the request, and its step
         self.waited = 0.0
 
     def next(self, step: int, model: Any) -> Mapping[str, Any]:
         """The batch of ``step``.
 
         Raises:
-          DataError: the source or its thread failed, or there is no more.
+          DataError: the source or its thread failed, or there are no more batches.
         """
-        name, began = self._source.name, time.perf_counter()
-        self._asked = began, step
+        name, started = self._source.name, time.perf_counter()
+        self._request = started, step
         try:
             return self._source.next(step, model)
         except StopIteration:
@@ -128,20 +133,22 @@ class Feed:
                 f"{name}: no batch for step {step}: {type(error).__name__}: {reason}"
             ) from error
         finally:
-            self._asked = None
-            self.waited += time.perf_counter() - began
+            self._request = None
+            self.waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Report batches that do not come, while inside."""
+        """While inside, print a line on standard error for batches that do not come."""
         done = threading.Event()
 
         def watch():
             while not done.wait(STALLED):
-                asked = self._asked
-                waited = time.perf_counter() - asked[0] if asked else 0.0
-                if asked and waited >= STALLED:
-                    text = f"{self._source.name}: no batch for step {asked[1]} after {waited:.0f} s"
+                request = self._request
+                waited = time.perf_counter() - request[0] if request else 0.0
+                if request and waited >= STALLED:
+                    text = (
+                        f"{self._source.name}: no batch for step {request[1]} after {waited:.0f} s"
+                    )
                     print(f"{text}; still waiting", file=sys.stderr, flush=True)
 
         threading.Thread(target=watch, name="data watch", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Everything a run must remember, as one pytree."""
+"""The state of a training run, as one pytree."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class TrainState:
 
     model: Any
     optimizer: Any
-    step: jax.Array  # int32, steps done
+    step: jax.Array  # int32, completed steps
     key: jax.Array  # uint32, a key's data
 
     @classmethod
@@ -39,7 +39,7 @@ class TrainState:
         seed: int | jax.Array,
         patterns: Sequence[str] = trainable.ALL,
     ) -> "TrainState":
-        """Step 0 of training what ``patterns`` name of ``model``: moments are of nothing else."""
+        """The state of step 0; moments exist only for the parameters that ``patterns`` match."""
         params, _ = trainable.split(model, patterns)
         key = jax.random.key_data(jax.random.key(seed))
         return cls(model, optimizer.init(params), jnp.zeros((), jnp.int32), key)
@@ -51,9 +51,9 @@ class TrainState:
         stage: int = 3,
         patterns: Sequence[str] = trainable.ALL,
     ) -> "TrainState":
-        """The state after one update by ``optimizer``, where the ``stage`` of ZeRO has it rest.
+        """The state after one update by ``optimizer``, in the stored sharding of ZeRO's ``stage``.
 
-        Each device updates the share whose moments it has.
+        Each device updates the shard of the parameters whose moments it stores.
         """
         params, fixed = trainable.split(self.model, patterns)
         params: Any = to_stored_sharding(params)
@@ -72,44 +72,46 @@ def abstract_state(
     patterns: Sequence[str] = trainable.ALL,
     offload: bool = False,
 ) -> TrainState:
-    """The state of training ``model`` as `jax.ShapeDtypeStruct` with resting places on ``mesh``.
+    """The state of training ``model`` as `jax.ShapeDtypeStruct` with stored shardings on ``mesh``.
 
-    Nothing is allocated, and ``mesh`` may be of devices that are not here. ``stage`` is of ZeRO,
+    Nothing is allocated, and the devices of ``mesh`` need not exist. ``stage`` is that of ZeRO,
     ``offload`` that of ``optimizer``.
 
     Raises:
-      ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` splits, or 8-bit moments
-        whose blocks ``mesh`` would split.
+      ConfigError: stage 1 of an optimiser none of whose moments ``fsdp`` shards, or 8-bit moments
+        whose blocks would cross shards.
     """
     state = jax.eval_shape(
         lambda: TrainState.begin(build(model, nnx.Rngs(0)), optimizer, 0, patterns)
     )
     moments = shardings(state.optimizer, mesh)
     _check_blocks(state.optimizer, moments)
-    something = any("fsdp" in named_axes(s.spec) for s in jax.tree.leaves(moments))
+    any_sharded = any("fsdp" in named_axes(s.spec) for s in jax.tree.leaves(moments))
     check(
-        stage > 1 or something,
+        stage > 1 or any_sharded,
         "mesh.zero",
         stage,
-        "changes nothing: fsdp splits none of the optimiser's moments",
+        "changes nothing: fsdp shards no moment of the optimiser",
     )
-    model_rests = shardings(state.model, mesh, split=stage == 3)
+    model_shardings = shardings(state.model, mesh, split=stage == 3)
     if offload:
         moments = to_host(moments, state.optimizer)
-    rests = dataclasses.replace(shardings(state, mesh), model=model_rests, optimizer=moments)
-    return with_shardings(state, rests)
+    state_shardings = dataclasses.replace(
+        shardings(state, mesh), model=model_shardings, optimizer=moments
+    )
+    return with_shardings(state, state_shardings)
 
 
-def _check_blocks(moments: Any, rests: Any) -> None:
-    """Raise `ConfigError` for scales of 8-bit moments that cannot be split as the codes are."""
+def _check_blocks(moments: Any, stored: Any) -> None:
+    """Raise `ConfigError` for 8-bit moments whose scales cannot be sharded like their codes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(moments)
-    for (path, leaf), rest in zip(leaves, jax.tree.leaves(rests), strict=True):
-        for size, axis in zip(leaf.shape, rest.spec, strict=False):
-            ways = rest.mesh.shape[axis] if axis else 1
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(stored), strict=True):
+        for size, axis in zip(leaf.shape, sharding.spec, strict=False):
+            ways = sharding.mesh.shape[axis] if axis else 1
             check(
                 size % ways == 0,
                 "optimizer.moments",
                 "8bit",
-                f"mesh {axis}={ways} would split the {size} blocks of "
+                f"mesh {axis}={ways} must divide the {size} blocks of "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')}",
             )

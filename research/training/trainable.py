@@ -1,7 +1,7 @@
-"""Which parameters are trained: patterns over their paths. Others have no gradient, no moments.
+"""The trained parameters, chosen by patterns over their paths; others have no gradients or moments.
 
-A path is that of `layers.weights.flat`, e.g. ``blocks/0/mixer/query/weight``; in a pattern ``*``
-stands for anything, also ``/``.
+A path is that of `layers.weights.flat`, e.g. ``blocks/0/mixer/query/weight``. In a pattern ``*``
+matches any text, including ``/``.
 """
 
 import fnmatch
@@ -22,12 +22,12 @@ def check_patterns(model: Any, patterns: Sequence[str]) -> None:
     check(len(patterns) > 0, "trainable", tuple(patterns), "must name at least one pattern")
     paths = list(flat(model))
     for pattern in patterns:
-        found = any(fnmatch.fnmatchcase(path, pattern) for path in paths)
-        check(found, "trainable", pattern, "matches no parameter of the model")
+        matches = any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+        check(matches, "trainable", pattern, "matches no parameter of the model")
 
 
 def split(model: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
-    """``(trained, fixed)``: ``model`` with None in place of the arrays that are in the other."""
+    """``(trained, fixed)``: ``model`` twice, with None for the arrays that are in the other."""
     if tuple(patterns) == ALL:
         return model, jax.tree.map(lambda _: None, model)
     chosen = iter([any(fnmatch.fnmatchcase(path, p) for p in patterns) for path in flat(model)])
@@ -39,7 +39,7 @@ def split(model: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
 
 
 def join(trained: Tree, fixed: Tree) -> Tree:
-    """The tree that `split` split."""
+    """The inverse of `split`."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, trained, fixed, is_leaf=lambda a: a is None
     )

@@ -1,4 +1,4 @@
-"""What a workdir says of its run, and the model in it: read, or written to a new one."""
+"""The configuration and the model of a run in its workdir, read or written."""
 
 import dataclasses
 import json
@@ -25,26 +25,28 @@ from research.training.state import TrainState, abstract_state
 
 
 def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: Any = None) -> Any:
-    """The model of the newest checkpoint in ``workdir``, as `train` or `save_model` left it.
+    """The model of the newest checkpoint in ``workdir``, written by `train` or `save_model`.
 
     Args:
-      model: its configuration; None: the `DecoderConfig` that ``workdir`` says. Fields that decide
-        execution alone may be others, e.g. ``scan``.
+      model: its configuration; None: the `DecoderConfig` in ``workdir``. Execution-only fields,
+        e.g. ``scan``, may differ from those of the run.
 
     Raises:
-      ConfigError: ``workdir`` holds no run, or no checkpoint that can be read.
+      ConfigError: ``workdir`` is not that of a run, or has no readable checkpoint.
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
     check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
-    held = read_json(path)
-    given = isinstance(held, dict) and "model" in held
-    check(given, "workdir", str(workdir), "its config.json is not of a run")
-    config = from_mapping(DecoderConfig, held["model"], "model") if model is None else model
-    if "training" not in held:
-        return _load_alone(workdir, config, mesh)
-    training = from_mapping(TrainingConfig, held["training"], "training")
-    patterns = tuple(held.get("trainable", trainable.ALL))
+    configuration = read_json(path)
+    is_run = isinstance(configuration, dict) and "model" in configuration
+    check(is_run, "workdir", str(workdir), "its config.json is not that of a run")
+    config = (
+        from_mapping(DecoderConfig, configuration["model"], "model") if model is None else model
+    )
+    if "training" not in configuration:
+        return _load_saved_model(workdir, config, mesh)
+    training = from_mapping(TrainingConfig, configuration["training"], "training")
+    patterns = tuple(configuration.get("trainable", trainable.ALL))
 
     def abstract(config: Any) -> TrainState:
         optimizer = make_optimizer(training.optimizer, training.steps)
@@ -61,13 +63,13 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
     return restored[0].model
 
 
-def _load_alone(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
-    """What `save_model` wrote."""
+def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
+    """The model that `save_model` wrote."""
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    wanted = {"model": with_shardings(abstract, shardings(abstract, make_mesh(mesh)))}
+    target = {"model": with_shardings(abstract, shardings(abstract, make_mesh(mesh)))}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
-        restored = checkpoints.restore(lambda position: wanted)
+        restored = checkpoints.restore(lambda position: target)
     finally:
         checkpoints.close()
     if restored is None:
@@ -76,7 +78,7 @@ def _load_alone(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decod
 
 
 def save_model(model: Decoder, workdir: Path) -> None:
-    """Write ``model`` to ``workdir``, which holds nothing yet, as its only checkpoint."""
+    """Write ``model`` to ``workdir``, which must be new, as its only checkpoint."""
     _write(workdir / "config.json", {"model": dataclasses.asdict(model.config)})
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
@@ -92,12 +94,16 @@ def begin(
     lead: bool,
     patterns: tuple[str, ...] = trainable.ALL,
 ) -> None:
-    """Write what the run is, or refuse a workdir that holds another one.
+    """Write the configuration of the run, or raise if the workdir is that of another run.
 
-    ``configuration``: dataclasses by name, None where there is none. The mesh and what is metadata
-    `EXECUTION` may change from one start to the next; whatever decides the numbers may not.
+    ``configuration``: dataclasses by name; None for those that are not used. The mesh and
+    `EXECUTION` fields may change from one start to the next; fields that change the numbers may
+    not.
     """
-    free = ("mesh.", *(f"model.{name}" for name in decides(configuration["model"], EXECUTION)))
+    may_change = (
+        "mesh.",
+        *(f"model.{name}" for name in decides(configuration["model"], EXECUTION)),
+    )
     described: dict[str, Any] = {
         name: _described(part) for name, part in configuration.items() if part is not None
     }
@@ -106,11 +112,11 @@ def begin(
     described = json.loads(json.dumps({**described, "seed": seed}))
     path = workdir / "config.json"
     if path.exists():
-        before = read_json(path)
-        for field, was, now in _differences(before, described):
-            if not field.startswith(free):
+        previous = read_json(path)
+        for field, old, new in _differences(previous, described):
+            if not field.startswith(may_change):
                 raise ConfigError(
-                    f"{field}={now!r}: workdir {str(workdir)!r} was begun with {was!r}"
+                    f"{field}={new!r}: workdir {str(workdir)!r} was begun with {old!r}"
                 )
         return
     if not lead:
@@ -126,13 +132,13 @@ def begin(
         ) from None
 
 
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**now, **before}:
-            where = f"{path}.{name}" if path else name
-            yield from _differences(before.get(name), now.get(name), where)
-    elif before != now:
-        yield path, before, now
+def _differences(previous: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(previous, dict) and isinstance(new, dict):
+        for name in {**new, **previous}:
+            field = f"{path}.{name}" if path else name
+            yield from _differences(previous.get(name), new.get(name), field)
+    elif previous != new:
+        yield path, previous, new
 
 
 def _write(path: Path, content: Any) -> None:
@@ -140,6 +146,6 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    """The fields of ``part``, and its class where that is no part of every run."""
+    """The fields of ``part``; also the name of its class if it is not one of the standard ones."""
     known = isinstance(part, (DecoderConfig, DataConfig, TrainingConfig, MeshConfig))
     return dataclasses.asdict(part) | ({} if known else {"class": type(part).__name__})

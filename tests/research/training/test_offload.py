@@ -72,15 +72,15 @@ from tests.research.training.test_offload import DATA, MODEL, quiet
 
 check.check_host = lambda *given: None
 kinds = []
-go = run.Run.go
+run_train = run.Run.train
 
 
 def look(self, state):
     kinds.append({a.sharding.memory_kind for a in jax.tree.leaves(state.optimizer) if a.ndim})
-    return go(self, state)
+    return run_train(self, state)
 
 
-run.Run.go = look
+run.Run.train = look
 training = TrainingConfig(2, OptimizerConfig(), eval_batches=0)
 found = []
 for offload in (False, True):

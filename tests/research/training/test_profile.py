@@ -100,7 +100,7 @@ def test_steps_that_there_are_not_are_refused(tmp_path, profile):
 
 
 def test_without_a_workdir_there_is_nowhere_to_write():
-    with pytest.raises(ConfigError, match="^profile='1:2': needs a workdir"):
+    with pytest.raises(ConfigError, match="^profile='1:2': requires a workdir"):
         run(None, profile=(1, 2))
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_stops_in_the_middle_of_it(tmp_path):
 
 
 def test_steps_that_are_behind(tmp_path):
-    with pytest.warns(UserWarning, match="^profile=2:5: the run goes on from step 4: nothing is"):
+    with pytest.warns(UserWarning, match="^profile=2:5: the run resumes from step 4: nothing is"):
         Trace((2, 5), 8, tmp_path, Clock()).resume(4)
     with warnings.catch_warnings(action="error"):
         Trace((2, 5), 8, tmp_path, Clock()).resume(1)

@@ -85,9 +85,9 @@ def test_a_source_that_ends_is_named(tmp_path):
 @pytest.mark.parametrize(
     "data, source, training, message",
     [
-        (None, None, {}, "source=None: give data or a source, one of them"),
-        (DATA, OnPolicy(), {}, "source='given': give data or a source, one of them"),
-        (None, OnPolicy(), dict(eval_batches=1), "eval_batches=1: must be 0: toy has none held"),
+        (None, None, {}, "source=None: exactly one of data and source is required"),
+        (DATA, OnPolicy(), {}, "source='given': exactly one of data and source is required"),
+        (None, OnPolicy(), dict(eval_batches=1), "eval_batches=1: must be 0: toy has no held-out"),
         (
             None,
             OnPolicy(),

@@ -138,7 +138,10 @@ def test_bfloat16_computes_and_float32_keeps():
 @pytest.mark.parametrize(
     "model, data, training, message",
     [
-        (dict(vocab_size=15), {}, {}, "model.vocab_size=15: must be at least the vocabulary of the data, 16"),
+        (
+            dict(vocab_size=15), {}, {},
+            "model.vocab_size=15: must be at least the vocabulary of the data, 16",
+        ),
         (
             dict(position="learned", max_length=7), {}, {},
             "data.sequence_length=8: must be at most model.max_length=7",

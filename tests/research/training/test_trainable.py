@@ -115,7 +115,7 @@ def test_the_whole_model_is_loaded(finished):
 def test_what_is_not_trained_must_be_there(finished, tmp_path):
     copy = shutil.copytree(finished[0], tmp_path / "copy")
     shutil.rmtree(copy / "fixed")
-    with pytest.raises(ConfigError, match="copy/fixed'?: what is not trained is missing"):
+    with pytest.raises(ConfigError, match="copy/fixed'?: the parameters that are not trained"):
         load_model(copy)
 
 
