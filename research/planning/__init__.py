@@ -1,5 +1,5 @@
-"""Before there are machines: a step compiled ahead of time for a slice by name, and what it needs.
+"""Planning: compile a step ahead of time for a named TPU slice, and read what it requires.
 
-`topology` compiles, `program` reads the collectives, `plan` puts bytes, FLOPs and time at best
-together, `sweep` compares meshes and finds the largest batch, `report` says it.
+`topology` compiles, `program` reads the collectives, `plan` computes bytes, FLOPs and the shortest
+possible time, `sweep` compares meshes and finds the largest batch, `report` prints plans.
 """

@@ -1,5 +1,8 @@
-"""Model states, as ZeRO calls parameters, gradients and moments: what a compiled step keeps of them
-on a device, and sends (Rajbhandari 2020, arXiv:1910.02054, Figure 1 and §7)."""
+"""Bytes of model states per device and numbers sent per step, from a compiled program.
+
+Model states are ZeRO's term for parameters, gradients and moments (Rajbhandari 2020,
+arXiv:1910.02054, Figure 1 and §7).
+"""
 
 import dataclasses
 import functools
@@ -21,9 +24,11 @@ from research.training.step import finish, make_gradients
 
 @dataclasses.dataclass(frozen=True)
 class ModelStates:
-    """``parameters``: Ψ, of the whole model. ``held``: bytes a device. ``sent``: numbers, of
-    whatever type, that a device sends in a step, around rings; None but for TPUs (XLA for the CPU
-    makes all-reduces of reduce-scatters)."""
+    """``parameters``: Ψ, of the whole model. ``held``: bytes per device.
+
+    ``sent``: numbers, of any dtype, that a device sends in a step, around rings. It is None except
+    on TPUs: XLA for the CPU replaces reduce-scatters by all-reduces.
+    """
 
     parameters: int
     held: int
@@ -40,11 +45,12 @@ def model_states(
     batch_size: int,
     sequence_length: int,
 ) -> ModelStates:
-    """Compile a step on ``mesh`` at ``stage`` of ZeRO, and read what it keeps and sends.
+    """Compile a step on ``mesh`` at ``stage`` of ZeRO, and read what it stores and sends.
 
-    Nothing is allocated, and the devices may be those of a TPU slice that is not here. The step
-    also returns its gradients, before they are reduced for good, so that they are kept. State and
-    gradients are all that it takes and returns, but for the batch, which is left out.
+    Nothing is allocated, and the devices may be those of a TPU slice that does not exist. The step
+    also returns its gradients before their final reduction, so that they are stored at the end of
+    the step. Its arguments and results are the state, the gradients and the batch; the batch is not
+    counted.
 
     Raises:
       ConfigError: ``mesh`` does not divide the model or the batch.
@@ -53,10 +59,10 @@ def model_states(
     optimizer = make_optimizer(training.optimizer, training.steps)
     state = abstract_state(model, optimizer, mesh, stage)
     batch = abstract_batch(mesh, batch_size, sequence_length)
-    of_batch = make_gradients(training, stage=stage)
+    gradients_of_batch = make_gradients(training, stage=stage)
 
     def step(state, batch):
-        gradients, denominator, _ = of_batch(state.model, batch, jax.random.key(0))
+        gradients, denominator, _ = gradients_of_batch(state.model, batch, jax.random.key(0))
         finished = finish(gradients, denominator, training)
         return state.apply(finished, optimizer, stage), gradients
 
@@ -67,7 +73,7 @@ def model_states(
         else:
             compiled, text = jitted.lower(state, batch).compile(), None
     analysis: Any = compiled.memory_analysis()
-    # donated: the new state lies where the old one did, and the rest of the output is gradients
+    # the state is donated: its old and new memory are the same, the other results are gradients
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     held -= analysis.alias_size_in_bytes
     held -= sum(

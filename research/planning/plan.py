@@ -1,20 +1,20 @@
-"""What a program needs on a slice that is not here: bytes a device, collectives, the time at best.
+"""Bytes per device, collectives and the shortest possible time of a step on a TPU slice.
 
-The whole step is compiled ahead of time by the TPU's own compiler; nothing is allocated and no
-device is looked for. Bytes and collectives are the compiled program's: over all three axes of a
-torus (``fsdp:64`` on ``v5p:4x4x4``) XLA gathers and scatters by all-reduces, over two it does not.
-FLOPs are the model's (`train_flops_per_token`) or what a custom step says; *executed* are those
-with what is computed again in the backward pass and what a pipeline's stages compute while they
-have nothing to do. The floor of a step's time is the longest of three, each at the data sheet's
-peak:
+The whole step is compiled ahead of time by the TPU's own compiler; nothing is allocated, and no
+device is required. Bytes and collectives are those of the compiled program. Over all three axes of
+a torus (``fsdp:64`` on ``v5p:4x4x4``) XLA uses all-reduces in place of all-gathers and
+reduce-scatters; over two axes it does not. FLOPs are those of the model (`train_flops_per_token`)
+or those that a custom step gives. *Executed* FLOPs include what is computed again in the backward
+pass, and what the stages of a pipeline compute while they are idle. The floor of a step's time is
+the longest of three times, each at the peak rate of the data sheet:
 
 - compute: executed FLOPs;
-- memory: the state and the batch are read, the state is written, and whatever temporaries hold at
-  their peak and collectives bring is written and read once (the link to the host is not counted:
-  no data sheet gives its speed);
-- links: what collectives move, around rings, over all of a device's links at once.
+- memory: the state and the batch are read, the state is written, and temporaries at their peak and
+  the results of collectives are written and read once (transfers to the host are not counted: no
+  data sheet gives their rate);
+- links: bytes sent by collectives, around rings, over all links of a device together.
 
-The program is no faster; how much slower it is, only the machine knows.
+The program cannot be faster than that. How much slower it is can only be measured.
 """
 
 import dataclasses
@@ -40,14 +40,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says; of each device unless it says otherwise.
+    """The requirements of a compiled step, per device unless stated otherwise.
 
-    ``parameters``: their number; None of a custom step. ``bytes`` of ``parameters``, ``moments``
-    (or the ``cache``) and ``batch``, or of a custom step's arguments, and of ``temporaries``
-    (activations and gradients, at their peak), with their ``total`` and the device's ``memory``.
-    ``collectives``: kind → ``count`` and bytes ``moved`` a step; None if the program does not fit,
-    for then there is none. ``flops`` of a step on all devices: ``model`` and ``executed``.
-    ``floor``: seconds, see above. ``host``: bytes of moments in the memory of the device's host.
+    ``parameters``: their number; None for a custom step. ``bytes``: of ``parameters``, ``moments``
+    (or the ``cache``) and ``batch``, or of the arguments of a custom step, and of ``temporaries``
+    (activations and gradients, at their peak); also their ``total`` and the device's ``memory``.
+    ``collectives``: kind → ``count`` and bytes ``moved`` per step; None if the program does not
+    fit, because it is then not compiled. ``flops``: of a step on all devices, ``model`` and
+    ``executed``. ``floor``: seconds, see above. ``host``: bytes of moments in the memory of the
+    device's host.
     """
 
     setup: Setup | CustomSetup
@@ -69,7 +70,7 @@ class Plan:
 
     @property
     def spare(self) -> int:
-        """Bytes left of the device's memory; negative where the program does not fit."""
+        """Unused bytes of the device's memory; negative if the program does not fit."""
         return self.bytes["memory"] - self.bytes["total"]
 
     @property
@@ -79,59 +80,61 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What makes the floor."""
+        """The longest of the times in ``floor``: ``compute``, ``memory`` or ``links``."""
         return max(self.floor, key=lambda name: self.floor[name])
 
 
 def plan(setup: Setup | CustomSetup) -> Plan:
-    """Compile the step of ``setup`` and read what it needs.
+    """Compile the step of ``setup`` and read what it requires.
 
     Raises:
-      ConfigError: no such slice, no compiler for it, a mesh that does not divide the model or the
-        batch, or a strategy that changes nothing; before anything is compiled.
+      ConfigError: an unknown slice, no compiler for it, a mesh that does not divide the model or
+        the batch, or a strategy that changes nothing; raised before compilation.
     """
     check_setup(setup)
     mesh = topology_mesh(setup.topology, setup.mesh)
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)
     if chip is None or not (chip.memory and chip.memory_bandwidth and chip.link_bandwidth):
-        raise ConfigError(f"topology={setup.topology!r}: the peaks of {kind!r} are not known")
+        raise ConfigError(
+            f"topology={setup.topology!r}: the peak rates of {kind!r} are not in the table"
+        )
     step = make(setup, mesh)
     parts = step.arguments if step.parts is None else step.parts
-    held = {name: _bytes(tree) for name, tree in parts.items()}
+    sizes = {name: _bytes(tree) for name, tree in parts.items()}
     started = time.perf_counter()
-    total, found = _compile(step, mesh, sum(held.values()))
+    total, collectives_found = _compile(step, mesh, sum(sizes.values()))
     seconds = time.perf_counter() - started
-    held["temporaries"] = total - sum(held.values())
-    written = sum(held[name] for name in step.written)
-    brought = sum(c.size * c.times for c in found or ())
-    touched = sum(held.values()) - held["temporaries"] + written
-    touched += 2 * (held["temporaries"] + brought)
+    sizes["temporaries"] = total - sum(sizes.values())
+    written = sum(sizes[name] for name in step.written)
+    collected = sum(c.size * c.times for c in collectives_found or ())
+    accessed = sum(sizes.values()) - sizes["temporaries"] + written
+    accessed += 2 * (sizes["temporaries"] + collected)
     host = sum(_bytes(tree, HOST) for tree in parts.values())
-    touched += 2 * host  # what comes from there is read, what goes there is written
-    work = step.flops if step.executed is None else step.executed
-    executed = work / mesh.size
-    floor = {"compute": executed / chip.flops, "memory": touched / chip.memory_bandwidth}
-    if found is not None:
-        floor["links"] = sum(c.moved for c in found) / chip.link_bandwidth
+    accessed += 2 * host  # read for the update and written after it
+    executed_flops = step.flops if step.executed is None else step.executed
+    executed = executed_flops / mesh.size
+    floor = {"compute": executed / chip.flops, "memory": accessed / chip.memory_bandwidth}
+    if collectives_found is not None:
+        floor["links"] = sum(c.moved for c in collectives_found) / chip.link_bandwidth
     return Plan(
         setup=setup,
         device=kind,
         devices=mesh.size,
         mesh={name: size for name, size in mesh.shape.items() if size > 1},
         parameters=_count(parts["parameters"]) if isinstance(setup, Setup) else None,
-        bytes={**held, "total": total, "memory": int(chip.memory)},
-        flops={"model": step.flops, "executed": work},
-        collectives=None if found is None else _by_kind(found),
+        bytes={**sizes, "total": total, "memory": int(chip.memory)},
+        flops={"model": step.flops, "executed": executed_flops},
+        collectives=None if collectives_found is None else _by_kind(collectives_found),
         floor=floor,
-        intensity=executed / touched,
+        intensity=executed / accessed,
         compile_seconds=seconds,
         host=host,
     )
 
 
-def _compile(step: Step, mesh: Mesh, held: int) -> tuple[int, list[Collective] | None]:
-    """Bytes that the program needs in all, and its collectives, if it can be at all."""
+def _compile(step: Step, mesh: Mesh, argument_bytes: int) -> tuple[int, list[Collective] | None]:
+    """Bytes that the program requires, and its collectives, or None if it does not fit."""
     try:
         with use_mesh(mesh):
             compiled, text = compile_with_text(step.function, *step.arguments.values())
@@ -139,7 +142,7 @@ def _compile(step: Step, mesh: Mesh, held: int) -> tuple[int, list[Collective] |
         match = _OUT_OF_MEMORY.search(str(error))
         if match is None:
             raise
-        return max(held, int(float(match.group(1)) * _UNITS[match.group(2)])), None
+        return max(argument_bytes, int(float(match.group(1)) * _UNITS[match.group(2)])), None
     analysis: Any = compiled.memory_analysis()
     total = (
         analysis.argument_size_in_bytes
@@ -156,7 +159,7 @@ def _count(tree: Any) -> int:
 
 
 def _bytes(tree: Any, memory: str = "device") -> int:
-    """Of ``tree``'s arrays on one device, or in a memory of its host."""
+    """Bytes of ``tree``'s arrays on one device, or in the given memory of its host."""
     leaves = [a for a in jax.tree.leaves(tree) if (a.sharding.memory_kind or "device") == memory]
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
     sizes = [math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True)]

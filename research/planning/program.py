@@ -1,7 +1,7 @@
-"""What a compiled program says between devices: its collectives, read from the HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
-A collective in the body of a loop counts as often as the loop runs, so that a scan over layers
-shows what a step moves and not what is written down once.
+A collective in the body of a loop counts once per iteration, so that a scan over layers shows what
+a step sends.
 """
 
 import math
@@ -22,7 +22,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "bf16": 2}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# the called computations that run once for each run of the caller
+# the called computations that run once per run of the caller
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%([\w.\-]+)")
 _BRANCHES = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+))"
@@ -34,9 +34,9 @@ _OPERATION = re.compile(r"(?:^|[\s)}])([a-z][\w\-]*)\(")
 class Collective(NamedTuple):
     """One collective of a program.
 
-    ``size``: bytes of the whole array it is about, on each device: what is gathered, reduced or
-    exchanged. ``ways``: devices in each group. ``times``: how often a run of the program runs it.
-    ``depth``: loops around it. ``shapes``: of its results, as HLO writes them.
+    ``size``: bytes per device of the full array that is gathered, reduced or exchanged. ``ways``:
+    devices in each group. ``times``: how often one run of the program runs it. ``depth``: the
+    number of loops around it. ``shapes``: of its results, as HLO writes them.
     """
 
     kind: str
@@ -48,14 +48,14 @@ class Collective(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """Bytes that each device sends in all, around a ring (what no algorithm betters)."""
+        """Bytes that each device sends in total, around a ring (no algorithm sends fewer)."""
         share = (self.ways - 1) / self.ways if self.ways > 1 else 0.0
         once = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return once * self.size * self.times
 
     @property
     def numbers(self) -> float:
-        """`moved` in elements of the array instead of bytes."""
+        """`moved`, in elements of the array instead of bytes."""
         arrays = [(_size(shape), _elements(shape)) for shape in self.shapes]
         return self.moved * sum(n for _, n in arrays) / sum(size for size, _ in arrays)
 
@@ -64,23 +64,23 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of the HLO module ``text``, compiled for ``devices``.
 
     Raises:
-      ValueError: one is in a loop whose number of rounds the program does not say.
+      ValueError: a collective is in a loop whose number of iterations the program does not give.
     """
     computations, entry = _computations(text)
-    found: list[Collective] = []
+    result: list[Collective] = []
 
     def visit(name: str, times: int | None, depth: int) -> None:
-        # XLA for TPUs fuses an all-reduce with the slices that make it a reduce-scatter
+        # XLA for TPUs fuses an all-reduce and the slicing of its result into a reduce-scatter
         scattered = name.startswith("all-reduce-scatter")
         for line_name, line in computations[name]:
             operation = _operation(line)
             kind = operation.removesuffix("-start")
             if kind in KINDS:
-                one = _collective(kind, operation, line, devices, scattered)
-                if one.ways > 1:
+                collective = _collective(kind, operation, line, devices, scattered)
+                if collective.ways > 1:
                     if times is None:
                         raise ValueError(f"{line_name}: in a loop of unknown length")
-                    found.append(one._replace(times=times, depth=depth))
+                    result.append(collective._replace(times=times, depth=depth))
             elif operation == "while":
                 condition, body = _only(_WHILE.search(line)).groups()
                 trips = _trips(line, computations[condition])
@@ -91,20 +91,20 @@ def collectives(text: str, devices: int) -> list[Collective]:
                     visit(called, times, depth)
 
     visit(entry, 1, 0)
-    return found
+    return result
 
 
 def count(found: list[Collective], *, above: int = 0) -> dict[str, int]:
-    """How many times each kind runs, of more than ``above`` bytes."""
+    """Kind → how many times collectives of more than ``above`` bytes run."""
     counts: dict[str, int] = defaultdict(int)
-    for one in found:
-        if one.size > above:
-            counts[one.kind] += one.times
+    for collective in found:
+        if collective.size > above:
+            counts[collective.kind] += collective.times
     return dict(counts)
 
 
 def _computations(text: str) -> tuple[Mapping[str, list[tuple[str, str]]], str]:
-    """Name → its instructions as (name, what follows the equals sign); and the entry's name."""
+    """Name → instructions as (name, text after the equals sign); and the name of the entry."""
     computations: dict[str, list[tuple[str, str]]] = {}
     entry, inside = "", None
     for line in text.splitlines():
@@ -124,11 +124,11 @@ def _operation(line: str) -> str:
 
 
 def _collective(kind: str, operation: str, line: str, devices: int, scattered: bool) -> Collective:
-    results, _, rest = line.partition(f"{operation}(")
+    results, _, operands = line.partition(f"{operation}(")
     shapes = [f"{dtype}[{sizes}]" for dtype, sizes in _ARRAY.findall(results)]
     if operation == "all-gather-start" or operation == "collective-permute-start":
         shapes = shapes[len(shapes) // 2 :] if operation[4] == "g" else shapes[1:2]
-    ways = _ways(rest, devices) if kind != "collective-permute" else devices
+    ways = _ways(operands, devices) if kind != "collective-permute" else devices
     size = sum(_size(shape) for shape in shapes)
     if kind == "reduce-scatter":
         size *= ways
@@ -147,13 +147,13 @@ def _elements(shape: str) -> int:
     return math.prod(int(n) for n in shape.rstrip("]").split("[")[1].split(",") if n)
 
 
-def _ways(rest: str, devices: int) -> int:
-    """Devices in a group of ``replica_groups``."""
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+def _ways(operands: str, devices: int) -> int:
+    """The number of devices in a group of ``replica_groups``."""
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", operands):
         return int(match.group(2))
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", operands):
         return len(match.group(1).split(","))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", operands):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
         ways = 1
         for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2)):
@@ -178,7 +178,7 @@ def _calls(line: str) -> Iterator[str]:
 
 
 def _trips(line: str, condition: list[tuple[str, str]]) -> int | None:
-    """How often a loop runs; None if it is not a count from 0 to a constant."""
+    """How often a loop runs; None if it does not count from 0 to a constant."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(match.group(1))
     constants = {
@@ -187,7 +187,7 @@ def _trips(line: str, condition: list[tuple[str, str]]) -> int | None:
         if (match := re.search(r"\bconstant\((\d+)\)", text))
     }
     for _, text in condition:
-        # an operand that is an element of a tuple ends in #, and which one
+        # an operand that is an element of a tuple ends in # and its index
         match = re.search(r"compare\(%?[\w.\-]+(?:#\d+)?, %?([\w.\-]+)\), direction=LT", text)
         if match and match.group(1) in constants:
             return constants[match.group(1)]

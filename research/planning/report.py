@@ -1,4 +1,4 @@
-"""A plan in words: lines, a table, a verdict, and all of it in JSON's types."""
+"""Plans as text: lines, a table, a verdict, and all fields in JSON's types."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from research.planning.step import CustomSetup
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A plan, the arms that it is of, and the plan of the next larger batch if one was sought."""
+    """A plan, the arms that it is for, and the plan of the next larger batch if it was computed."""
 
     arms: tuple[str, ...]
     plan: Plan
@@ -22,7 +22,7 @@ class Planned:
 
 
 def lines(one: Planned) -> list[str]:
-    """What there is to say of one plan."""
+    """The lines that describe one plan."""
     p = one.plan
     machine = f"{p.setup.topology} ({p.devices} × {p.device})"
     head = (
@@ -30,21 +30,21 @@ def lines(one: Planned) -> list[str]:
         _work(p),
     )
     share = {name: p.bytes[name] for name in p.bytes if name not in ("total", "memory")}
-    said = [*head, "", "bytes a device"]
-    said += [f"  {name:<14}{_bytes(size):>12}" for name, size in share.items()]
+    text = [*head, "", "bytes a device"]
+    text += [f"  {name:<14}{_bytes(size):>12}" for name, size in share.items()]
     if p.host:
-        said += [f"  {'(on the host)':<14}{_bytes(p.host):>12}"]
-    said += [f"  {'total':<14}{_bytes(p.bytes['total']):>12}  {spell_fit(p)}", ""]
+        text += [f"  {'(on the host)':<14}{_bytes(p.host):>12}"]
+    text += [f"  {'total':<14}{_bytes(p.bytes['total']):>12}  {spell_fit(p)}", ""]
     if p.collectives is None:
-        said += ["collectives: not known, the compiler gave up"]
+        text += ["collectives: not known, the compiler gave up"]
     else:
-        said += ["collectives a step"]
-        said += [
+        text += ["collectives a step"]
+        text += [
             f"  {kind:<20}{row['count']:>8,.0f} times{_bytes(row['moved']):>14} sent a device"
             for kind, row in p.collectives.items()
         ] or ["  none"]
     flops = p.flops
-    said += [
+    text += [
         "",
         f"FLOPs a step: {flops['model']:.4g} of the model, {flops['executed']:.4g} executed",
         f"arithmetic intensity: {p.intensity:,.0f} FLOPs a byte of memory",
@@ -54,20 +54,20 @@ def lines(one: Planned) -> list[str]:
         f"compiled in {p.compile_seconds:.0f} s",
     ]
     if one.next is not None:
-        more = one.next
-        said.append(f"batch {more.setup.rows} {spell_fit(more)}")
-    return said
+        next_plan = one.next
+        text.append(f"batch {next_plan.setup.rows} {spell_fit(next_plan)}")
+    return text
 
 
 def table(found: Sequence[Planned]) -> Table:
-    """One row a plan."""
-    shown = Table(title=f"{found[0].plan.setup.topology}, a device's bytes and times at best")
-    every = dict.fromkeys(name for one in found for name in one.plan.bytes)
-    names = [name for name in every if name not in ("total", "memory", "batch")]
+    """A table with one row per plan."""
+    result = Table(title=f"{found[0].plan.setup.topology}, a device's bytes and times at best")
+    all_names = dict.fromkeys(name for one in found for name in one.plan.bytes)
+    names = [name for name in all_names if name not in ("total", "memory", "batch")]
     arms = len({one.arms for one in found}) > 1
     head = (["arms"] if arms else []) + ["mesh", "batch", *names, "total", "spare", "sent"]
     for name in [*head, "floor", "bound by", _rate(found[0].plan)[1]]:
-        shown.add_column(name, justify="left" if name in ("arms", "mesh") else "right")
+        result.add_column(name, justify="left" if name in ("arms", "mesh") else "right")
     for one in found:
         p = one.plan
         row = [", ".join(one.arms)] if arms else []
@@ -75,20 +75,20 @@ def table(found: Sequence[Planned]) -> Table:
         row += [_bytes(p.bytes[name]) if name in p.bytes else "" for name in names]
         row += [_bytes(p.bytes["total"]), _bytes(p.spare), _sent(p)]
         row += [f"{p.seconds * 1e3:,.0f} ms", p.bound, _rate(p)[0]]
-        shown.add_row(*row)
-    return shown
+        result.add_row(*row)
+    return result
 
 
 def verdict(found: Sequence[Planned]) -> str:
-    """Which one is best, or that none fits."""
+    """The best plan, or that none fits."""
     plans = [one.plan for one in found]
     arms = list(dict.fromkeys(one.arms for one in found))
     if len(arms) == len(found) > 1:
-        lost = [", ".join(one.arms) for one in found if not one.plan.fits]
-        return f"do not fit: {'; '.join(lost)}" if lost else "all fit"
+        too_large = [", ".join(one.arms) for one in found if not one.plan.fits]
+        return f"do not fit: {'; '.join(too_large)}" if too_large else "all fit"
     if len(arms) > 1:
-        each = [[one for one in found if one.arms == of] for of in arms]
-        return "\n".join(f"{', '.join(own[0].arms)}: {verdict(own)}" for own in each)
+        each = [[one for one in found if one.arms == arm] for arm in arms]
+        return "\n".join(f"{', '.join(of_arm[0].arms)}: {verdict(of_arm)}" for of_arm in each)
     chosen = sweep.best(plans)
     if chosen is None:
         return "none fits"
@@ -99,15 +99,15 @@ def verdict(found: Sequence[Planned]) -> str:
 
 
 def describe(p: Plan) -> dict[str, Any]:
-    """``p`` with what follows from it, in JSON's types."""
-    more = dict(fits=p.fits, spare=p.spare, seconds=p.seconds, bound=p.bound)
-    described = {**dataclasses.asdict(p), **more}
+    """``p`` with its properties, in JSON's types."""
+    derived = dict(fits=p.fits, spare=p.spare, seconds=p.seconds, bound=p.bound)
+    described = {**dataclasses.asdict(p), **derived}
     described["setup"].pop("make", None)  # a function
     return plain(described)
 
 
 def spell_mesh(p: Plan) -> str:
-    """Axes and strategies as ``--mesh`` takes them."""
+    """Axes and strategies in the form of ``--mesh``."""
     stage = p.setup.mesh.zero
     axes = [f"{name}:{size}" for name, size in p.mesh.items()]
     strategies = [f"zero:{stage}"] if stage else []
@@ -130,7 +130,7 @@ def _work(p: Plan) -> str:
 
 
 def _rate(p: Plan) -> tuple[str, str]:
-    """How many a second at the floor, and of what."""
+    """The rate at the floor, and its unit."""
     if isinstance(p.setup, CustomSetup):
         return f"{1 / p.seconds:,.4g}", "steps/s"
     each = p.setup.sequence_length if p.setup.training else 1
@@ -144,7 +144,7 @@ def _sent(p: Plan) -> str:
 
 
 def spell_fit(p: Plan) -> str:
-    """Whether it fits, and by how much."""
+    """Whether the plan fits, and by how many bytes."""
     memory = _bytes(p.bytes["memory"])
     if p.fits:
         return f"fits {memory} with {_bytes(p.spare)} to spare"

@@ -1,4 +1,4 @@
-"""What is planned: a language model's training or decoding step, or a custom step."""
+"""The step that is planned: training or decoding of a language model, or a custom step."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -32,9 +32,9 @@ class Step:
     """A jitted ``function`` and its ``arguments``, in their order, by name.
 
     The leaves of the arguments are `jax.ShapeDtypeStruct` with shardings on the mesh. ``flops``: of
-    a step on all devices, by the equations; ``executed``: with what is computed again, None for the
-    same. ``parts``: name → what of the arguments is reported by that name, None for the arguments
-    themselves. ``written``: the parts that the step writes anew, e.g. a model and its moments.
+    a step on all devices, by the equations; ``executed``: with recomputation, None if it is the
+    same. ``parts``: name → the arrays that are reported under that name; None: the arguments
+    themselves. ``written``: the parts that the step writes, e.g. a model and its moments.
     """
 
     function: Callable
@@ -49,8 +49,9 @@ class Step:
 class Setup:
     """A step of ``model`` on the ``mesh`` of ``topology``, by batches of this size.
 
-    ``training`` None: decoding, one token after ``sequence_length`` cached ones. ``vocabulary``: of
-    the data, 0 if unknown; the program is the same for any, so that it does not distinguish setups.
+    ``training`` None: decoding of one token after ``sequence_length`` cached ones. ``vocabulary``:
+    of the data, 0 if unknown. The program does not depend on it, so setups that differ only in it
+    are equal.
     """
 
     model: DecoderConfig
@@ -63,7 +64,7 @@ class Setup:
 
     @property
     def rows(self) -> int:
-        """Meshes are compared by the time of a row."""
+        """The rows of a batch: meshes are compared by the time per row."""
         return self.batch_size
 
 
@@ -78,7 +79,7 @@ class CustomSetup:
 
     @property
     def rows(self) -> int:
-        """Custom steps are compared by the time of a step."""
+        """1: custom steps are compared by the time per step."""
         return 1
 
 
@@ -86,7 +87,7 @@ def make(setup: Setup | CustomSetup, mesh: Mesh) -> Step:
     """The step of ``setup`` on ``mesh``.
 
     Raises:
-      ConfigError: a custom step that is no `Step`, or whose arguments are not on the mesh.
+      ConfigError: a custom step is not a `Step`, or its arguments are not sharded on the mesh.
     """
     if isinstance(setup, CustomSetup):
         return _custom(setup, mesh)
@@ -94,13 +95,13 @@ def make(setup: Setup | CustomSetup, mesh: Mesh) -> Step:
 
 
 def check_setup(setup: Setup | CustomSetup) -> None:
-    """Raise `ConfigError` for a ``setup`` that cannot be on its slice, before anything compiles."""
+    """Raise `ConfigError` for a ``setup`` that its slice does not support, before compilation."""
     mesh = topology_mesh(setup.topology, setup.mesh)
     zero, offload = setup.mesh.zero, setup.mesh.offload
     if isinstance(setup, CustomSetup):
-        alone = "changes nothing: plan_step is given the mesh alone"
-        check(zero is None, "mesh.zero", zero, alone)
-        check(not offload, "mesh.offload", offload, alone)
+        ignored = "changes nothing: plan_step receives only the mesh"
+        check(zero is None, "mesh.zero", zero, ignored)
+        check(not offload, "mesh.offload", offload, ignored)
         make(setup, mesh)
         return
     model, training, size = setup.model, setup.training, setup.batch_size
@@ -117,9 +118,17 @@ def check_setup(setup: Setup | CustomSetup) -> None:
         return
     check(zero is None, "mesh.zero", zero, "changes nothing: decoding has no gradients")
     check(not offload, "mesh.offload", offload, "changes nothing: decoding has no moments")
-    known = set(model.pattern) <= {"attention", "sliding"}
-    check(known, "model.pattern", model.pattern, "only caches of attention are laid out on a mesh")
-    for axis, why in (("sequence", "a token cannot be split"), ("stage", "a pipeline trains")):
+    supported = set(model.pattern) <= {"attention", "sliding"}
+    check(
+        supported,
+        "model.pattern",
+        model.pattern,
+        "must be attention layers: only their caches can be sharded",
+    )
+    for axis, why in (
+        ("sequence", "one token has no time to shard"),
+        ("stage", "a pipeline only trains"),
+    ):
         check(mesh.shape[axis] == 1, f"mesh.{axis}", mesh.shape[axis], f"must be 1: {why}")
     validate(model, mesh, batch_size=size, sequence_length=1)
 
@@ -141,17 +150,17 @@ def _training(setup: Setup, mesh: Mesh) -> Step:
 
 
 def _decoding(setup: Setup, mesh: Mesh) -> Step:
-    """One more token for each row of the batch."""
+    """Decoding of one token for each row of the batch."""
     config, size = setup.model, setup.batch_size
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     model = with_shardings(abstract, shardings(abstract, mesh))
     with use_mesh(mesh):
         empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
-    # on one device there are no sharded types
-    where = jax.tree.map(
+    # on one device types have no sharding
+    cache_shardings = jax.tree.map(
         lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec()), empty
     )
-    cache, batch = with_shardings(empty, where), abstract_batch(mesh, size, 1)
+    cache, batch = with_shardings(empty, cache_shardings), abstract_batch(mesh, size, 1)
 
     def step(model, cache, tokens_bt, positions_bt):
         output = model(tokens_bt, positions_bt, state=cache)
@@ -170,25 +179,25 @@ def _custom(setup: CustomSetup, mesh: Mesh) -> Step:
     step = setup.make(setup.config, mesh)
     check(isinstance(step, Step), "plan_step", step, "must return a Step")
     for name, argument in step.arguments.items():
-        beside = "temporaries, total and memory are reported beside the arguments"
-        check(name not in ("temporaries", "total", "memory"), "plan_step: name", name, beside)
+        reserved = "must not be temporaries, total or memory, which are reported as well"
+        check(name not in ("temporaries", "total", "memory"), "plan_step: name", name, reserved)
         for leaf in jax.tree.leaves(argument):
-            there = getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh
-            check(there, f"plan_step: {name}", leaf, "must have a sharding on the mesh")
+            on_mesh = getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh
+            check(on_mesh, f"plan_step: {name}", leaf, "must have a sharding on the mesh")
     return step
 
 
 def _flops(setup: Setup, mesh: Mesh, model: Decoder) -> tuple[float, float]:
-    """Of a step on all devices: the model's, and those that are executed."""
+    """FLOPs of a step on all devices: by the equations of the model, and executed."""
     length, rows = setup.sequence_length, setup.batch_size
     if setup.training is None:
-        each = forward_flops_per_token(model, length, cached=True)
-        return each * rows, each * rows
-    each = train_flops_per_token(model, length)
-    again = recomputed_flops_per_token(model, length)
+        per_token = forward_flops_per_token(model, length, cached=True)
+        return per_token * rows, per_token * rows
+    per_token = train_flops_per_token(model, length)
+    recomputed = recomputed_flops_per_token(model, length)
     config = setup.model
-    if config.microbatches is not None:  # stages compute in the ticks that are not theirs too
+    if config.microbatches is not None:  # idle stages compute, too
         share = idle(mesh.shape["stage"], config.microbatches, config.circuits)
         head = 6.0 * config.vocab_size * config.width
-        again += (each + again - head) * share / (1 - share)
-    return each * rows * length, (each + again) * rows * length
+        recomputed += (per_token + recomputed - head) * share / (1 - share)
+    return per_token * rows * length, (per_token + recomputed) * rows * length

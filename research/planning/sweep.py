@@ -1,4 +1,4 @@
-"""Many plans: meshes and strategies side by side, and the largest batch that fits."""
+"""Compare the plans of meshes and strategies, and find the largest batch that fits."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from research.planning.topology import topology_mesh
 
 
 class TooLarge(ConfigError):
-    """Not even the ``smallest`` batch fits."""
+    """Even the ``smallest`` batch does not fit."""
 
     def __init__(self, smallest: Plan):
         over = f"the smallest of this mesh exceeds its memory by {-smallest.spare} B"
@@ -22,62 +22,64 @@ class TooLarge(ConfigError):
 
 
 def candidates(setup: Setup) -> list[MeshConfig]:
-    """Meshes worth comparing for ``setup`` on its slice: those of `_shapes` that divide it."""
+    """The meshes to compare for ``setup`` on its slice: those of `_shapes` that pass its checks."""
     size = topology_mesh(setup.topology).size
-    found = []
+    configs = []
     for shape in _shapes(size, setup.model):
         config = dataclasses.replace(shape, offload=setup.mesh.offload)
         try:
             check_setup(dataclasses.replace(setup, mesh=config))
         except ConfigError:
             continue
-        found.append(config)
-    return found
+        configs.append(config)
+    return configs
 
 
 def _shapes(size: int, model: DecoderConfig) -> Iterator[MeshConfig]:
-    """``fsdp`` alone at every stage, beside ``data``, ``tensor`` and ``expert``; no axis is 1.
+    """``fsdp`` at every stage of ZeRO, or with ``data``, ``tensor`` or ``expert``; ``fsdp`` is > 1.
 
-    All that beside a split of time, if the model's attention says how it bears one, and of layers,
-    if the model says into how many micro-batches.
+    All of these are combined with sizes of ``sequence`` if the attention supports a sharded time,
+    and of ``stage`` if the model has micro-batches.
     """
-    splits = model.attention is not None and model.attention.context != "gather"
+    shards_time = model.attention is not None and model.attention.context != "gather"
     shapes = [(1, 1, 1), (4, 1, 1), (16, 1, 1)]
     shapes += [(1, 1, tensor) for tensor in (2, 4, 8)] + [(4, 1, 4)]
     if "moe" in model.feed_forward:
         shapes += [(1, ways, 1) for ways in (4, 8, 16)]
-    times, layers = ((2, 4, 8) if some else (1,) for some in (splits, model.microbatches))
-    for stage, sequence, shape in itertools.product(layers, times, shapes):
+    sequences, layers = (
+        (2, 4, 8) if enabled else (1,) for enabled in (shards_time, model.microbatches)
+    )
+    for stage, sequence, shape in itertools.product(layers, sequences, shapes):
         data, expert, tensor = shape
-        rest, left = divmod(size, stage * data * expert * sequence * tensor)
-        if left or rest == 1:
+        fsdp, remainder = divmod(size, stage * data * expert * sequence * tensor)
+        if remainder or fsdp == 1:
             continue
         for zero in (1, 2, None) if shape == (1, 1, 1) else (None,):
-            yield MeshConfig(data, rest, expert, sequence, tensor, stage, zero)
+            yield MeshConfig(data, fsdp, expert, sequence, tensor, stage, zero)
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:
-    """Of those that fit the one with the least time a row, and of equals the one with most to
-    spare."""
+    """The plan that fits with the least time per row; of equals, with the most memory left."""
 
-    def order(one: Plan) -> tuple[float, float]:
-        return one.seconds / one.setup.rows, -one.spare
+    def order(item: Plan) -> tuple[float, float]:
+        return item.seconds / item.setup.rows, -item.spare
 
-    return min((one for one in plans if one.fits), key=order, default=None)
+    return min((item for item in plans if item.fits), key=order, default=None)
 
 
 def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:
-    """The plan of the largest batch that fits, at most ``most``, and that of the next one.
+    """The plan of the largest batch that fits, at most ``most``, and that of the next larger one.
 
-    Batches are multiples of what the mesh and the micro-batches divide them by. Memory grows about
-    linearly with them, so that a few compilations find the edge; both sides of it are compiled.
+    Batches are multiples of the rows that mesh and micro-batches require. Memory is about linear in
+    the batch, so that few compilations find the limit. The batches on both sides of it are
+    compiled.
 
     Raises:
-      TooLarge: not even the smallest batch fits.
+      TooLarge: even the smallest batch does not fit.
     """
     mesh = topology_mesh(setup.topology, setup.mesh)
-    parts = setup.training.gradient_accumulation if setup.training else 1
-    unit = batch_ways(mesh) * parts
+    microbatches = setup.training.gradient_accumulation if setup.training else 1
+    unit = batch_ways(mesh) * microbatches
     plans: dict[int, Plan] = {}
 
     def at(units: int) -> Plan:
@@ -88,7 +90,7 @@ def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:
     smallest = at(1)
     if not smallest.fits:
         raise TooLarge(smallest)
-    low, high = 1, None  # what fits, and what does not
+    low, high = 1, None  # the largest that fits, the smallest that does not
     limit = max(1, most // unit)
     while low < limit and (high is None or high - low > 1):
         guess = _guess(plans, low, high, limit)
@@ -100,8 +102,10 @@ def fit(setup: Setup, most: int = 2**16) -> tuple[Plan, Plan | None]:
 
 
 def _guess(plans: dict[int, Plan], low: int, high: int | None, limit: int) -> int:
-    """Where the edge is, by the line through the two largest that fit; between ``low`` and
-    ``high``."""
+    """The largest batch that may fit, between ``low`` and ``high``.
+
+    Extrapolates linearly from the two largest batches that fit.
+    """
     fitting = sorted(units for units in plans if plans[units].fits)
     guess = 2 * low
     if len(fitting) > 1:

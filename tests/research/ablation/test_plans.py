@@ -223,7 +223,7 @@ def test_a_custom_step_is_planned(make_package, tmp_path, capfd):
         (
             "def plan_step(config, mesh):\n    return Step(abs, {'total': ()}, 1.0)",
             [],
-            "plan_step: name='total': temporaries, total and memory are reported beside",
+            "plan_step: name='total': must not be temporaries, total or memory",
         ),
         (
             "def plan_step(config, mesh):\n    return Step(abs, {'x': jax.numpy.ones(3)}, 1.0)",

@@ -295,5 +295,5 @@ def test_a_stage_that_changes_nothing_or_cannot_be_is_refused():
     check_stage(None, MODEL, {**sizes, "fsdp": 1})
     descent = make_optimizer(OptimizerConfig("sgd", b1=0.0), 10)
     mesh = topology_mesh("v5e:2x2", MeshConfig(data=1, fsdp=4, zero=1))
-    with pytest.raises(ConfigError, match="^mesh.zero=1: changes nothing: fsdp shards no moment of the"):
+    with pytest.raises(ConfigError, match="^mesh.zero=1: changes nothing: fsdp shards no moment"):
         abstract_state(MODEL, descent, mesh, 1)

@@ -114,7 +114,7 @@ RECURRENT = DecoderConfig(
         ),
         (
             dict(training=None, mesh=MeshConfig(sequence=4, data=1)),
-            "mesh.sequence=4: must be 1: a token cannot be split",
+            "mesh.sequence=4: must be 1: one token has no time",
         ),
         (dict(training=None, model=RECURRENT), "model.pattern=.*'rwkv7'.*: only caches of attent"),
     ],

@@ -44,7 +44,7 @@ def test_an_unknown_slice_is_one_line():
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="topology='v5e:2x2': needs the TPU compiler: pip inst"):
+    with pytest.raises(ConfigError, match="topology='v5e:2x2': requires the TPU compiler: pip in"):
         topology_mesh("v5e:2x2")
 
 

@@ -88,7 +88,7 @@ def test_moments_that_the_strategy_does_not_split_are_refused_before_anything_is
     said = refusal(check_setup, setup(MODEL, training, mesh, "v5e:2x2"))
     assert said == "batch_size=2: must be a multiple of mesh stage×data×fsdp×expert=4"
     large = dataclasses.replace(setup(MODEL, training, mesh, "v5e:2x2"), batch_size=4)
-    assert refusal(check_setup, large).startswith("mesh.zero=1: changes nothing: fsdp shards no moment")
+    assert refusal(check_setup, large).startswith("mesh.zero=1: changes nothing: fsdp shards no")
     packed = TrainingConfig(1, OptimizerConfig(moments="8bit"))
     said = refusal(train, MODEL, DATA, packed, workdir=tmp_path / "run")
     assert said.startswith("optimizer.moments='8bit': changes nothing: no weight")
