@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside, synced, then renamed into place."""
+"""Write files and folders completely or not at all: to a temporary name, synced, then renamed."""
 
 import contextlib
 import json
@@ -25,24 +25,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)  # else the rename itself may be lost
-    except OSError as error:  # of a full disk the system does not say which file
+        _sync(path.parent)  # otherwise a crash may undo the rename
+    except OSError as error:  # for a full disk the system does not name the file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` in UTF-8, see `write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as standard JSON; NaN and infinities become the texts that `float` reads."""
+    """Write ``value`` as standard JSON; NaN and infinities become strings that `float` can read."""
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file ``path`` holds.
+    """The content of the JSON file ``path``.
 
     Raises:
       ConfigError: it is damaged; names ``path``.
@@ -54,7 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, place: Path | str) -> Any:
-    """The JSON ``text``, read from ``place``: a file, or a line of one as ``file:number``.
+    """The content of the JSON ``text`` from ``place``: a file, or a line of one as ``file:number``.
 
     Raises:
       ConfigError: it is damaged; names ``place``.
@@ -66,7 +67,7 @@ def parse_json(text: str, place: Path | str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON's types: arrays become lists, scalars Python numbers, paths text."""
+    """``value`` in JSON's types: arrays become lists, scalars Python numbers, paths strings."""
     if isinstance(value, Mapping) or hasattr(value, "items"):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -83,15 +84,15 @@ def plain(value: Any) -> Any:
 def check_new(directory: Path) -> None:
     """Raise `ConfigError` unless ``directory`` is absent or empty."""
     occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    check(not occupied, "directory", str(directory), "is there and not empty")
+    check(not occupied, "directory", str(directory), "must be absent or empty")
 
 
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A folder to fill beside ``directory``, which takes its name on success and goes on failure.
+    """A temporary folder that is renamed to ``directory`` on success, and deleted on failure.
 
     Raises:
-      ConfigError: ``directory`` is there and not empty.
+      ConfigError: ``directory`` exists and is not empty.
       OSError: it could not be written; names the file, or ``directory``.
     """
     check_new(directory)
@@ -115,9 +116,9 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk holds the file or folder ``path``."""
-    opened = os.open(path, os.O_RDONLY)
+    """Wait until the file or folder ``path`` is written to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

@@ -1,1 +1,1 @@
-"""How fast an op of `pallas_kernels` is beside its peers, measured in one run, round by round."""
+"""The speed of the operations of `pallas_kernels` and of whole models, compared with peers."""

@@ -1,4 +1,6 @@
-"""First step and memory of one contestant of `research.benchmark.train`, alone in a process.
+"""Time of the first step and memory of one contestant of `research.benchmark.train`.
+
+It is measured in a process that does nothing else:
 
 python -m research.benchmark.alone width256 "torch eager"
 """
@@ -20,17 +22,18 @@ import jax
 from layers.config import ConfigError
 from research.benchmark import step, subject
 
-STEPS = 3  # after the first, over which memory is taken
+STEPS = 3  # after the first; memory is measured over these
 _STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def measure(case: str, who: str) -> dict[str, Any]:
-    """``compile_seconds``: of the first step, compiling included, with no cache on the disk.
+    """The first step's time and the memory of contestant ``who``, measured in a new process.
 
-    ``peak_bytes``: by how much the largest resident set over the steps after that exceeds what the
-    process held before its model was there: weights, moments, gradients, activations, compiled code
-    and what compiling left behind. ``first_peak_bytes``: the same over model and first step. Both
-    None where Linux does not say.
+    ``compile_seconds``: of the first step, including compilation, without a cache on disk.
+    ``peak_bytes``: the largest resident set over the following steps, minus the resident set before
+    the model was created. It includes weights, moments, gradients, activations, compiled code and
+    what compilation left in memory. ``first_peak_bytes``: the same over the creation of the model
+    and the first step. Both are None if Linux does not give them.
 
     Raises:
       ConfigError: the process failed; with its last line.
@@ -41,23 +44,27 @@ def measure(case: str, who: str) -> dict[str, Any]:
             "TORCHINDUCTOR_CACHE_DIR": cache,
         }
         command = [sys.executable, "-m", __name__, case, who]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise ConfigError(f"{case}: {who} alone in a process: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+        completed = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+    if completed.returncode:
+        last_line = (
+            completed.stderr.strip() or f"exit status {completed.returncode}"
+        ).splitlines()[-1]
+        raise ConfigError(f"{case}: {who} alone in a process: {last_line}")
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 def _resident(field: str) -> int | None:
-    """``VmRSS``, now, or ``VmHWM``, the most since it was last set back."""
+    """Bytes of ``VmRSS``, the resident set, or ``VmHWM``, its maximum since the last reset."""
     if not _STATUS.exists():
         return None
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    return None if found is None else 1024 * int(found[1])
+    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    return None if match is None else 1024 * int(match[1])
 
 
-def _set_back() -> bool:
-    """Begin `VmHWM` anew, without what malloc keeps for itself; whether Linux lets us."""
+def _reset_peak() -> bool:
+    """Reset `VmHWM`, after freeing unused memory; whether Linux supports it."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -68,28 +75,28 @@ def _set_back() -> bool:
 
 
 def main(case: str, who: str) -> dict[str, Any]:
-    """What `measure` says, of this process."""
+    """What `measure` returns, measured in this process."""
     if who == step.OURS:
-        jax.jit(lambda x: x + 1)(1.0)  # the backend is there
+        jax.jit(lambda x: x + 1)(1.0)  # initialises the backend
     else:
         import torch
 
         torch.ones(8, requires_grad=True).sum().backward()
-    known = _set_back()
+    supported = _reset_peak()
     before = _resident("VmRSS") or 0
     prepared = subject.prepare(who, subject.SIZES[case], None)
-    begin = time.perf_counter()
+    started = time.perf_counter()
     prepared.run()
-    seconds = time.perf_counter() - begin + (prepared.compile_seconds or 0.0)
+    seconds = time.perf_counter() - started + (prepared.compile_seconds or 0.0)
     first = _resident("VmHWM") or 0
-    known = _set_back() and known
+    supported = _reset_peak() and supported
     for _ in range(STEPS):
         prepared.run()
     peak = _resident("VmHWM") or 0
     return {
         "compile_seconds": seconds,
-        "first_peak_bytes": first - before if known else None,
-        "peak_bytes": peak - before if known else None,
+        "first_peak_bytes": first - before if supported else None,
+        "peak_bytes": peak - before if supported else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Times of several functions, taken in turn (A B C A B C …) so that drift hits all alike."""
+"""Times of several functions, measured in turn (A B C A B C …), so that drift affects all alike."""
 
 import math
 import os
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What is said of one whose turn did not come.
+# in place of the times of a function that was not run
 BUDGET = "not run: budget"
 
 Clock = Callable[[], float]
 
 
 class Prepared(NamedTuple):
-    """A compiled function: ``run()`` returns when its result is there."""
+    """A compiled function: ``run()`` returns when its result is computed."""
 
     run: Callable[[], Any]
     values: Callable[[Any], list[np.ndarray]]  # the result of ``run`` as arrays, to compare
@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
 
 
 class Budget:
-    """Seconds for a whole run, shared out: what a part leaves is shared by those after it."""
+    """Seconds for a run, shared by its parts; later parts share what a part does not use."""
 
     def __init__(self, seconds: float, parts: int, clock: Clock = time.perf_counter):
         self.clock, self._end, self._parts = clock, clock() + seconds, parts
@@ -41,14 +41,15 @@ class Budget:
 
 
 def prepare(function: Callable, arrays: Sequence[jax.Array]) -> Prepared:
-    """Compile ``function`` for ``arrays``, which stay arguments: nothing can be folded.
+    """Compile ``function`` for ``arrays``, which are arguments, so that XLA folds no constants.
 
     Raises:
-      MemoryError: its temporaries exceed what this host has free (a GPU or TPU says so itself).
+      MemoryError: the temporaries exceed the free memory of this host (GPUs and TPUs raise by
+        themselves).
     """
-    begin = time.perf_counter()
+    started = time.perf_counter()
     compiled = jax.jit(function).lower(*arrays).compile()
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - started
     analysis = compiled.memory_analysis()
     temp = None if analysis is None else int(analysis.temp_size_in_bytes)
     if jax.default_backend() == "cpu" and temp is not None and temp > 0.8 * free_bytes():
@@ -58,7 +59,7 @@ def prepare(function: Callable, arrays: Sequence[jax.Array]) -> Prepared:
 
 
 def free_bytes() -> int:
-    """Memory this host has free."""
+    """Free memory of this host."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -67,16 +68,16 @@ def _values(result) -> list[np.ndarray]:
 
 
 def sample(array: Any) -> Any:
-    """Every n-th number of ``array``, some millions: weights of experts fill gigabytes."""
-    # odd, so that it falls on every column
+    """Every n-th number of ``array``, at most some millions: expert weights can have gigabytes."""
+    # an odd step, so that the sample has numbers of every column
     return array.reshape(-1)[:: math.prod(array.shape) // 2**22 | 1]
 
 
 def both_passes(function: Callable, arrays: Sequence[jax.Array]) -> Callable:
     """``(*arrays, dy) → y`` and the gradient of ``sum(y · dy)`` by every floating array.
 
-    ``dy`` is an argument like the others. The output is kept: in training somebody reads it, and
-    without it XLA would leave out what the gradient alone does not need.
+    ``dy`` is an argument like the others. The output is returned because training uses it:
+    otherwise XLA would remove the computations that the gradient does not need.
     """
     floating = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -84,10 +85,10 @@ def both_passes(function: Callable, arrays: Sequence[jax.Array]) -> Callable:
         *inputs, dy = inputs
 
         def of_floating(*chosen):
-            whole = list(inputs)
+            all_inputs = list(inputs)
             for i, x in zip(floating, chosen, strict=True):
-                whole[i] = x
-            return function(*whole)
+                all_inputs[i] = x
+            return function(*all_inputs)
 
         y, pullback = jax.vjp(of_floating, *(inputs[i] for i in floating))
         return y, pullback(dy)
@@ -96,15 +97,15 @@ def both_passes(function: Callable, arrays: Sequence[jax.Array]) -> Callable:
 
 
 class Agreement:
-    """Whether results are the first one's, up to rounding: a wrong answer has no speed."""
+    """Whether results are equal to the first one up to rounding: wrong results are not timed."""
 
-    TOLERANCE = 0.05  # of the norm: above what bfloat16 does to a gradient, below any mistake
+    TOLERANCE = 0.05  # of the norm: above the rounding of a bfloat16 gradient, below errors
 
     def __init__(self):
         self._name, self._first = None, []
 
     def __call__(self, name: str, values: Sequence[np.ndarray]) -> str | None:
-        """What is wrong with ``values``, the result of ``name``."""
+        """The error of ``values``, the result of ``name``, as text; None if there is none."""
         if self._name is None:
             if not all(np.isfinite(v).all() for v in values):
                 return "failed: its result is not finite"
@@ -113,10 +114,10 @@ class Agreement:
         if [v.shape for v in values] != [v.shape for v in self._first]:
             return f"failed: its result has other shapes than {self._name}'s"
         worst = 0.0
-        for mine, first in zip(values, self._first, strict=True):
+        for value, first in zip(values, self._first, strict=True):
             norm = float(np.linalg.norm(first))
-            difference = float(np.linalg.norm(mine - first)) / (norm or 1.0)
-            # not max(): NaN must win
+            difference = float(np.linalg.norm(value - first)) / (norm or 1.0)
+            # not max(), which would ignore NaN
             worst = difference if not difference <= worst else worst
         if worst <= self.TOLERANCE:
             return None
@@ -129,18 +130,18 @@ def warm(
     deadline: float = math.inf,
     clock: Clock = time.perf_counter,
 ) -> dict[str, str]:
-    """Run each once, untimed; why those that cannot be timed cannot."""
+    """Run each function once, untimed; returns the reasons of those that cannot be timed."""
     failed = {}
     for name, one in prepared.items():
         if clock() >= deadline:
             failed[name] = BUDGET
             continue
         try:
-            wrong = agreement(name, one.values(one.run()))
-        except Exception as error:  # one that fails is listed, not fatal
-            wrong = f"failed: {reason(error)}"
-        if wrong is not None:
-            failed[name] = wrong
+            failure = agreement(name, one.values(one.run()))
+        except Exception as error:  # a failure is recorded and does not end the run
+            failure = f"failed: {reason(error)}"
+        if failure is not None:
+            failed[name] = failure
     return failed
 
 
@@ -153,35 +154,38 @@ def interleave(
     *,
     ahead: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times of each of ``runs`` in turn, and why those without any have none.
+    """Times of each of ``runs``, in turn, and the reasons of those that have no times.
 
-    ``ahead``: how often one runs untimed right before it is timed. One whose times add up to
-    ``seconds`` sits out, and so does one that, by its longest time, would end after ``deadline``.
+    ``ahead``: how often a function runs untimed right before it is timed. A function is skipped
+    once its times add up to ``seconds``, and when, judged by its longest time, it would end after
+    ``deadline``.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
     for _ in range(rounds):
-        for name, taken in times.items():
-            if name in failed or (taken and sum(taken) >= seconds):
+        for name, measured in times.items():
+            if name in failed or (measured and sum(measured) >= seconds):
                 continue
-            begin = clock()
-            if begin + (ahead + 1) * max(taken, default=0.0) >= deadline:
+            started = clock()
+            if started + (ahead + 1) * max(measured, default=0.0) >= deadline:
                 continue
             try:
                 for _ in range(ahead):
                     runs[name]()
-                    begin = clock()
+                    started = clock()
                 runs[name]()
-            except Exception as error:  # also in a late round: the others go on
+            except Exception as error:  # in any round: the others continue
                 failed[name] = f"failed: {reason(error)}"
                 continue
-            taken.append(clock() - begin)
-    failed |= {name: BUDGET for name, taken in times.items() if not taken and name not in failed}
-    return {name: taken for name, taken in times.items() if name not in failed}, failed
+            measured.append(clock() - started)
+    failed |= {
+        name: BUDGET for name, measured in times.items() if not measured and name not in failed
+    }
+    return {name: measured for name, measured in times.items() if name not in failed}, failed
 
 
 def describe(times: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and number of ``times``, and themselves."""
+    """Median, quartiles and number of ``times``, and the times themselves."""
     return {
         "median": statistics.median(times),
         "quartiles": quartiles(times),
@@ -191,7 +195,7 @@ def describe(times: Sequence[float]) -> dict[str, Any]:
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The first and the third."""
+    """The first and the third quartile."""
     if len(values) == 1:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -201,22 +205,23 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     """How many times as fast ``ours`` is, round by round: median and quartiles.
 
-    Not the medians' ratio: what slows a round down hits both.
+    This is not the ratio of the medians: what slows a round affects both.
     """
     rounds = [a / b for a, b in zip(theirs, ours, strict=False)]
     return {"ratio": statistics.median(rounds), "quartiles": quartiles(rounds)}
 
 
 def reason(error: Exception) -> str:
-    """One line of at most 160 characters saying what ``error`` is."""
+    """``error`` in one line of at most 160 characters."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{type(error).__name__}: {text}"[:160]
 
 
 def ceilings(dtype: str, rounds: int, seconds: float) -> dict[str, float]:
-    """What this machine reaches: FLOP/s in a big matmul, bytes/s read and written by a big copy.
+    """Peak rates of this machine: FLOP/s of a large matmul, bytes/s of a large copy.
 
-    Of random numbers: a GPU multiplies zeros faster.
+    The copy's bytes are those read plus those written. The numbers are random: a GPU multiplies
+    zeros faster.
     """
     big = jax.default_backend() != "cpu"
     side, length = (8192, 2**28) if big else (2048, 2**25)
@@ -224,7 +229,7 @@ def ceilings(dtype: str, rounds: int, seconds: float) -> dict[str, float]:
     line = jax.random.normal(jax.random.key(1), (length,), jnp.float32)
     prepared = {
         "matmul": prepare(jnp.matmul, [square, square]),
-        # negated, so that there is something to compute: a bare copy may become none
+        # negated, because XLA may remove a plain copy
         "copy": prepare(jnp.negative, [line]),
     }
     for one in prepared.values():

@@ -1,25 +1,28 @@
-"""One training step of whole models beside transformers': same weights, same data, same machine.
+"""One training step of whole models, compared with transformers: same weights, data and machine.
 
 A step is forward, backward and AdamW, width 256, 4 layers, 8 rows of 256 tokens, float32. Ours is
-`research.training`'s own step on an unrolled stack, theirs eager PyTorch with its attention and its
-fused AdamW on all cores. Both begin from transformers' weights and do two steps before any is
-timed; the losses must agree, and so must how far the first update brings them down.
+the step of `research.training` on an unrolled stack. Theirs is eager PyTorch with its attention and
+its fused AdamW on all cores. Both begin from transformers' weights and compute two steps before any
+is timed. The losses must agree, and so must their decrease after the first update.
 
-What profiles of a CPU showed, op by op (`jax.profiler`, of the two cores the records name):
+Results of profiles on a CPU, per operation (`jax.profiler`, on the two cores that the records
+name):
 
-- Half to two thirds of a step is products of matrices, which XLA and PyTorch do equally fast.
-- The gradient of a weight was what XLA lost: it turns one of the two factors in memory, and fuses
-  into the turning whatever made it. JAX's rule always turned what came back, so that backward
-  passes of norms, gates and convolutions ran across memory and twice. Turning the smaller factor
-  (`layers.linear.product`) saved 16% of the work of Llama's step, 9% of GPT-2's, 5% of Mixtral's, a
-  fifth of Mamba's and Mamba-2's and 17% of RWKV-4's.
+- Half to two thirds of a step are matrix products, which XLA and PyTorch compute equally fast.
+- XLA lost time in the gradients of weights: it transposes one of the two factors in memory, and
+  fuses the computation of that factor into the transposition. JAX's rule always transposed the
+  incoming gradient, so that the backward passes of norms, gates and convolutions ran across memory
+  and twice. Transposing the smaller factor (`layers.linear.product`) saved 16% of the work of
+  Llama's step, 9% of GPT-2's, 5% of Mixtral's, a fifth of Mamba's and Mamba-2's and 17% of
+  RWKV-4's.
 - A scanned stack costs 5% more for attention and 25 to 30% more for Mamba, whose larger activations
-  are copied in and out of the loop's stacks: hence unrolled, here and in the experiments.
-- Barriers that should keep an array in memory do nothing: XLA:CPU drops them before it fuses.
-  Recomputing Mamba's convolution and norm in the backward pass (`jax.checkpoint`) saved nothing.
-- Theirs loop over tokens in Python for Mamba and RWKV-4, and each step of Mamba's loop fills a
-  gradient as large as all its states. Mamba-2's are chunked products of matrices, as ours are: with
-  the products alone at a third of their step, 3 times as fast is out of reach.
+  are copied into and out of the loop's stacks. So stacks are unrolled, here and in the experiments.
+- Optimisation barriers, which should keep an array in memory, have no effect: XLA:CPU removes them
+  before fusion. Recomputing Mamba's convolution and norm in the backward pass (`jax.checkpoint`)
+  saved nothing.
+- Theirs loops over tokens in Python for Mamba and RWKV-4, and each iteration of Mamba's loop fills
+  a gradient as large as all its states. Mamba-2 uses chunked matrix products, as ours does. The
+  products alone take a third of their step, so 3 times as fast is out of reach.
 """
 
 import contextlib
@@ -51,7 +54,7 @@ BATCH, TIME, VOCAB, WIDTH, LAYERS = 8, 256, 1024, 256, 4
 
 
 class Model(NamedTuple):
-    """``kind`` is the prefix of transformers' classes; ``fields`` of its configuration."""
+    """``kind``: prefix of transformers' classes; ``fields``: of their configuration."""
 
     kind: str
     family: str
@@ -95,7 +98,7 @@ MODELS = {
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """``names`` of `MODELS`, as `step.choose` has it."""
+    """``names`` of `MODELS`, checked by `step.choose`."""
     return step.choose(names, MODELS)
 
 
@@ -103,26 +106,26 @@ def bench(
     names: Sequence[str], *, rounds: int, seconds: float, budget: measure.Budget
 ) -> dict[str, Any]:
     """A step of each of ``names``, ours and theirs in turn, as one JSON-ready record."""
-    machine = machine_record(PACKAGES)  # with the load before anything is timed
-    lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    machine = machine_record(PACKAGES)  # includes the load before the measurements
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     ceilings = {"float32": measure.ceilings("float32", rounds, seconds)}
     measured = {}
     for name in names:
         deadline = budget.share()
-        with _weights(MODELS[name], not lacking) as (theirs, directory):
+        with _weights(MODELS[name], not missing) as (theirs, directory):
             measured[name] = _measure(name, theirs, directory, rounds, seconds, deadline, budget)
-        if lacking:
-            absent = f"skipped: {' and '.join(lacking)} not installed"
-            measured[name][STEP][THEIRS] = {"absent": absent}
-    found = {"op": NAME, "passes": [STEP], "machine": machine}
-    found |= {"ceilings": ceilings, "cases": measured}
-    return found | {"targets": judge(found)}
+        if missing:
+            reason = f"skipped: {' and '.join(missing)} not installed"
+            measured[name][STEP][THEIRS] = {"absent": reason}
+    result = {"op": NAME, "passes": [STEP], "machine": machine}
+    result |= {"ceilings": ceilings, "cases": measured}
+    return result | {"targets": judge(result)}
 
 
 @contextlib.contextmanager
-def _weights(model: Model, there: bool) -> Iterator[tuple[Any, Path | None]]:
-    """Transformers' model and a directory with its weights; None of both if it is not ``there``."""
-    if not there:
+def _weights(model: Model, installed: bool) -> Iterator[tuple[Any, Path | None]]:
+    """Transformers' model and a directory with its weights; both None if not ``installed``."""
+    if not installed:
         yield None, None
         return
     torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
@@ -156,7 +159,7 @@ def _measure(
 
 
 def _ours(model: Model, directory: Path | None) -> Decoder:
-    """Our model with the weights in ``directory``, or with its own."""
+    """Our model with the weights in ``directory``, or with random weights."""
     if directory is not None:
         return load(directory, scan=False)
     hf = {"architectures": [FAMILIES[model.family].architecture], **model.fields}

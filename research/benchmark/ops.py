@@ -1,4 +1,4 @@
-"""The ops, their named cases per platform, and what a call of each computes and moves."""
+"""The operations, their named cases per platform, and the arrays and FLOPs of a call of each."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ import numpy as np
 
 Case = Mapping[str, int | str]
 
-# By platform, the one that is meant for it first.
+# by platform; the implementation that is made for it comes first
 IMPLEMENTATIONS = {
     "cpu": ("xla", "reference"),
     "gpu": ("gpu", "xla", "reference"),
@@ -21,20 +21,20 @@ IMPLEMENTATIONS = {
 
 
 class Tuning(NamedTuple):
-    """The case that block sizes are tuned on, and the sizes to try."""
+    """The case on which block sizes are tuned, and the sizes to try."""
 
     case: str
     grid: Mapping[str, tuple[int, ...]]
 
 
 class Op(NamedTuple):
-    """``arrays(case)`` in the order of the op's signature; ``flops(case)`` of the forward pass."""
+    """``arrays(case)``: in the op's order of arguments; ``flops(case)``: of the forward pass."""
 
     module: str  # in `pallas_kernels`
     arrays: Callable[[Case], list[jax.Array]]
     flops: Callable[[Case], float]
     cases: Mapping[str, Mapping[str, Case]]  # by platform
-    backward: float  # floating-point operations of forward+backward over those of forward
+    backward: float  # FLOPs of forward+backward over those of forward
     settings: Mapping[str, Any] = {}  # keyword arguments of the op that are not its defaults
     tuning: Mapping[str, Tuning] = {}  # by platform
 
@@ -57,12 +57,12 @@ def _selective(case):
     x, delta, b_in, c_out, skip, z = _normal(
         case, (b, t, d), (b, t, d), (b, t, n), (b, t, n), (d,), (b, t, d)
     )
-    # Mamba's own beginning: A = −1 … −n, and steps around softplus(−2) = 0.13
+    # initialised as in Mamba: A = −1 … −n, and steps around softplus(−2) = 0.13
     a = -jnp.broadcast_to(jnp.arange(1, n + 1, dtype=case["dtype"]), (d, n))
     return [x, delta - 2, a, b_in, c_out, skip, z]
 
 
-def _selective_flops(case):  # a·s + (δx)·B, then C·s: six a state and token, with the products
+def _selective_flops(case):  # a·s + (δx)·B, then C·s: six FLOPs per state and token
     return 6 * case["b"] * case["t"] * case["d"] * case["n"]
 
 
@@ -71,11 +71,11 @@ def _ssd(case):
     x, dt, b_in, c_out, skip = _normal(
         case, (b, t, h, p), (b, t, h), (b, t, g, n), (b, t, g, n), (h,)
     )
-    # Mamba-2's own beginning: A from −16 to −1, and steps around softplus(−4) = 0.02
+    # initialised as in Mamba-2: A from −16 to −1, and steps around softplus(−4) = 0.02
     return [x, dt - 4, -jnp.linspace(1, 16, h, dtype=case["dtype"]), b_in, c_out, skip]
 
 
-def _ssd_flops(case):  # Δ·x·B, decayed, added, then ·C: as a recurrence has it, chunks do more
+def _ssd_flops(case):  # Δ·x·B, decay, sum, then ·C: of the recurrence; chunks require more
     return 6 * case["b"] * case["t"] * case["h"] * case["p"] * case["n"]
 
 
@@ -84,7 +84,7 @@ def _wkv4(case):
     return _normal(case, (d,), (d,), (b, t, d), (b, t, d))
 
 
-def _wkv4_flops(case):  # two of a maximum, two exponentials and four products and sums, a division
+def _wkv4_flops(case):  # twice: maximum, two exponentials, four products and sums; a division
     return 18 * case["b"] * case["t"] * case["d"]
 
 
@@ -96,14 +96,14 @@ def _wkv7(case):
     return [r, -0.5 - jax.nn.softplus(w), k, v, -key, key * jax.nn.sigmoid(rate)]
 
 
-def _wkv7_flops(case):  # what is taken, decayed, put back, put in and read, of a square a head
+def _wkv7_flops(case):  # removal, decay, replacement, addition and read, of a square per head
     return 9 * case["b"] * case["t"] * case["h"] * case["c"] ** 2
 
 
 def _grouped(case):
     m, d, f, e = (case[k] for k in "mdfe")
     x, weights = _normal(case, (m, d), (e, d, f))
-    # uneven, as a router's choices are
+    # uneven group sizes, as from a router
     sizes = np.random.default_rng(0).multinomial(m, np.full(e, 1 / e))
     return [x, weights / math.sqrt(d), jnp.asarray(sizes, jnp.int32)]
 
@@ -133,7 +133,7 @@ _GROUPED_CHIP = {
     f"e{e}": {"m": 16384, "e": e, "d": 4096, "f": 14336, "dtype": "bfloat16"} for e in (8, 64)
 }
 
-# Those of `pallas_kernels` and those being written for it: see `known`.
+# all operations; `known` has those whose module exists
 OPS: dict[str, Op] = {
     "flash_attention": Op(
         "flash_attention",
@@ -200,7 +200,7 @@ OPS: dict[str, Op] = {
 
 
 def known() -> dict[str, Op]:
-    """The ops that are there."""
+    """The operations whose module exists in `pallas_kernels`."""
     return {
         name: op
         for name, op in OPS.items()
@@ -209,7 +209,7 @@ def known() -> dict[str, Op]:
 
 
 def ours(name: str, implementation: str, blocks: Mapping[str, int] | None = None) -> Callable:
-    """The op ``name`` with its first output alone."""
+    """The operation ``name``, returning only its first output."""
     settings = dict(OPS[name].settings) | ({} if blocks is None else {"blocks": blocks})
 
     def call(*arrays):

@@ -1,4 +1,7 @@
-"""What ours are measured against, by name. Each takes the op's arrays and gives its output."""
+"""The peers that our operations are compared with, by name.
+
+Each takes the arrays of an operation and returns its output.
+"""
 
 import contextlib
 import importlib
@@ -15,9 +18,9 @@ from research.benchmark.measure import Prepared, both_passes, prepare, sample
 
 
 class Peer(NamedTuple):
-    """``prepare(arrays, backward)`` makes what is timed; in a backward pass the last is ``dy``.
+    """``prepare(arrays, backward)``: prepare a call; with ``backward`` the last array is ``dy``.
 
-    ``package`` as pip calls it, ``module`` as Python does.
+    ``package`` is the name for pip, ``module`` the name in Python.
     """
 
     prepare: Callable[[Sequence[jax.Array], bool], Prepared]
@@ -26,7 +29,7 @@ class Peer(NamedTuple):
 
 
 def of_jax(function: Callable, package: str = "jax", module: str = "jax") -> Peer:
-    """A peer that is a function of the op's JAX arrays."""
+    """A peer that is a function of the operation's JAX arrays."""
 
     def prepare_passes(arrays, backward):
         return prepare(both_passes(function, arrays[:-1]) if backward else function, arrays)
@@ -35,7 +38,7 @@ def of_jax(function: Callable, package: str = "jax", module: str = "jax") -> Pee
 
 
 def missing(peer: Peer) -> str | None:
-    """Why ``peer`` cannot be measured in this environment."""
+    """Why ``peer`` cannot be measured in this environment; None if it can."""
     if importlib.util.find_spec(peer.module) is None:
         return f"skipped: {peer.package} is not installed"
     return None
@@ -65,10 +68,10 @@ def _jax_nn(implementation):
 
 def _mgpu(q, k, v):
     module = importlib.import_module(_GPU + "attention_mgpu")
-    # the widest keys of those its own benchmark tries that fit beside two blocks of 64 queries
+    # the largest block of keys in its own benchmark that fits beside two blocks of 64 queries
     keys = 256 if q.shape[-1] <= 64 else 128
     config = module.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=True)
-    # its kernel takes the scale from the caller
+    # the caller applies the scale
     return module.attention(q * q.shape[-1] ** -0.5, k, v, config)
 
 
@@ -78,7 +81,7 @@ def _jla_attention(q, k, v):
 
 def _tpu_flash(q, k, v):
     module = importlib.import_module(_TPU + "flash_attention")
-    # its defaults, 128, are for any size; ours are tuned, so it gets what suits these lengths
+    # its default blocks of 128 work for any size; ours are tuned, so it gets blocks for this length
     names = module.BlockSizes.__dataclass_fields__
     sizes = {n: 1 if n == "block_b" else min(512, q.shape[1]) for n in names}
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
@@ -103,7 +106,7 @@ def _tpu_splash(q, k, v):
 
 
 def _tokamax(q, k, v):
-    # its own choice of kernel, without the silent way out to plain XLA
+    # "mosaic": its own choice of kernel, but not the silent fallback to XLA
     return _call("tokamax", "dot_product_attention", q, k, v, is_causal=True,
                  implementation="mosaic")  # fmt: skip
 
@@ -121,7 +124,7 @@ def _dense_experts(x, weights, sizes):
 
 
 def _megablox(x, weights, sizes):
-    # its default tile, 128, is for any size
+    # its default tile of 128 works for any size
     m, (_, d, f) = len(x), weights.shape
     tile = (min(m, 512), min(d, 1024), min(f, 1024))
     return _call(_TPU + "megablox", "gmm", x, weights, sizes, x.dtype, tile)
@@ -139,39 +142,39 @@ def _jla_ragged(x, weights, sizes):
 
 
 def _associative_scan(x, delta, a, b, c, d, z):
-    wide = [array.astype(jnp.float32) for array in (x, delta, a, b, c, d, z)]
-    x32, delta, a, b, c, d, z = wide
+    in_float32 = [array.astype(jnp.float32) for array in (x, delta, a, b, c, d, z)]
+    x32, delta, a, b, c, d, z = in_float32
     delta = jax.nn.softplus(delta)
     decay = jnp.exp(jnp.einsum("btd,dn->btdn", delta, a))
-    brought = jnp.einsum("btd,btn->btdn", delta * x32, b)
+    inputs = jnp.einsum("btd,btn->btdn", delta * x32, b)
 
-    def join(left, right):
+    def combine(left, right):
         return left[0] * right[0], left[1] * right[0] + right[1]
 
-    _, state = jax.lax.associative_scan(join, (decay, brought), axis=1)
+    _, state = jax.lax.associative_scan(combine, (decay, inputs), axis=1)
     y = jnp.einsum("btdn,btn->btd", state, c) + d * x32
     return (y * jax.nn.silu(z)).astype(x.dtype)
 
 
 def _quadratic_ssd(x, dt, a, b, c, d):
-    # the dual form over the whole sequence at once: masked attention (Dao & Gu 2024, §4.1)
+    # the quadratic dual form, as masked attention (Dao & Gu 2024, §4.1)
     x, dt, a, b, c, d = (array.astype(jnp.float32) for array in (x, dt, a, b, c, d))
     dt = jax.nn.softplus(dt)
-    since = jnp.cumsum(dt * a, 1)
-    log = since[:, :, None] - since[:, None]
-    seen = jnp.tri(x.shape[1], dtype=bool)[..., None]
-    decay = jnp.exp(jnp.where(seen, log, -jnp.inf))
+    log_decay = jnp.cumsum(dt * a, 1)
+    difference = log_decay[:, :, None] - log_decay[:, None]
+    causal = jnp.tri(x.shape[1], dtype=bool)[..., None]
+    decay = jnp.exp(jnp.where(causal, difference, -jnp.inf))
     scores = jnp.repeat(jnp.einsum("btgn,bugn->btug", c, b), x.shape[2] // b.shape[2], -1)
     return jnp.einsum("btuh,buhp->bthp", scores * decay, dt[..., None] * x) + d[:, None] * x
 
 
 def _jla_ssd(x, dt, a, b, c, d):
-    wide, dtype = (x.astype(jnp.float32), d.astype(jnp.float32)), x.dtype
+    in_float32, dtype = (x.astype(jnp.float32), d.astype(jnp.float32)), x.dtype
     dt = jax.nn.softplus(dt.astype(jnp.float32))
-    v = (dt[..., None] * wide[0]).astype(dtype)
+    v = (dt[..., None] * in_float32[0]).astype(dtype)
     settings = {"g": dt * a.astype(jnp.float32), "scale": 1.0, "impl": "mosaic_gpu"}
     y = _call("jla.ops", "linear_attention", "simple_gla", c, b, v, **settings)[0]
-    return (y.astype(jnp.float32) + wide[1][:, None] * wide[0]).astype(dtype)
+    return (y.astype(jnp.float32) + in_float32[1][:, None] * in_float32[0]).astype(dtype)
 
 
 def _jla_mamba(x, delta, a, b, c, d, z):
@@ -181,15 +184,15 @@ def _jla_mamba(x, delta, a, b, c, d, z):
 
 def _jla_rwkv7(r, w, k, v, a, b):
     settings = {"w": -jnp.exp(w.astype(jnp.float32)), "a": a, "b": b, "impl": "mosaic_gpu"}
-    # RWKV-7's decays are at least exp(−0.61), which its faster mode asks for
+    # RWKV-7's decays are at least exp(−0.61); its faster mode requires such a bound
     return _call("jla.ops", "linear_attention", "rwkv7", r, k, v, lower_bound=-0.61, **settings)[0]
 
 
 def torch_attention(arrays: Sequence[jax.Array], backward: bool) -> Prepared:
-    """PyTorch's scaled_dot_product_attention on all cores, or its flash kernel on the GPU.
+    """PyTorch's scaled_dot_product_attention: on all cores, or its flash kernel on the GPU.
 
     Raises:
-      ModuleNotFoundError, RuntimeError: no torch, or one that cannot use this GPU.
+      ModuleNotFoundError, RuntimeError: torch is not installed, or does not support this GPU.
     """
     torch = importlib.import_module("torch")
     on_cpu = jax.default_backend() == "cpu"
@@ -219,8 +222,8 @@ def torch_attention(arrays: Sequence[jax.Array], backward: bool) -> Prepared:
         return results
 
     def values(results):
-        whole = (r.detach().transpose(1, 2).contiguous() for r in results)
-        return [sample(r).float().cpu().numpy() for r in whole]
+        outputs = (r.detach().transpose(1, 2).contiguous() for r in results)
+        return [sample(r).float().cpu().numpy() for r in outputs]
 
     return Prepared(run, values)
 
@@ -275,7 +278,7 @@ PEERS: Mapping[str, Mapping[str, Mapping[str, Peer]]] = {
         "gpu": {**_of_jla(_jla_mamba), **_ASSOCIATIVE},
         "tpu": _ASSOCIATIVE,
     },
-    # the quadratic form of the chips' case would take 34 GB
+    # on GPUs and TPUs the quadratic form would require 34 GB
     "ssd": {"cpu": {"quadratic": of_jax(_quadratic_ssd)}, "gpu": _of_jla(_jla_ssd), "tpu": {}},
     "wkv4": {"cpu": {}, "gpu": {}, "tpu": {}},
     "wkv7": {"cpu": {}, "gpu": _of_jla(_jla_rwkv7), "tpu": {}},

@@ -1,4 +1,4 @@
-"""A picture of one op's record: points with their spread, beside the best peer."""
+"""A plot of one operation's record: speeds with quartiles, relative to the best peer."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from research.benchmark.targets import REFERENCE, passes
 
 
 def base(rows: dict[str, Any]) -> str | None:
-    """What a pass's times are divided into: the best peer, else the reference."""
+    """The peer by whose times a pass's times are divided: the best peer, else the reference."""
     timed = [row for row in rows.values() if "median" in row]
     if timed and timed[0]["best_peer"]:
         return timed[0]["best_peer"]
@@ -15,23 +15,23 @@ def base(rows: dict[str, Any]) -> str | None:
 
 
 def points(found: dict[str, Any], which: str) -> list[tuple[str, str, dict[str, Any] | None]]:
-    """Case, who and its speed beside the case's `base` (None: was not timed), in reading order."""
-    shown = []
+    """Case, name and speed relative to the case's `base` (None: not timed), in reading order."""
+    rows_shown = []
     for case, measured in found["cases"].items():
         rows = measured[which]
-        beside = base(rows)
+        base_name = base(rows)
         for who, row in rows.items():
             if "absent" in row:
-                shown.append((case, who, None))
-            elif who == beside:
-                # itself: its own spread around 1
+                rows_shown.append((case, who, None))
+            elif who == base_name:
+                # the base itself: its spread around 1
                 low, high = (row["median"] / value for value in reversed(row["quartiles"]))
-                shown.append((case, who, {"ratio": 1.0, "quartiles": [low, high], **_ms(row)}))
-            elif beside is not None:
-                shown.append((case, who, {**row["times_as_fast_as"][beside], **_ms(row)}))
+                rows_shown.append((case, who, {"ratio": 1.0, "quartiles": [low, high], **_ms(row)}))
+            elif base_name is not None:
+                rows_shown.append((case, who, {**row["times_as_fast_as"][base_name], **_ms(row)}))
             else:
-                shown.append((case, who, {"ratio": None, **_ms(row)}))
-    return shown
+                rows_shown.append((case, who, {"ratio": None, **_ms(row)}))
+    return rows_shown
 
 
 def _ms(row):
@@ -39,7 +39,7 @@ def _ms(row):
 
 
 def draw(found: dict[str, Any], to: Path) -> None:
-    """One panel a pass, one row a function, in bands of cases; right of the line is faster."""
+    """One panel per pass, one row per function, in bands of cases; right of the line is faster."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
@@ -74,9 +74,9 @@ def draw(found: dict[str, Any], to: Path) -> None:
             axes.annotate(text, (0.99, y), xycoords=("axes fraction", "data"),
                           ha="right", va="center", fontsize=8)  # fmt: skip
         axes.set_xscale("log")
-        # the right third is for the numbers
+        # the right third of the panel is for the numbers
         axes.set_xlim(low / 1.15, 1.15 * high * (high / low) ** 0.6)
-        # three to a decade, or more where all are near
+        # three ticks per decade, or more if all values are close
         ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
         if high / low < 4:
             ticks = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.7, 2, 3, 4)

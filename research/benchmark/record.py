@@ -1,4 +1,4 @@
-"""A chip's file of measurements: merged op by op, shown as tables; everything from the JSON."""
+"""The file of measurements of a chip: records of operations in JSON, and their tables."""
 
 import re
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from research.files import read_json, write_atomically, write_json, write_text
 
 RESULTS = Path(pallas_kernels.__file__).parent / "results"
 
-# Of the page; the terminal has room for the first eight.
+# columns of the page; the terminal shows the first eight
 COLUMNS = ("who", "ms", "spread", "x peer", "x ref", "FLOP/s", "bytes/s", "temp MB",
            "quartiles ms", "rounds", "compile s")  # fmt: skip
-PEAK = "peak MB"  # of a process of its own, `research.benchmark.alone`
+PEAK = "peak MB"  # measured in a separate process, `research.benchmark.alone`
 LEGEND = (
     "ms: the median; spread: half the distance of the quartiles; x peer, x ref: times as fast as "
     "the best peer and as ours/reference, median over rounds; %: of this machine's matmul and copy"
@@ -27,12 +27,12 @@ TERMINAL = 8
 
 
 def path(device_kind: str) -> Path:
-    """The file of a chip."""
+    """The file of the chip ``device_kind``."""
     return RESULTS / f"{re.sub('[^a-z0-9]+', '-', device_kind.lower()).strip('-')}.json"
 
 
 def save(found: dict[str, Any], to: Path) -> list[Path]:
-    """Put ``found`` into the file ``to``, keeping other ops, and draw it; what was written."""
+    """Add ``found`` to the file ``to``, keep other ops, and plot it; returns the written files."""
     ops = read_json(to) if to.exists() else {}
     ops[found["op"]] = found
     write_json(to, ops)
@@ -50,7 +50,7 @@ def rows(found: dict[str, Any], case: str, which: str) -> Iterator[tuple[str, ..
     ceiling = found["ceilings"][measured["case"]["dtype"]]
     for who, row in measured[which].items():
         if "absent" in row:
-            continue  # a reason is a sentence, no cell: see `absences`
+            continue  # `absences` lists the reasons
         temp, seconds = row["temp_bytes"], row["compile_seconds"]
         low, high = row["quartiles"]
         yield (
@@ -70,7 +70,7 @@ def rows(found: dict[str, Any], case: str, which: str) -> Iterator[tuple[str, ..
 
 
 def columns(found: dict[str, Any]) -> tuple[str, ...]:
-    """`COLUMNS`, and `PEAK` where it was measured."""
+    """`COLUMNS`, and `PEAK` if it was measured."""
     timed = (row for case in found["cases"].values() for which in passes(found)
              for row in case[which].values())  # fmt: skip
     return (*COLUMNS, PEAK) if any("peak_bytes" in row for row in timed) else COLUMNS
@@ -81,8 +81,8 @@ def _mb(count: int | None) -> str:
 
 
 def _times(row: dict[str, Any], name: str | None) -> str:
-    beside = row["times_as_fast_as"].get(name)
-    return "" if beside is None else f"{beside['ratio']:.2f}"
+    compared = row["times_as_fast_as"].get(name)
+    return "" if compared is None else f"{compared['ratio']:.2f}"
 
 
 def _rate(row: dict[str, Any], ceiling: dict[str, float], which: str) -> str:
@@ -97,7 +97,7 @@ def _si(value: float) -> str:
 
 
 def headings(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Case, pass and a title that says shape and dtype."""
+    """Case, pass, and a title with shape and dtype."""
     for case, measured in found["cases"].items():
         shape = " ".join(f"{field}={value}" for field, value in measured["case"].items())
         for which in passes(found):
@@ -105,7 +105,7 @@ def headings(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
-    """One a case and pass, for the terminal."""
+    """One table per case and pass, for the terminal."""
     shown = []
     for case, which, title in headings(found):
         table = Table(
@@ -131,20 +131,20 @@ def absences(found: dict[str, Any]) -> list[str]:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """A line for each target that was set before the run."""
+    """A line for each target that was fixed before the run."""
     lines = []
-    for one in found["targets"]:
-        value = one.get("value")
-        detail = one.get("why")
+    for target in found["targets"]:
+        value = target.get("value")
+        detail = target.get("why")
         if value is not None:
             detail = _si(value) if value >= 1e9 else f"{value:.2f}"
-        aside = f" ({detail})" if detail else ""
-        lines.append(f"{one['verdict'].upper()}{aside}: {one['target']}")
+        suffix = f" ({detail})" if detail else ""
+        lines.append(f"{target['verdict'].upper()}{suffix}: {target['target']}")
     return lines
 
 
 def machine_lines(found: dict[str, Any]) -> list[str]:
-    """What it ran on, and what that can do."""
+    """The machine of the record, and its peak rates."""
     machine = found["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     ceilings = "; ".join(

@@ -1,4 +1,4 @@
-"""Measure an op: ours and the peers, case by case, as one JSON-ready record."""
+"""Measure an operation: ours and the peers, case by case, as one JSON-ready record."""
 
 import math
 import os
@@ -18,13 +18,13 @@ from research.training.environment import environment
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 2**24  # of one size
-# What an accelerator's numbers depend on beside JAX, where it is installed.
+# packages besides JAX that affect measurements on accelerators; recorded if installed
 PACKAGES = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
             "nvidia-cudnn-cu13")  # fmt: skip
 
 
 class Request(NamedTuple):
-    """What is to be measured, checked."""
+    """A checked request: what to measure."""
 
     name: str
     op: Op
@@ -34,12 +34,12 @@ class Request(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many pieces a budget is shared by."""
+        """The number of parts that share a budget."""
         return len(self.cases) * len(PASSES)
 
     @property
     def flops(self) -> float:
-        """Of the largest case."""
+        """FLOPs of the largest case."""
         return max(self.op.flops(case) for case in self.cases.values())
 
 
@@ -52,15 +52,15 @@ def request(
     implementations: Sequence[str] | None = None,
     peers: Sequence[str] | None = None,
 ) -> Request:
-    """What to measure of the op ``name`` on this machine's platform.
+    """What to measure of the operation ``name`` on this machine's platform.
 
     Args:
-      cases, implementations, peers: which, by name; None takes all, ``[]`` none.
-      shape: sizes that replace those of the first of the cases, which is then the only one.
+      cases, implementations, peers: names; None: all, ``[]``: none.
+      shape: sizes that replace those of the first case; only that case is measured.
       dtype: replaces that of every case.
 
     Raises:
-      ConfigError: a name that is not known here, or a size or dtype that cannot be.
+      ConfigError: an unknown name, or a size or dtype that is not supported.
     """
     ops = known()
     check_choice("op", name, ops)
@@ -73,25 +73,25 @@ def request(
         "peers": (peers, known_peers),
     }
     chosen: dict[str, list[str]] = {}
-    for field, (asked, names) in options.items():
-        for one in asked or ():
-            check_choice(field, one, names)
-        chosen[field] = list(names) if asked is None else list(asked)
-    check(bool(chosen["cases"]), "cases", chosen["cases"], "name at least one")
-    taken = {one: dict(op.cases[platform][one]) for one in chosen["cases"]}
+    for field, (requested, names) in options.items():
+        for item in requested or ():
+            check_choice(field, item, names)
+        chosen[field] = list(names) if requested is None else list(requested)
+    check(bool(chosen["cases"]), "cases", chosen["cases"], "must name at least one")
+    selected = {item: dict(op.cases[platform][item]) for item in chosen["cases"]}
     if shape:
-        taken = _reshaped(next(iter(taken.values())), shape)
+        selected = _reshaped(next(iter(selected.values())), shape)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-        taken = {one: {**case, "dtype": dtype} for one, case in taken.items()}
-    for one, case in taken.items():
-        _check_fits(op, one, case)
+        selected = {item: {**case, "dtype": dtype} for item, case in selected.items()}
+    for item, case in selected.items():
+        _check_fits(op, item, case)
     return Request(
         name,
         op,
-        taken,
+        selected,
         chosen["implementations"],
-        {one: known_peers[one] for one in chosen["peers"]},
+        {item: known_peers[item] for item in chosen["peers"]},
     )
 
 
@@ -106,17 +106,20 @@ def _reshaped(case: dict[str, Any], shape: Mapping[str, int]) -> dict[str, dict[
 
 
 def _check_fits(op: Op, name: str, case: Mapping[str, int | str]) -> None:
-    """A run that fills the host's memory takes the machine with it."""
+    """Raise `ConfigError` for inputs of more than half of the free memory.
+
+    A run that fills the host's memory makes the machine unusable.
+    """
     total = sum(
         math.prod(x.shape) * x.dtype.itemsize for x in jax.eval_shape(lambda: op.arrays(case))
     )
     free = measure.free_bytes()
-    allowed = f"its inputs are {total / 1e9:.1f} GB, at most half of {free / 1e9:.1f} free can be"
+    allowed = f"its inputs are {total / 1e9:.1f} GB, must be at most half of {free / 1e9:.1f} free"
     check(total <= free / 2, "cases", name, allowed)
 
 
 def check_effort(rounds: int, seconds: float, budget: float) -> None:
-    """Raise `ConfigError` unless these are numbers that a run can have."""
+    """Raise `ConfigError` unless the numbers are in their ranges."""
     check(0 < rounds <= 10_000, "rounds", rounds, "must be from 1 to 10000")
     for field, value in (("seconds", seconds), ("budget", budget)):
         check(0 < value < math.inf, field, value, "must be > 0 and finite")
@@ -128,9 +131,9 @@ def bench(
     """Measure what is ``asked``.
 
     Args:
-      rounds: how often each is timed at most.
-      seconds: after how long (compiling and the first call left out) one sits out the rest.
-      budget: for everything.
+      rounds: the largest number of times that each function is timed.
+      seconds: a function is skipped after this time (without compilation and the first call).
+      budget: of the whole run.
     """
     machine = machine_record(peer.package for peer in asked.peers.values())
     ceilings: dict[str, Any] = {}
@@ -155,7 +158,7 @@ def machine_record(compared: Iterable[str]) -> dict[str, Any]:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
-            continue  # those of peers are listed as skipped
+            continue  # peers that are not installed are listed as skipped
     return machine | {
         "packages": packages,
         "backend": device.platform,
@@ -169,24 +172,24 @@ def _pass(asked: Request, case, which, rounds, seconds, budget):
     deadline = budget.share()
     arrays = asked.op.arrays(case)
     backward = which == BOTH
-    # any of ours will do: the output is the same, and so dy
+    # all implementations have the same output shape, so dy is the same
     y = jax.eval_shape(ours(asked.name, "xla"), *arrays)
     dy = jax.random.normal(jax.random.key(1), y.shape, y.dtype)
     inputs = [*arrays, dy] if backward else arrays
     prepared, absent = {}, {}
-    mine = {f"ours/{one}": of_jax(ours(asked.name, one)) for one in asked.implementations}
-    reference = {name: mine.pop(name) for name in [REFERENCE] if name in mine}
-    # last: it is the slowest, and what a budget leaves out should be it
-    contenders = mine | dict(asked.peers) | reference
+    ours_by_name = {f"ours/{one}": of_jax(ours(asked.name, one)) for one in asked.implementations}
+    reference = {name: ours_by_name.pop(name) for name in [REFERENCE] if name in ours_by_name}
+    # last: it is the slowest, so that a budget omits it first
+    contenders = ours_by_name | dict(asked.peers) | reference
     for name, peer in contenders.items():
-        if (why := missing(peer)) is not None:
-            absent[name] = why
+        if (reason := missing(peer)) is not None:
+            absent[name] = reason
         elif budget.clock() >= deadline:
             absent[name] = measure.BUDGET
         else:
             try:
                 prepared[name] = peer.prepare(inputs, backward)
-            except Exception as error:  # it cannot serve this call: say so by name
+            except Exception as error:  # it does not support this call
                 absent[name] = f"failed: {measure.reason(error)}"
     absent |= measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
     runs = {name: one.run for name, one in prepared.items() if name not in absent}
@@ -199,27 +202,27 @@ def _pass(asked: Request, case, which, rounds, seconds, budget):
         if name in absent:
             results[name] = {"absent": absent[name]}
             continue
-        found = measure.describe(times[name])
-        found["compile_seconds"] = prepared[name].compile_seconds
-        found["temp_bytes"] = prepared[name].temp_bytes
-        found["flops_per_second"] = flops / found["median"]
-        found["bytes_per_second"] = moved / found["median"]
-        results[name] = found
+        row = measure.describe(times[name])
+        row["compile_seconds"] = prepared[name].compile_seconds
+        row["temp_bytes"] = prepared[name].temp_bytes
+        row["flops_per_second"] = flops / row["median"]
+        row["bytes_per_second"] = moved / row["median"]
+        results[name] = row
     compare(results)
     return results
 
 
 def _moved(arrays, dy, backward) -> int:
-    """Bytes read and written at the least: what goes in and comes out, once a pass."""
+    """The fewest bytes that are read and written: inputs and outputs, once per pass."""
     inputs = sum(x.nbytes for x in arrays)
     if not backward:
-        return inputs + dy.nbytes  # the output is as large
+        return inputs + dy.nbytes  # the output has the size of dy
     gradients = sum(x.nbytes for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
     return inputs + dy.nbytes + inputs + dy.nbytes + gradients
 
 
 def compare(results: dict[str, dict[str, Any]]) -> None:
-    """Put into each row that was timed the best peer, and how fast it is beside the others."""
+    """Add to each timed row the best peer, and its speed relative to peers and reference."""
     timed = {name: row for name, row in results.items() if "median" in row}
     peers = {name: row["median"] for name, row in timed.items() if not name.startswith("ours/")}
     best = min(peers, key=lambda name: peers[name]) if peers else None

@@ -1,7 +1,7 @@
-"""A training step of a whole model, ours and PyTorch's, ready to be timed beside one another.
+"""A training step of a whole model, ours and PyTorch's, prepared to be timed in turn.
 
-Both are forward, backward and AdamW on one batch of random tokens, float32. Each returns its loss;
-the first loss, and how far the first update brings it down, must agree before anything is timed.
+Both are forward, backward and AdamW on one batch of random tokens, float32. Each returns its loss.
+The first loss, and its decrease after the first update, must agree before anything is timed.
 """
 
 import importlib
@@ -28,31 +28,33 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", clip_norm=N
 
 
 def choose(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
-    """``names``, each of which must be one of those ``known``; all of them by default.
+    """``names``, each of which must be one of those ``known``; None: all of them.
 
     Raises:
-      ConfigError: one that is not, none at all, or another platform than a CPU.
+      ConfigError: an unknown name, no name, or a platform other than a CPU.
     """
     for name in names or ():
         check_choice("cases", name, known)
-    check(names is None or len(names) > 0, "cases", names, "name at least one")
+    check(names is None or len(names) > 0, "cases", names, "must name at least one")
     platform = jax.default_backend()
-    check(platform == "cpu", "platform", platform, "whole models are measured on a CPU")
+    check(
+        platform == "cpu", "platform", platform, "must be cpu: whole models are measured on a CPU"
+    )
     return list(known) if names is None else list(names)
 
 
 def check_quiet() -> None:
-    """Raise `ConfigError` if others use this machine: then what is measured is not to be kept.
+    """Raise `ConfigError` if others use this machine: such measurements must not be recorded.
 
-    PyTorch's threads wait for one another at every op, so that a core taken away costs theirs
-    several times what it costs ours, and no ratio of rounds evens that out.
+    PyTorch's threads wait for one another at every operation. A core that others use costs theirs
+    several times what it costs ours, and ratios of rounds do not correct for that.
     """
     load, most = os.getloadavg()[0], 0.5 * (os.cpu_count() or 1)
     check(load <= most, "load", round(load, 2), f"must be at most {most:g} before --record")
 
 
 def batch(rows: int, tokens: int, vocab: int) -> dict[str, np.ndarray]:
-    """Random tokens, as `research.training` takes them."""
+    """Random tokens in the form of a batch of `research.training`."""
     ids = np.random.default_rng(0).integers(0, vocab, (rows, tokens + 1)).astype(np.int32)
     shape = (rows, tokens)
     return {
@@ -74,18 +76,18 @@ def _prepared(step: Callable[[], float], **about: Any) -> measure.Prepared:
 def prepare_ours(
     model: Decoder, arrays: Mapping[str, np.ndarray], optimizer: OptimizerConfig
 ) -> measure.Prepared:
-    """`research.training`'s own step, compiled; the state is donated from one to the next."""
+    """The step of `research.training`, compiled; each step donates the state to the next one."""
     training = TrainingConfig(steps=1, optimizer=optimizer)
     state = TrainState.begin(model, make_optimizer(optimizer, 1), 0)
-    placed = jax.tree.map(jnp.asarray, dict(arrays))
-    begin = time.perf_counter()
-    compiled = make_step(training).lower(state, placed).compile()
-    seconds = time.perf_counter() - begin
+    on_device = jax.tree.map(jnp.asarray, dict(arrays))
+    started = time.perf_counter()
+    compiled = make_step(training).lower(state, on_device).compile()
+    seconds = time.perf_counter() - started
     analysis = compiled.memory_analysis()
-    held = [state]
+    current = [state]
 
     def step() -> float:
-        held[0], metrics = compiled(held[0], placed)
+        current[0], metrics = compiled(current[0], on_device)
         return float(metrics["loss"])
 
     temp = None if analysis is None else int(analysis.temp_size_in_bytes)
@@ -101,7 +103,7 @@ def prepare_torch(
     """``loss_of(tokens, targets)``, its backward pass, and PyTorch's fused AdamW."""
     torch = importlib.import_module("torch")
     parameters = list(parameters)
-    # as ours: no decay of biases and norms
+    # as in ours: no weight decay of biases and norms
     groups = [
         {
             "params": [p for p in parameters if (p.ndim > 1) == decays],
@@ -133,24 +135,25 @@ def rows(
     deadline: float,
     clock: measure.Clock,
 ) -> dict[str, dict[str, Any]]:
-    """A row of the record for each that was ``prepared``: its times, or why it has none.
+    """A row of the record for each of ``prepared``: its times, or the reason why it has none.
 
-    ``flops``: of a step, by the model's equations. What is timed is a step after one of the same
-    contestant's, as in training: right after another's it can take half as long again.
+    ``flops``: of a step, by the equations of the model. A step is timed right after another step of
+    the same contestant, as in training. After a step of another contestant it can take 1.5 times as
+    long.
     """
     absent = measure.warm(prepared, measure.Agreement(), deadline, clock)
     runs = {who: one.run for who, one in prepared.items() if who not in absent}
     times, failed = measure.interleave(runs, rounds, seconds, deadline, clock, ahead=1)
     absent |= failed
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for who, one in prepared.items():
         if who in absent:
-            found[who] = {"absent": absent[who]}
+            result[who] = {"absent": absent[who]}
             continue
-        found[who] = measure.describe(times[who]) | {
+        result[who] = measure.describe(times[who]) | {
             "compile_seconds": one.compile_seconds,
             "temp_bytes": one.temp_bytes,
         }
-        found[who]["flops_per_second"] = flops / found[who]["median"]
-    compare(found)
-    return found
+        result[who]["flops_per_second"] = flops / result[who]["median"]
+    compare(result)
+    return result

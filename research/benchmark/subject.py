@@ -1,4 +1,4 @@
-"""The decoder that `research.benchmark.train` times, and its training step by each contestant."""
+"""The decoder that `research.benchmark.train` times, and each contestant's training step of it."""
 
 import os
 from typing import NamedTuple
@@ -25,7 +25,7 @@ SIZES = {"width256": Size(256, 4), "width512": Size(512, 8)}
 
 
 def decoder(size: Size) -> DecoderConfig:
-    """What is trained: pre-norm RMSNorm, rotary, SwiGLU of three times the width, tied."""
+    """The decoder: pre-norm RMSNorm, rotary, SwiGLU of three times the width, tied embeddings."""
     return DecoderConfig(
         vocab_size=VOCAB,
         width=size.width,
@@ -37,12 +37,12 @@ def decoder(size: Size) -> DecoderConfig:
 
 
 def begin(size: Size) -> Decoder:
-    """Our model of ``size``, the same each time."""
+    """Our model of ``size``, with the same weights at each call."""
     return jax.jit(lambda: Decoder(decoder(size), rngs=nnx.Rngs(0)))()
 
 
 def prepare(who: str, size: Size, model: Decoder | None) -> measure.Prepared:
-    """The step of ``who`` on ``model``'s weights; without a model on its own random ones."""
+    """The step of ``who`` with ``model``'s weights, or with random ones if it is None."""
     arrays = step.batch(BATCH, TIME, VOCAB)
     if who == OURS:
         return step.prepare_ours(begin(size) if model is None else model, arrays, OPTIMIZER)

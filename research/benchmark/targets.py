@@ -1,4 +1,4 @@
-"""What was asked of the ops' and models' speed before any run, and whether a record meets it."""
+"""Targets for the speed of operations and models, fixed before any run, and their verdicts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ REFERENCE = "ours/reference"
 
 
 class Target(NamedTuple):
-    """``measure`` of ours, on ``platform`` in ``case``, must be at least ``bound``.
+    """Ours must reach at least ``bound`` of ``measure``, on ``platform`` in ``case``.
 
     Measures: ``ratio``, times as fast as ``against`` (a name, or None for the best peer);
-    ``flops``, FLOP/s; ``backward flops``, those of the backward pass in the time that forward and
-    backward take more than forward alone; ``bandwidth``, bytes/s over the machine's ceiling;
+    ``flops``, FLOP/s; ``backward flops``, FLOP/s of the backward pass, in the time of forward and
+    backward minus that of forward; ``bandwidth``, bytes/s over the machine's peak rate;
     ``overhead``, time over that of ``against``, which must be *below* ``bound``.
     """
 
@@ -44,7 +44,7 @@ class Target(NamedTuple):
         return value < self.bound if self.measure == "overhead" else value >= self.bound
 
 
-# The GPU's rates are an H200's.
+# the GPU's rates are for an H200
 TARGETS = (
     *(
         Target("flash_attention", "cpu", case, which, "ratio", 1.0, "torch_sdpa")
@@ -71,7 +71,7 @@ TARGETS = (
 
 
 def passes(found: Mapping[str, Any]) -> Sequence[str]:
-    """What was timed of each of the record's cases."""
+    """The passes that were timed in each of the record's cases."""
     return found.get("passes", PASSES)
 
 
@@ -97,27 +97,27 @@ def _verdict(target: Target, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(target: Target, found: Mapping[str, Any]) -> float | str:
-    """The measure, or why there is none."""
+    """The value of the target's measure, or the reason why there is none."""
     case, name = found["cases"][target.case], f"ours/{IMPLEMENTATIONS[target.platform][0]}"
     rows = case[target.passes]
-    mine = rows.get(name, {"absent": "left out"})
-    if "absent" in mine:
-        return f"{name} {mine['absent']}"
+    row = rows.get(name, {"absent": "left out"})
+    if "absent" in row:
+        return f"{name} {row['absent']}"
     if target.measure == "flops":
-        return mine["flops_per_second"]
+        return row["flops_per_second"]
     if target.measure == "bandwidth":
         ceiling = found["ceilings"][case["case"]["dtype"]]["bytes_per_second"]
-        return mine["bytes_per_second"] / ceiling
+        return row["bytes_per_second"] / ceiling
     if target.measure == "backward flops":
         forward = case[FORWARD].get(name, {"absent": "left out"})
         if "absent" in forward:
             return f"{name}, forward, {forward['absent']}"
-        flops = [r["flops_per_second"] * r["median"] for r in (mine, forward)]
-        return (flops[0] - flops[1]) / (mine["median"] - forward["median"])
-    peer = target.against or mine["best_peer"]
+        flops = [r["flops_per_second"] * r["median"] for r in (row, forward)]
+        return (flops[0] - flops[1]) / (row["median"] - forward["median"])
+    peer = target.against or row["best_peer"]
     if peer is None:
         return "no peer was timed"
-    if peer not in mine["times_as_fast_as"]:
+    if peer not in row["times_as_fast_as"]:
         return f"{peer} {rows.get(peer, {'absent': 'left out'})['absent']}"
-    ratio = mine["times_as_fast_as"][peer]["ratio"]
+    ratio = row["times_as_fast_as"][peer]["ratio"]
     return 1 / ratio if target.measure == "overhead" else ratio

@@ -1,8 +1,8 @@
 """The peer of `research.benchmark.train`: the same decoder in plain PyTorch, written to be fast.
 
-Pre-norm blocks of RMSNorm, rotary attention and SwiGLU, a tied embedding. One product makes
-queries, keys and values, one makes gate and up, positions turn queries and keys together by tables
-made once, and attention is PyTorch's own.
+Pre-norm blocks of RMSNorm, rotary attention and SwiGLU, with tied embeddings. One matrix product
+computes queries, keys and values, and one computes gate and up. Queries and keys are rotated
+together, with tables that are computed once. Attention is PyTorch's.
 """
 
 import math
@@ -32,8 +32,8 @@ class Block(nn.Module):
         b, t, d = x_btd.shape
         qkv = self.qkv(self.mixer_norm(x_btd)).view(b, t, 3, self.heads, -1)
         first, second = qkv[:, :, :2].chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        q, k, v = (a.transpose(1, 2) for a in (*turned.unbind(2), qkv[:, :, 2]))
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        q, k, v = (a.transpose(1, 2) for a in (*rotated.unbind(2), qkv[:, :, 2]))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_btd = x_btd + self.out(y.transpose(1, 2).reshape(b, t, d))
         gate, up = self.gate_up(self.mlp_norm(x_btd)).chunk(2, dim=-1)
@@ -76,23 +76,23 @@ def of_config(config: DecoderConfig, time: int) -> TorchDecoder:
 
 
 def copy(model: Decoder, theirs: TorchDecoder) -> None:
-    """Put ``model``'s weights into ``theirs``; raises RuntimeError unless each has its place."""
+    """Copy ``model``'s weights into ``theirs``; raises RuntimeError unless the parameters match."""
     model = unstacked(model)
     ours = {name: torch.tensor(np.asarray(leaf)) for name, leaf in flat(model).items()}
 
     def linear(name: str, inputs: int, i: int) -> torch.Tensor:
-        # `nn.Linear` holds [out, in]; ours of layer i has ``inputs`` axes of input, then output
+        # `nn.Linear` is [out, in]; ours of layer i has ``inputs`` input axes, then output axes
         a = ours[f"blocks/{i}/{name}/weight"]
         return a.reshape(math.prod(a.shape[:inputs]), -1).T
 
-    found = {
+    weights = {
         "embedding.weight": ours["embedding/table"],
         "final_norm.weight": ours["final_norm/scale"],
     }
     for i in range(model.config.num_layers):
         qkv = [linear(f"mixer/{name}", 1, i) for name in ("query", "key", "value")]
         gate_up = [linear(f"mlp/{name}", 1, i) for name in ("gate", "up")]
-        found |= {
+        weights |= {
             f"blocks.{i}.mixer_norm.weight": ours[f"blocks/{i}/mixer_norm/scale"],
             f"blocks.{i}.qkv.weight": torch.cat(qkv),
             f"blocks.{i}.out.weight": linear("mixer/out", 2, i),
@@ -100,4 +100,4 @@ def copy(model: Decoder, theirs: TorchDecoder) -> None:
             f"blocks.{i}.gate_up.weight": torch.cat(gate_up),
             f"blocks.{i}.down.weight": linear("mlp/down", 1, i),
         }
-    theirs.load_state_dict(found)
+    theirs.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Find an op's block sizes for this chip: a small grid, forward and backward, in one run."""
+"""Find an operation's block sizes for this chip: a small grid, forward and backward, in one run."""
 
 import itertools
 import json
@@ -20,26 +20,26 @@ Sizes = Mapping[str, int]
 
 
 class Found(NamedTuple):
-    """What `tune` saw: rows of sizes, the present ones first, and which are best."""
+    """The result of `tune`: rows of sizes, the present ones first, and the index of the best."""
 
     title: str
     device_kind: str
-    table: str  # the folder whose ``blocks.json`` it is
+    table: str  # the folder of ``blocks.json``
     rows: list[dict[str, Any]]
     best: int  # an index into ``rows``
 
 
 def candidates(present: Sizes, grid: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """``present``, then the rest of the grid."""
+    """``present``, then all other points of the grid."""
     points = (dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values()))
-    whole = ({**present, **point} for point in points)
-    return [dict(present), *(sizes for sizes in whole if sizes != present)]
+    complete = ({**present, **point} for point in points)
+    return [dict(present), *(sizes for sizes in complete if sizes != present)]
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The fastest of ``rows``, or the first if the fastest is within its spread.
+    """The fastest of ``rows``, or the first if the difference is within the spread.
 
-    A row of quartiles that overlap the first's is a tie, and a tie changes nothing.
+    If the quartiles of the fastest row overlap those of the first, the first is kept.
     """
     timed = [i for i, row in enumerate(rows) if "median" in row]
     best = min(timed, key=lambda i: rows[i]["median"])
@@ -47,10 +47,10 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget) -> Found:
-    """Time the op's grid on its tuning case (or the one that is asked for).
+    """Time the grid of the operation on its tuning case (or on the case that is ``asked`` for).
 
     Raises:
-      ConfigError: the op has nothing to tune here, or does not run with the present sizes.
+      ConfigError: no block sizes to tune on this platform, or the present sizes fail.
     """
     platform = jax.default_backend()
     tuning = asked.op.tuning.get(platform)
@@ -63,20 +63,20 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
     inputs = [*arrays, jax.random.normal(jax.random.key(1), y.shape, y.dtype)]
     deadline = budget.share()
     prepared, failed = {}, {}
-    tried = candidates(blocks.block_sizes(asked.op.module, platform), tuning.grid)
-    for i, sizes in enumerate(tried):
+    grid_points = candidates(blocks.block_sizes(asked.op.module, platform), tuning.grid)
+    for i, sizes in enumerate(grid_points):
         if budget.clock() >= deadline:
             failed[str(i)] = measure.BUDGET
             continue
         try:
-            one = of_jax(ours(asked.name, implementation, sizes))
-            prepared[str(i)] = one.prepare(inputs, True)
-        except Exception as error:  # sizes that do not fit the chip, most likely
+            peer = of_jax(ours(asked.name, implementation, sizes))
+            prepared[str(i)] = peer.prepare(inputs, True)
+        except Exception as error:  # most likely, the sizes do not fit the chip
             failed[str(i)] = f"failed: {measure.reason(error)}"
     failed |= measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
-    runs = {name: one.run for name, one in prepared.items() if name not in failed}
-    times, late = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
-    failed |= late
+    runs = {name: peer.run for name, peer in prepared.items() if name not in failed}
+    times, not_timed = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
+    failed |= not_timed
     rows: list[dict[str, Any]] = [
         {"sizes": sizes}
         | (
@@ -84,7 +84,7 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
             if str(i) in times
             else {"absent": failed[str(i)]}
         )
-        for i, sizes in enumerate(tried)
+        for i, sizes in enumerate(grid_points)
     ]
     if "absent" in rows[0]:
         why = f"{implementation} with the present block sizes {rows[0]['absent']}"
@@ -96,7 +96,7 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
 
 
 def save(found: Found) -> str:
-    """Put the best sizes into the op's table as this chip's row; a line about it."""
+    """Write the best sizes to the op's table, in the row of this chip; returns a line about it."""
     path = blocks.path(found.table)
     if found.best == 0:
         return f"{path} is left as it is: nothing is faster than its spread"
@@ -109,21 +109,21 @@ def save(found: Found) -> str:
 
 
 def table(found: Found) -> Table:
-    """Every point of the grid."""
-    shown = Table(title=found.title)
+    """A table of all points of the grid."""
+    result = Table(title=found.title)
     for column in ("sizes", "median ms", "quartiles", "temp MB", ""):
-        shown.add_column(column, justify="left" if column in ("sizes", "") else "right")
+        result.add_column(column, justify="left" if column in ("sizes", "") else "right")
     for i, row in enumerate(found.rows):
         sizes = " ".join(f"{name}={value}" for name, value in row["sizes"].items())
         remarks = ["present"] * (i == 0) + (["best"] if found.best else ["kept"]) * (
             i == found.best
         )
         if "absent" in row:
-            shown.add_row(sizes, "", "", "", row["absent"])
+            result.add_row(sizes, "", "", "", row["absent"])
             continue
         low, high = (f"{1e3 * value:.2f}" for value in row["quartiles"])
         temp = "" if row["temp_bytes"] is None else f"{row['temp_bytes'] / 1e6:.1f}"
-        shown.add_row(
+        result.add_row(
             sizes, f"{1e3 * row['median']:.2f}", f"{low}–{high}", temp, ", ".join(remarks)
         )
-    return shown
+    return result

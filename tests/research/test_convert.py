@@ -170,7 +170,7 @@ def test_nothing_is_written_over_anything(source, tmp_path, capsys):
     before = sorted(there.rglob("*"))
     for command in (["import", str(source)], ["export", str(there)]):
         assert main([*command, "--to", str(there)]) == 2
-        assert f"directory={str(there)!r}: is there and not empty" in capsys.readouterr().err
+        assert f"directory={str(there)!r}: must be absent or empty" in capsys.readouterr().err
     assert sorted(there.rglob("*")) == before
     command = ["export", str(source), "--to", str(tmp_path / "out"), "--family=llama"]
     assert main(command) == 2

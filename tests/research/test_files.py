@@ -93,7 +93,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, synced):
     names = [("sync", "part"), ("sync", "a"), ("sync", fresh.name)]
     assert sorted(synced[:3]) == sorted(names)
     assert synced[3:] == [("rename", "model"), ("sync", tmp_path.name)]
-    with pytest.raises(ConfigError, match="is there and not empty"), new_directory(place):
+    with pytest.raises(ConfigError, match="must be absent or empty"), new_directory(place):
         pytest.fail("was begun")
     assert (place / "part/a").read_text() == "whole"
 

@@ -81,7 +81,7 @@ def test_all_runs_what_is_there_the_large_last(stand_in, monkeypatch):
         ([], "op=None: name one of"),
         (["double", "--all"], "give --all alone"),
         (["double", "--cases=smal"], "did you mean 'small'?"),
-        (["double", "--cases=none"], "cases=[]: name at least one"),
+        (["double", "--cases=none"], "cases=[]: must name at least one"),
         (["double", "--peers=sun"], "did you mean 'sum'?"),
         (["double", "--implementations=xlb"], "did you mean 'xla'?"),
         (["double", "--rounds=0"], "rounds=0: must be from 1 to 10000"),
@@ -108,7 +108,7 @@ def test_a_request_that_cannot_be_is_one_line(stand_in, capsys, arguments, said)
 
 def test_inputs_that_do_not_fit_are_refused_before_they_are_made(stand_in, monkeypatch):
     monkeypatch.setattr(measure, "free_bytes", lambda: 100)
-    with pytest.raises(ValueError, match="cases='n16777216': its inputs are 0.1 GB, at most half"):
+    with pytest.raises(ValueError, match="cases='n16777216': its inputs are 0.1 GB, must be"):
         run.request("double", shape={"n": 2**24})
 
 

@@ -172,7 +172,7 @@ def refused(model, family, message, tmp_path):
 
 def test_what_is_there_is_not_overwritten_and_a_family_is_named(held, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ConfigError, match="is there and not empty"):
+    with pytest.raises(ConfigError, match="must be absent or empty"):
         save(held["llama"], tmp_path, "llama")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(ConfigError, match="family='lama'.*did you mean 'llama'"):

@@ -116,7 +116,7 @@ RECURRENT = DecoderConfig(
             dict(training=None, mesh=MeshConfig(sequence=4, data=1)),
             "mesh.sequence=4: must be 1: one token has no time",
         ),
-        (dict(training=None, model=RECURRENT), "model.pattern=.*'rwkv7'.*: only caches of attent"),
+        (dict(training=None, model=RECURRENT), "model.pattern=.*'rwkv7'.*: must be attention"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line_before_any_compile(options, message, monkeypatch):
