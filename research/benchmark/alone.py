@@ -51,7 +51,7 @@ def measure(case: str, who: str) -> dict[str, Any]:
         last_line = (
             completed.stderr.strip() or f"exit status {completed.returncode}"
         ).splitlines()[-1]
-        raise ConfigError(f"{case}: {who} alone in a process: {last_line}")
+        raise ConfigError(f"case={case!r}: {who} failed in its process: {last_line}")
     return json.loads(completed.stdout.splitlines()[-1])
 
 

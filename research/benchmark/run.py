@@ -145,8 +145,8 @@ def bench(
         measured[case_name] = {"case": dict(case)}
         for which in PASSES:
             measured[case_name][which] = _pass(asked, case, which, rounds, seconds, budget)
-    found = {"op": asked.name, "machine": machine, "ceilings": ceilings, "cases": measured}
-    return found | {"targets": judge(found)}
+    record = {"op": asked.name, "machine": machine, "ceilings": ceilings, "cases": measured}
+    return record | {"targets": judge(record)}
 
 
 def machine_record(compared: Iterable[str]) -> dict[str, Any]:

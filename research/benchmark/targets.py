@@ -84,21 +84,21 @@ def judge(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _verdict(target: Target, found: Mapping[str, Any]) -> dict[str, Any]:
-    if target.platform != found["machine"]["backend"]:
+def _verdict(target: Target, record: Mapping[str, Any]) -> dict[str, Any]:
+    if target.platform != record["machine"]["backend"]:
         article = "a GPU" if target.platform == "gpu" else f"a {target.platform.upper()}"
         return {"verdict": f"not run on {article}"}
-    if target.case not in found["cases"]:
+    if target.case not in record["cases"]:
         return {"verdict": "not run", "why": "the case was left out"}
-    value = _value(target, found)
+    value = _value(target, record)
     if isinstance(value, str):
         return {"verdict": "not run", "why": value}
     return {"verdict": "met" if target.met(value) else "missed", "value": value}
 
 
-def _value(target: Target, found: Mapping[str, Any]) -> float | str:
+def _value(target: Target, record: Mapping[str, Any]) -> float | str:
     """The value of the target's measure, or the reason why there is none."""
-    case, name = found["cases"][target.case], f"ours/{IMPLEMENTATIONS[target.platform][0]}"
+    case, name = record["cases"][target.case], f"ours/{IMPLEMENTATIONS[target.platform][0]}"
     rows = case[target.passes]
     row = rows.get(name, {"absent": "left out"})
     if "absent" in row:
@@ -106,7 +106,7 @@ def _value(target: Target, found: Mapping[str, Any]) -> float | str:
     if target.measure == "flops":
         return row["flops_per_second"]
     if target.measure == "bandwidth":
-        ceiling = found["ceilings"][case["case"]["dtype"]]["bytes_per_second"]
+        ceiling = record["ceilings"][case["case"]["dtype"]]["bytes_per_second"]
         return row["bytes_per_second"] / ceiling
     if target.measure == "backward flops":
         forward = case[FORWARD].get(name, {"absent": "left out"})

@@ -166,10 +166,10 @@ def _bytes(tree: Any, memory: str = "device") -> int:
     return sum(sizes)
 
 
-def _by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
+def _by_kind(items: list[Collective]) -> dict[str, dict[str, float]]:
     kinds = {}
     for kind in KINDS:
-        of_kind = [c for c in found if c.kind == kind]
+        of_kind = [c for c in items if c.kind == kind]
         if of_kind:
             count, moved = sum(c.times for c in of_kind), sum(c.moved for c in of_kind)
             kinds[kind] = {"count": count, "moved": moved}

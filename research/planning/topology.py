@@ -49,7 +49,7 @@ def topology_mesh(name: str, config: MeshConfig = MeshConfig()) -> jax.sharding.
         raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
     try:
         return make_mesh(config, topology.devices)
-    except AssertionError as error:  # chips with two devices each, such as a v4 without megacore
+    except AssertionError as error:  # e.g. a v4 slice with two devices per chip
         raise ConfigError(f"topology={name!r}: {str(error).splitlines()[0]}") from None
 
 

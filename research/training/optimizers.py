@@ -139,7 +139,7 @@ def make_optimizer(
                 adam_weight_decay=config.weight_decay,
                 adam_learning_rate=rate,
                 muon_weight_dimension_numbers=muon_dimensions,
-                # updates as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2): one learning rate
+                # as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2), so both use one rate
                 consistent_rms=0.2,
             )
         case _:

@@ -212,7 +212,7 @@ def test_a_step_that_holds_much_is_seen(monkeypatch):
 
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="width999: torch eager alone in a process: KeyError"):
+    with pytest.raises(ConfigError, match="case='width999': torch eager failed .*: KeyError"):
         alone.measure("width999", subject.EAGER)
 
 
