@@ -216,7 +216,7 @@ def test_a_custom_step_is_planned(make_package, tmp_path, capfd):
         ("", ["--decode=8x8"], "decode=(8, 8): requires a language model"),
         ("", ["--fit"], "--fit: requires a language model: narrow has a plan_step"),
         ("", ["--sweep"], "--sweep: requires a language model: narrow"),
-        ("", ["--mesh=fsdp:4,data:1,zero:1"], "mesh.zero=1: changes nothing: plan_step is given"),
+        ("", ["--mesh=fsdp:4,data:1,zero:1"], "mesh.zero=1: changes nothing: plan_step receives"),
         ("", ["--arms=wyde"], "did you mean 'wide'?"),
         ("plan_step = 3", [], "product.py: plan_step must be a function"),
         ("def plan_step(config, mesh): return 3", [], "plan_step=3: must return a Step"),

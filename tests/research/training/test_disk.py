@@ -87,7 +87,7 @@ def test_the_error_of_the_last_save_is_told(tmp_path, run_script):
     """Nothing comes after it that could tell; and what it left is taken for no checkpoint."""
     told = run_script(FULL.format(here=HERE, workdir=str(tmp_path / "run")), devices=1)
     assert told.count("\n") == 1
-    assert told.startswith(f"{tmp_path}/run/checkpoints: cannot be written: File too large; once")
+    assert told.startswith(f"{tmp_path}/run/checkpoints: cannot be written: File too large; when")
     whole = {p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()}
     assert "24" not in whole and whole & {"16", "20"}
     load_model(tmp_path / "run")
