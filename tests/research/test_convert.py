@@ -174,7 +174,7 @@ def test_nothing_is_written_over_anything(source, tmp_path, capsys):
     assert sorted(there.rglob("*")) == before
     command = ["export", str(source), "--to", str(tmp_path / "out"), "--family=llama"]
     assert main(command) == 2
-    assert "config.json is not of a run" in capsys.readouterr().err
+    assert "config.json is not that of a run" in capsys.readouterr().err
     assert main(["import", str(source), "--to", str(tmp_path / "x"), "--param-dtype=f32"]) == 2
     assert "param_dtype='f32': must be one of float32" in capsys.readouterr().err
 
