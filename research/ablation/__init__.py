@@ -1,8 +1,8 @@
-"""A paper's claim beside a verdict made by a machine.
+"""Experiments: run the arms of an experiment file and judge the paper's claims.
 
-An experiment file declares arms, seeds and claims (`experiment`); the runner trains what is not
-yet finished (`runner`); claims are judged on intervals over seeds (`claims`); what was found is
-recorded (`record`) and the board is built from the records alone (`report`).
+An experiment file declares arms, seeds and claims (`experiment`). The runner runs the units that
+are not finished (`runner`). Claims are judged by intervals over seeds (`claims`). A complete run is
+recorded (`summary`), and the board is built from the records alone (`report`).
 """
 
 from research.ablation.claims import Claim, Verdict, difference, judge, mean, ratio

@@ -1,7 +1,7 @@
-"""What the attention operation costs and how exact it is, apart from any model.
+"""Memory, time and error of the attention operation by itself, without a model.
 
-Everything is of forward and backward pass together: the gradient by queries, keys and values of
-causal self-attention of ``[batch, length, heads, head_dim]``.
+Every measurement covers the forward and the backward pass together: causal self-attention of
+``[batch, length, heads, head_dim]`` and its gradients by queries, keys and values.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from research.planning.topology import compile_for_tpu, topology_mesh
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOp:
-    """The operation measured.
+    """The attention operation that is measured.
 
     Attributes:
-      implementation: of `pallas_kernels.flash_attention`; None is the platform's own.
+      implementation: of `pallas_kernels.flash_attention`; None selects the platform's default.
     """
 
     heads: int
@@ -39,13 +39,13 @@ class AttentionOp:
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
 
     def operands(self, length: int, seed: int) -> list[jax.Array]:
-        """Standard normal ``q, k, v, dy``."""
+        """``q, k, v, dy`` with standard normal values."""
         rng = np.random.default_rng((seed, length))
         shape = (4, 1, length, self.heads, self.head_dim)
         return list(jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype))
 
     def both_passes(self) -> Callable:
-        """``(q, k, v, dy) -> (y, (dq, dk, dv))``."""
+        """The jitted function ``(q, k, v, dy) -> (y, (dq, dk, dv))``."""
 
         def run(q, k, v):
             return sharded_attention(q, k, v, Mask(), implementation=self.implementation)
@@ -59,49 +59,52 @@ class AttentionOp:
     def errors(self, length: int, seed: int) -> dict[str, float]:
         """``error`` of the result and ``gradient_error`` of the worst gradient against float64.
 
-        Each is the greatest difference over the greatest value.
+        Each is the largest absolute difference, divided by the largest absolute value.
         """
         operands = self.operands(length, seed)
-        found = self.both_passes()(*operands)
+        computed = self.both_passes()(*operands)
         with jax.enable_x64(True):
-            exact = dataclasses.replace(self, dtype="float64", implementation="reference")
+            exact_op = dataclasses.replace(self, dtype="float64", implementation="reference")
             wide = [jnp.asarray(np.asarray(a, np.float64)) for a in operands]
-            wanted = exact.both_passes()(*wide)
+            exact_results = exact_op.both_passes()(*wide)
 
-        def error(got, want):
-            got, want = np.asarray(got, np.float64), np.asarray(want)
-            return float(np.abs(got - want).max() / np.abs(want).max())
+        def error(actual, expected):
+            actual, expected = np.asarray(actual, np.float64), np.asarray(expected)
+            return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
-        gradients = map(error, found[1], wanted[1])
-        return dict(error=error(found[0], wanted[0]), gradient_error=max(gradients))
+        gradients = map(error, computed[1], exact_results[1])
+        return dict(error=error(computed[0], exact_results[0]), gradient_error=max(gradients))
 
     def memory(self, lengths: Sequence[int]) -> list[int]:
-        """Bytes of temporaries at each of ``lengths``, as compiled here; nothing is run."""
-        found = []
+        """Bytes of temporaries at each of ``lengths``, compiled for this machine and not run."""
+        sizes = []
         for length in lengths:
             shape = (1, length, self.heads, self.head_dim)
             operand = jax.ShapeDtypeStruct(shape, self.dtype)
-            found.append(temporary_bytes(self.both_passes().lower(*[operand] * 4).compile()))
-        return found
+            sizes.append(temporary_bytes(self.both_passes().lower(*[operand] * 4).compile()))
+        return sizes
 
     def tpu_memory(self, lengths: Sequence[int], topology: str) -> list[int]:
-        """The same as compiled for a chip of the slice ``topology``, one row of a batch each.
+        """As `memory`, compiled for the slice ``topology`` with one row of the batch per chip.
 
-        Bytes of HBM: the compiler puts what fits there into VMEM, which is not counted.
+        Only bytes in HBM are counted. The compiler keeps in VMEM what fits there.
         """
         mesh = topology_mesh(topology)
-        place = NamedSharding(mesh, PartitionSpec("data"))
-        found = []
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        sizes = []
         with use_mesh(mesh):
             for length in lengths:
                 shape = (mesh.size, length, self.heads, self.head_dim)
-                operand = jax.ShapeDtypeStruct(shape, self.dtype, sharding=place)
+                operand = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
                 compiled = compile_for_tpu(self.both_passes(), *[operand] * 4)
-                found.append(temporary_bytes(compiled))
-        return found
+                sizes.append(temporary_bytes(compiled))
+        return sizes
 
     def speedup(self, baseline: "AttentionOp", length: int, *, rounds: int, seed: int) -> float:
-        """How many times faster it is than ``baseline``: medians of times taken in turn."""
+        """How many times faster this operation is than ``baseline``.
+
+        The ratio of the median times of calls that alternate.
+        """
         operands = self.operands(length, seed)
         runs = [functools.partial(op.both_passes(), *operands) for op in (baseline, self)]
         slow, fast = median_times(runs, rounds)

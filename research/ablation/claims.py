@@ -19,15 +19,15 @@ Measure = Callable[[Results], np.ndarray]
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with a number to hold it against.
+    """A statement with a measure, a comparison and a margin.
 
     Attributes:
       name, statement: the short name and the sentence.
-      paper: the paper's number and where it stands.
-      measure: results → one value a seed.
-      comparison: "<" and ">" put the mean below or above ``margin``; "within" puts it in ±margin.
-      margin: fixed before the run.
-      gate: a condition that has to be supported for this claim to mean anything.
+      paper: the paper's number, with its table, figure or section.
+      measure: a function from results to one value per seed.
+      comparison: "<" or ">": the mean is below or above ``margin``; "within": it is in ±margin.
+      margin: the number that the mean is compared with; fixed before the run.
+      gate: a condition that must be supported for this claim to mean anything.
       interval: "t" (Student's) or "bootstrap" (percentiles of resampled means), both 95%.
       deterministic: the measure has no noise (bytes, shapes): one seed is enough, all seeds must
         agree, and a value equal to the margin is supported ("at most").
@@ -55,15 +55,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says about a claim; numbers are None where there is none.
+    """The verdict of a run on a claim; a number that could not be computed is None.
 
     Attributes:
       status: one of `STATUSES`.
-      mean, low, high: of the measure over seeds, with its 95% interval.
-      seeds: how many seeds it rests on.
-      values: one a seed.
-      reason: why, in words.
-      missing: of a claim that was not run, the first arm that it lacks.
+      reason: a sentence that explains the status.
+      mean, low, high: the mean of the measure over seeds, and its 95% interval.
+      seeds: the number of seeds.
+      values: the measure of each seed.
+      missing: for a claim that was not run, the first arm that it requires and that is missing.
     """
 
     status: str
@@ -77,21 +77,21 @@ class Verdict:
 
 
 def difference(metric: str, arm: str, other: str, other_metric: str | None = None) -> Measure:
-    """``metric`` of ``arm`` less that (or ``other_metric``) of ``other``, paired by seed."""
+    """``metric`` of ``arm`` minus that (or ``other_metric``) of ``other``, paired by seed."""
     return lambda results: (
         results.metric(arm, metric) - results.metric(other, other_metric or metric)
     )
 
 
 def ratio(metric: str, arm: str, other: str, other_metric: str | None = None) -> Measure:
-    """``metric`` of ``arm`` over that (or ``other_metric``) of ``other``, paired by seed."""
+    """``metric`` of ``arm`` divided by that (or ``other_metric``) of ``other``, paired by seed."""
     return lambda results: np.divide(
         results.metric(arm, metric), results.metric(other, other_metric or metric)
     )
 
 
 def mean(metric: str, arm: str) -> Measure:
-    """``metric`` of ``arm`` itself."""
+    """``metric`` of ``arm``; the claim compares its mean."""
     return lambda results: results.metric(arm, metric)
 
 
@@ -100,15 +100,15 @@ def interval95(values: Sequence[float], method: str = "t") -> tuple[float, float
 
     ``t``: mean ± t₀.₉₇₅(n−1)·s/√n. ``bootstrap``: percentiles of 9,999 resampled means.
     """
-    from scipy import stats  # half a second to import; `ablate --help` must not pay it
+    from scipy import stats  # takes 0.5 s: not part of `ablate --help`
 
     sample = np.asarray(values, np.float64)
     check(sample.ndim == 1 and len(sample) > 1, "values", values, "must be two or more numbers")
     if method == "bootstrap":
-        found = stats.bootstrap(
+        interval = stats.bootstrap(
             (sample,), np.mean, confidence_level=0.95, method="percentile", rng=0
         ).confidence_interval
-        return float(found.low), float(found.high)
+        return float(interval.low), float(interval.high)
     half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean() - half), float(sample.mean() + half)
 
@@ -116,12 +116,13 @@ def interval95(values: Sequence[float], method: str = "t") -> tuple[float, float
 def judge(claim: Claim, results: Results) -> Verdict:
     """The verdict on ``claim``.
 
-    Supported: the whole interval lies on the claim's side of the margin. Not supported: the whole
-    interval lies on the other side. Inconclusive: it straddles or touches the margin, there is one
-    seed, a value is not finite, or the gate is not supported. Not run: a unit it needs is missing.
+    Supported: the whole interval is on the claim's side of the margin. Not supported: the whole
+    interval is on the other side. Inconclusive: the interval contains or touches the margin, there
+    is only one seed, a value is not finite, or the gate is not supported. Not run: a unit or a
+    metric that the claim requires is missing.
 
     Raises:
-      ConfigError: ``measure`` does not give one value a seed.
+      ConfigError: ``measure`` does not return one value per seed.
     """
     try:
         with np.errstate(all="ignore"):  # a division by 0 is reported below as not finite
@@ -130,7 +131,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
         return Verdict(NOT_RUN, str(missing), missing=missing.arm)
     if values.shape != (len(results.seeds),):
         raise ConfigError(
-            f"claim {claim.name!r}: measure gave shape {values.shape}, "
+            f"claim {claim.name!r}: measure returned shape {values.shape}, "
             f"must be one value for each of {len(results.seeds)} seeds"
         )
     numbers = tuple(float(v) for v in values)
@@ -144,54 +145,54 @@ def judge(claim: Claim, results: Results) -> Verdict:
     low = high = average = float(values.mean())
     if claim.deterministic:
         low, high = float(values.min()), float(values.max())
-        status, reason = _exact(claim, low, high)
+        status, reason = _compare_exact(claim, low, high)
     elif len(numbers) == 1:
         status, reason = INCONCLUSIVE, "one seed has no interval"
     else:
         low, high = interval95(numbers, claim.interval)
         status, reason = _compare(claim, low, high)
-    lacks = None
+    missing_arm = None
     if claim.gate is not None:
         gate = judge(claim.gate, results)
-        lacks = gate.missing
+        missing_arm = gate.missing
         if gate.status == NOT_RUN:
             status, reason = NOT_RUN, f"gate {claim.gate.name!r}: {gate.reason}"
         elif gate.status != SUPPORTED:
             status = INCONCLUSIVE
             reason = f"gate {claim.gate.name!r} is {gate.status}: {gate.reason}"
     bounds = (None, None) if len(numbers) == 1 and not claim.deterministic else (low, high)
-    return Verdict(status, reason, average, *bounds, len(numbers), numbers, lacks)
+    return Verdict(status, reason, average, *bounds, len(numbers), numbers, missing_arm)
 
 
 def target(claim: Claim) -> str:
-    """The comparison in signs: ``< 0.02``, ``> 1.5``, ``within ±0.1``."""
+    """The comparison in symbols: ``< 0.02``, ``> 1.5``, ``within ±0.1``."""
     if claim.comparison == "within":
         return f"within ±{claim.margin:g}"
     exact = {"<": "≤", ">": "≥"} if claim.deterministic else {}
     return f"{exact.get(claim.comparison, claim.comparison)} {claim.margin:g}"
 
 
-def _sides(claim: Claim) -> tuple[float, float]:
-    """The open range that the claim puts the mean in."""
+def _claimed_range(claim: Claim) -> tuple[float, float]:
+    """The open interval that the mean is in if the claim is true."""
     if claim.comparison == "within":
         return -claim.margin, claim.margin
     return (-np.inf, claim.margin) if claim.comparison == "<" else (claim.margin, np.inf)
 
 
 def _compare(claim: Claim, low: float, high: float) -> tuple[str, str]:
-    lower, upper = _sides(claim)
-    where = f"[{low:.4g}, {high:.4g}]"
+    lower, upper = _claimed_range(claim)
+    interval = f"[{low:.4g}, {high:.4g}]"
     if lower < low and high < upper:
-        return SUPPORTED, f"the interval {where} is {target(claim)}"
+        return SUPPORTED, f"the interval {interval} is {target(claim)}"
     if high < lower or low > upper:
-        return NOT_SUPPORTED, f"the interval {where} is not {target(claim)}"
-    return INCONCLUSIVE, f"the interval {where} straddles the margin {target(claim)}"
+        return NOT_SUPPORTED, f"the interval {interval} is not {target(claim)}"
+    return INCONCLUSIVE, f"the interval {interval} straddles the margin {target(claim)}"
 
 
-def _exact(claim: Claim, low: float, high: float) -> tuple[str, str]:
+def _compare_exact(claim: Claim, low: float, high: float) -> tuple[str, str]:
     if low != high:
         return INCONCLUSIVE, f"declared deterministic, but seeds range from {low:.6g} to {high:.6g}"
-    lower, upper = _sides(claim)
+    lower, upper = _claimed_range(claim)
     if lower <= low <= upper:
         return SUPPORTED, f"{low:.6g} is {target(claim)}"
     return NOT_SUPPORTED, f"{low:.6g} is not {target(claim)}"

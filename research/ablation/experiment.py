@@ -30,8 +30,8 @@ class Arm:
       name: also the name of its folder.
       overrides: dotted field → value, or a function of the experiment's configuration (without any
         arm's overrides) that gives the value.
-      after: arms declared earlier; this one starts from their finished units of the same seed.
-      run: in place of the experiment's ``run``.
+      after: arms declared earlier; this arm starts from their finished units of the same seed.
+      run: a function of a unit, used in place of the experiment's ``run``.
     """
 
     name: str
@@ -49,25 +49,25 @@ class Arm:
 
 
 def silent(step: int, total: int, metrics: Mapping[str, float]) -> None:
-    """The progress callback that shows nothing."""
+    """A progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One arm with one seed: the smallest thing that is run, finished or resumed.
+    """One arm at one seed: the smallest thing that is run, finished or resumed.
 
     Attributes:
       config: the configuration with the arm's overrides applied, locked.
-      arm, seed: which.
-      workdir: its own folder; the same one again after an interruption.
-      after: arm → the folder of its finished unit of the same seed, of the arms that this one
+      arm: the arm's name.
+      workdir: the unit's folder; a resumed unit has the same folder.
+      after: arm → the folder of its finished unit of the same seed, for each arm that this one
         starts from.
-      progress: ``progress(step, total, metrics)``; call it as often as is convenient. Shown of the
-        metrics: ``loss`` and ``tokens_per_second``, where given.
+      progress: ``progress(step, total, metrics)``; call it as often as is convenient. It shows
+        ``loss`` and ``tokens_per_second`` if the metrics have them.
       profile: steps to trace, ``(first, end)`` as `research.training.train` takes them, or None.
     """
 
-    config: Any  # a locked ConfigDict, whose fields no type checker knows
+    config: Any  # a locked ConfigDict; type checkers cannot see its fields
     arm: str
     seed: int
     workdir: Path
@@ -89,7 +89,7 @@ class Experiment:
 
     @property
     def code(self) -> tuple[str, ...]:
-        """Files that hold the technique, from the repository's root."""
+        """Files that hold the technique, as paths from the repository's root."""
         return tuple(self.module.CODE)
 
     @property
@@ -114,11 +114,11 @@ class Experiment:
         return (self.module.__doc__ or "").strip().splitlines()[0]
 
     def run(self, unit: Unit) -> Mapping[str, Any]:
-        """The metrics of ``unit``, by its arm's own ``run`` or the file's."""
+        """Run ``unit`` with its arm's ``run`` or the file's; its metrics."""
         return (self.arm(unit.arm).run or self.module.run)(unit)
 
     def arm(self, name: str) -> Arm:
-        """The arm called ``name``; `ConfigError` suggests a near one."""
+        """The arm called ``name``; for an unknown name `ConfigError` suggests the nearest."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
@@ -133,7 +133,7 @@ class Experiment:
         return config
 
     def arm_config(self, config: ConfigDict, arm: Arm) -> ConfigDict:
-        """A copy of ``config`` with the overrides of ``arm``, which win over what is there."""
+        """A copy of ``config`` with the overrides of ``arm``, which replace its values."""
         changed = config.copy_and_resolve_references().lock()
         for name, value in arm.overrides.items():
             try:
@@ -144,7 +144,7 @@ class Experiment:
 
 
 def folders(package: str) -> list[Path]:
-    """Where the files of ``package`` are; its name is looked up and nothing of it is run.
+    """The folders of ``package``, found by its name without running any of its code.
 
     Raises:
       ConfigError: there is no such package.
@@ -167,11 +167,11 @@ def discover(package: str = "experiments") -> list[str]:
 
 
 def load(name: str, package: str = "experiments") -> Experiment:
-    """Import the experiment ``name`` and check that it declares everything.
+    """Import the experiment ``name`` and check its declarations.
 
     Raises:
-      ConfigError: unknown name (a near one is suggested), or a declaration missing or unusable;
-        the file is named.
+      ConfigError: an unknown name (the nearest one is suggested), or a declaration that is missing
+        or invalid; the message names the file.
     """
     known = discover(package)
     if name not in known:
@@ -215,7 +215,7 @@ def _validate(path: str, module: ModuleType) -> None:
 
 
 def _validate_sources(arms: Sequence[Arm], require: Callable[[Any, str], None]) -> None:
-    """What arms start from: arms of the experiment, declared before them."""
+    """Check `Arm.after`: it names arms that are declared before the arm itself."""
     names = [arm.name for arm in arms]
     for arm in arms:
         for source in arm.after:

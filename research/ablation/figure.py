@@ -1,6 +1,6 @@
-"""The figure of a run: one panel a metric, one row an arm, seeds as dots, 95% interval as a bar.
+"""The figure of a run: a panel per metric, a row per arm, seeds as dots, 95% intervals as bars.
 
-Arms that measure other things have panels of their own.
+Arms that report different metrics have separate panels.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ _COLUMNS = 3
 
 def draw(experiment: Experiment, results: Results, path: Path) -> None:
     """Write a PNG to ``path``: the experiment's own ``figure(results, path)`` or the default."""
-    own = getattr(experiment.module, "figure", None)
-    if own is not None:
-        own(results, path)
+    custom = getattr(experiment.module, "figure", None)
+    if custom is not None:
+        custom(results, path)
     else:
         _draw_default(experiment, results, path)
 
 
 def _draw_default(experiment: Experiment, results: Results, path: Path) -> None:
-    # An explicit Agg canvas: no display is asked for and no global state is touched.
+    # An explicit Agg canvas requires no display and changes no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,19 +34,19 @@ def _draw_default(experiment: Experiment, results: Results, path: Path) -> None:
     names = [metric_names(group) or ["no metric"] for group in groups]
     columns = min(_COLUMNS, max(map(len, names)))
     heights = [
-        -(-len(own) // columns) * (1.1 + 0.34 * len(group))
-        for own, group in zip(names, groups, strict=True)
+        -(-len(group_names) // columns) * (1.1 + 0.34 * len(group))
+        for group_names, group in zip(names, groups, strict=True)
     ]
     figure = Figure(figsize=(1.6 + 3.4 * columns, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False).ravel()
+    subfigures = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False).ravel()
     order = list(scalars)
-    for part, group, own in zip(parts, groups, names, strict=True):
-        rows = -(-len(own) // columns)
-        panels = part.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-        for panel, name in zip(panels, own, strict=False):
+    for subfigure, group, group_names in zip(subfigures, groups, names, strict=True):
+        rows = -(-len(group_names) // columns)
+        panels = subfigure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for panel, name in zip(panels, group_names, strict=False):
             _draw_panel(panel, name, group, [f"C{order.index(arm) % 10}" for arm in group])
-        for panel in panels[len(own) :]:
+        for panel in panels[len(group_names) :]:
             panel.set_visible(False)
     figure.suptitle(experiment.title, fontsize=11)
     figure.supxlabel(

@@ -1,7 +1,7 @@
 """The standard subject of an architecture ablation: a small decoder trained on real text.
 
-Experiments share one starting configuration per scale and change what they are about, so that a
-difference between two arms is a difference between two techniques.
+Experiments share one base configuration per scale and change only the fields that they compare, so
+that a difference between two arms is a difference between two techniques.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ _SIZES = {
     "paper": (4096, 32, 32, 11008, 4096, 512, 250_000),
 }
 
-# Sinusoids have amplitude 1: without Vaswani's √d (2017, §3.4) they would drown the embeddings.
+# Sinusoids have amplitude 1. Without the factor √d (Vaswani 2017, §3.4) the embeddings would be
+# negligible beside them.
 SINUSOIDAL = {
     "model.position": "sinusoidal",
     "model.embedding_scale": lambda config: config.model.width**0.5,
@@ -46,8 +47,8 @@ SINUSOIDAL = {
 def language_model(scale: str) -> Any:
     """A `ConfigDict`: ``model``, ``data``, ``training``, ``mesh`` of the decoder at ``scale``.
 
-    Every field is in the result, so that every field can be overridden. The text is the running
-    Python's standard library: prose and code that every machine has.
+    The result has every field, so that every field can be overridden. The text is the standard
+    library of the running Python: prose and code that every machine has.
     """
     check_choice("scale", scale, SCALES)
     width, layers, heads, mlp, length, batch, steps = _SIZES[scale]
@@ -60,7 +61,7 @@ def language_model(scale: str) -> Any:
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=width // heads),
         mlp=MlpConfig(width=mlp),
         dtype="bfloat16" if accelerator else "float32",
-        # XLA:CPU lays out an unrolled stack better; scanned, it compiles faster
+        # XLA:CPU chooses better layouts for an unrolled stack; a scanned one compiles faster
         scan=scale != "cpu",
         remat="full" if scale == "paper" else "none",
     )
@@ -90,11 +91,11 @@ def train_unit(
     frozen: Any = None,
     trainable: Sequence[str] = ("*",),
 ) -> TrainResult:
-    """Train the unit's model on the unit's data, resuming what its workdir holds.
+    """Train the unit's model on the unit's data; resume from the newest checkpoint in its workdir.
 
-    ``init`` maps the freshly initialised model to the one to start from. ``devices``: of the unit's
-    mesh; None is all there are. ``source`` gives the batches in place of the unit's data. The rest
-    is as `research.training.train` says.
+    ``init`` maps the newly initialised model to the one to start from. ``devices`` are those of the
+    unit's mesh; None means all. ``source`` gives the batches in place of the unit's data. The other
+    arguments are those of `research.training.train`.
     """
     return train(
         from_mapping(DecoderConfig, unit.config.model, "model"),
@@ -115,12 +116,13 @@ def train_unit(
 
 
 def load_source(unit: Unit, arm: str | None = None) -> Decoder:
-    """The final model of ``arm``, which this unit starts from (`Arm.after`).
+    """The final model of ``arm``, an arm that this unit starts from (`Arm.after`).
 
-    ``arm`` None: the only one that it starts from.
+    ``arm=None`` requires that there is exactly one such arm.
 
     Raises:
-      ConfigError: the unit starts from no arm of that name, or from none or several.
+      ConfigError: the unit does not start from ``arm``; or ``arm`` is None and the unit starts from
+        no arm or from several.
     """
     if arm is None:
         known = ", ".join(unit.after) or "none"
@@ -128,7 +130,7 @@ def load_source(unit: Unit, arm: str | None = None) -> Decoder:
             len(unit.after) == 1,
             "arm",
             arm,
-            f"must be one of those {unit.arm} starts from: {known}",
+            f"must be an arm that {unit.arm} starts from: {known}",
         )
         (arm,) = unit.after
     check_choice("arm", arm, unit.after)
@@ -138,11 +140,11 @@ def load_source(unit: Unit, arm: str | None = None) -> Decoder:
 def evaluate_unit(
     unit: Unit, model: Decoder, *, tokens: int | None = None, length: int | None = None
 ) -> dict[str, float]:
-    """Held-out ``loss`` (nats a token) and ``accuracy`` of ``model`` on the unit's data.
+    """Held-out ``loss`` (nats per token) and ``accuracy`` of ``model`` on the unit's data.
 
-    Of mixtures of experts also their `research.training.router_metrics`. About ``tokens`` tokens
-    (default: as in training) in sequences of ``length`` (default: the trained one), the same ones
-    for every model.
+    A mixture of experts also has its `research.training.router_metrics`. About ``tokens`` tokens
+    are used (default: as many as in training), in sequences of ``length`` (default: as in
+    training). They are the same for every model.
     """
     data = _data(unit)
     length = data.sequence_length if length is None else length
@@ -153,21 +155,21 @@ def evaluate_unit(
     batch_size = min(data.batch_size, rows)
     data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
     mesh = make_mesh(_mesh(unit))
-    found = evaluate(model, data, batches=rows // batch_size, mesh=mesh)
+    metrics = evaluate(model, data, batches=rows // batch_size, mesh=mesh)
     return {
         name: value
-        for name, value in found.items()
+        for name, value in metrics.items()
         if name in ("loss", "accuracy") or name.startswith("router_")
     }
 
 
 def eval_losses(unit: Unit) -> list[float]:
-    """Held-out losses of a trained unit on the way, every ``training.eval_every`` steps."""
+    """Held-out losses during the training of a unit, every ``training.eval_every`` steps."""
     return _logged(unit, "eval_loss")
 
 
 def train_losses(unit: Unit) -> list[float]:
-    """Losses of a trained unit's batches, every ``training.log_every`` steps."""
+    """Losses of the training batches of a unit, every ``training.log_every`` steps."""
     return _logged(unit, "loss")
 
 

@@ -1,4 +1,4 @@
-"""Measurements that experiments share: bytes of states and programs, and times taken in turn."""
+"""Measurements that experiments share: bytes of states and programs, and alternating timings."""
 
 import functools
 import time
@@ -14,10 +14,10 @@ from layers.decoder import Decoder
 
 
 def state_bytes(model: Decoder, batch: int, length: int) -> int:
-    """Bytes of keys, values or recurrent state that ``model`` holds for ``length`` tokens a row.
+    """Bytes of keys, values or recurrent state that ``model`` keeps for ``length`` tokens per row.
 
-    Counted from abstract shapes: nothing is allocated. Bookkeeping (positions, segments) is left
-    out, as the papers do.
+    Computed from abstract shapes: nothing is allocated. Bookkeeping (positions, segments) is not
+    counted, as in the papers.
     """
     state = jax.eval_shape(lambda: model.init_state(batch, length))
     return sum(
@@ -32,9 +32,9 @@ def decode_speedup(
 ) -> float:
     """How many times faster ``model`` decodes a token than ``baseline`` after ``length`` tokens.
 
-    The two take turns in one process, so that whatever else the machine does hits both; the result
-    is the ratio of their median times over ``rounds`` tokens. Both run on one device, wherever
-    they rest.
+    The two models alternate in one process, so that other load on the machine affects both. The
+    result is the ratio of their median times over ``rounds`` tokens. Both run on one device,
+    whatever their stored sharding is.
     """
     runs = [_decoding(m, batch, length, rounds) for m in (baseline, model)]
     baseline_time, time_ = median_times(runs, rounds)
@@ -46,7 +46,7 @@ def decode_slowdown(
 ) -> float:
     """How many times longer a token takes after ``long`` tokens than after ``short``.
 
-    Turn by turn, as `decode_speedup`.
+    The two lengths alternate, as the models do in `decode_speedup`.
     """
     runs = [_decoding(model, batch, length, rounds) for length in (short, long)]
     short_time, long_time = median_times(runs, rounds)
@@ -54,7 +54,10 @@ def decode_slowdown(
 
 
 def median_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median seconds of each of ``runs`` over ``rounds`` turns, A B A B …, after one call each."""
+    """Median seconds per call of each of ``runs``: ``rounds`` calls each, in the order A B A B …
+
+    One more call of each comes first and is not timed.
+    """
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds + 1):
         for run, spent in zip(runs, times, strict=True):
@@ -66,42 +69,42 @@ def median_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled program needs a device beside its arguments and results."""
+    """Bytes per device that a compiled program requires besides its arguments and results."""
     analysis: Any = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes)
 
 
 def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of ``sizes`` that ``values`` grow with: the slope of their logarithms."""
+    """The exponent p of ``values`` ∝ ``sizes``ᵖ: the slope of log values over log sizes."""
     check(min(values) > 0, "values", values, "must be > 0")
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[[], None]:
-    """A function that decodes the next token of ``batch`` rows after ``length`` cached ones."""
+    """A function that decodes the next token of ``batch`` rows after ``length`` cached tokens."""
     chunk = min(length, 128)
     check(length % chunk == 0, "length", length, f"must be a multiple of {chunk}")
-    # by way of the host: a model that rests on a mesh would decode there
+    # through the host: a model that is sharded over a mesh would decode on all of it
     model = jax.tree.map(jnp.asarray, jax.device_get(model))
-    # one more than the rounds, for the call that compiles
+    # one token more than the rounds, for the call that compiles
     state = model.init_state(batch, length + rounds + 1)
-    for at in range(0, length, chunk):
-        state, _ = _read(model, state, at, batch, chunk)
-    at = length
+    for position in range(0, length, chunk):
+        state, _ = _extend(model, state, position, batch, chunk)
+    position = length
 
     def run():
-        nonlocal state, at
-        state, token = _read(model, state, at, batch, 1)
+        nonlocal state, position
+        state, token = _extend(model, state, position, batch, 1)
         jax.block_until_ready((state, token))
-        at += 1
+        position += 1
 
     return run
 
 
-# The cache is donated, as in a serving loop: else the time is that of copying it.
+# The cache is donated, as in a serving loop; otherwise the time would be that of copying it.
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1)
-def _read(model, state, at, batch, count):
-    """The state after ``count`` more tokens a row, and the likeliest next ones."""
-    positions = jnp.broadcast_to(at + jnp.arange(count), (batch, count))
+def _extend(model, state, position, batch, count):
+    """The state after ``count`` more tokens per row, and the likeliest next tokens."""
+    positions = jnp.broadcast_to(position + jnp.arange(count), (batch, count))
     output = model(jnp.zeros((batch, count), jnp.int32), positions, state=state)
     return output.state, jnp.argmax(output.logits_btv[:, -1], axis=-1)

@@ -10,10 +10,10 @@ from pallas_kernels.names import did_you_mean, suggest
 
 
 def assign(config: ConfigDict, field: str, value: Any) -> None:
-    """Set the existing dotted ``field`` of ``config``, keeping its type; None fields take any.
+    """Set the existing dotted ``field`` of ``config``. The type is kept; a None field takes any.
 
     Raises:
-      ConfigError: no such field (a near one is suggested), or ``value`` has another type.
+      ConfigError: no such field (the nearest one is suggested), or ``value`` has another type.
     """
     parent, name = _find(config, field)
     if isinstance(value, dict):
@@ -27,10 +27,13 @@ def assign(config: ConfigDict, field: str, value: Any) -> None:
 
 
 def assign_text(config: ConfigDict, text: str) -> str:
-    """Apply ``field=value`` as typed on a command line, by the field's present type; its name.
+    """Apply ``field=value`` from a command line; the type is that of the field's current value.
 
-    Numbers, ``true``/``false``, ``None`` and tuples are read as Python writes them; a text field
-    takes the text as it is; a tuple field takes a single item too. None fields take any of these.
+    Numbers, ``true``/``false``, ``None`` and tuples are written as in Python. A text field takes
+    the text as it is. A tuple field also takes a single item. A None field takes any of these.
+
+    Returns:
+      The field's name.
 
     Raises:
       ConfigError: no ``=``, no such field, a group of fields, or a value of another type.
@@ -44,7 +47,7 @@ def assign_text(config: ConfigDict, text: str) -> str:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted field → value of a nested mapping; empty mappings stay as values."""
+    """Dotted field → value of a nested mapping; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, (dict, ConfigDict)) and len(value):
@@ -61,8 +64,8 @@ def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, str]:
         if not isinstance(node, ConfigDict):
             raise ConfigError(f"{field}: {'.'.join(parents[:depth])} has no fields")
         if part not in node:
-            elsewhere = did_you_mean(part, node) or did_you_mean(field, flatten(config))
-            raise ConfigError(f"{field}: no such field; {elsewhere or suggest(part, node)}")
+            suggestion = did_you_mean(part, node) or did_you_mean(field, flatten(config))
+            raise ConfigError(f"{field}: no such field; {suggestion or suggest(part, node)}")
         if depth < len(parents):
             node = node[part]
     return node, name
@@ -79,11 +82,11 @@ def _parse(field: str, text: str, current: Any) -> Any:
         value = text
     if isinstance(current, (tuple, list)):
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    wanted = {bool: bool, int: int, float: (int, float)}.get(type(current), object)
-    if not isinstance(value, wanted):
+    expected = {bool: bool, int: int, float: (int, float)}.get(type(current), object)
+    if not isinstance(value, expected):
         raise ConfigError(_mismatch(field, value, current))
     return value
 
 
 def _mismatch(field: str, value: Any, current: Any) -> str:
-    return f"{field}={value!r}: must be {type(current).__name__}, as {current!r} is"
+    return f"{field}={value!r}: must be {type(current).__name__}, like {current!r}"

@@ -1,4 +1,4 @@
-"""Plans of an experiment's arms: which programs there are, and the record of them."""
+"""Plans of an experiment's arms: which programs to plan, and the record of the plans."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,29 +18,29 @@ from research.planning.step import CustomSetup, Setup
 from research.training import TrainingConfig
 from research.training.environment import environment
 
-# arms → what to plan of them
+# arms → their setups to plan
 Wanted = Mapping[tuple[str, ...], Sequence[Setup | CustomSetup]]
 
-# of the configuration of a language model
+# the parts of a language model's configuration
 _PARTS = ("model", "data", "training", "mesh")
 
 
 def topology(experiment: Experiment, scale: str) -> str:
-    """The slice that ``experiment`` names for its paper scale (``TOPOLOGY``).
+    """The TPU slice that ``experiment`` declares for paper scale (``TOPOLOGY``).
 
     Raises:
-      ConfigError: it names none, or ``scale`` is another one.
+      ConfigError: it declares none, or ``scale`` is not paper.
     """
-    named = getattr(experiment.module, "TOPOLOGY", None)
-    check(scale == "paper", "topology", None, f"say which slice for scale {scale}")
-    check(named is not None, "topology", None, f"{experiment.name} names none for paper scale")
-    return str(named)
+    declared = getattr(experiment.module, "TOPOLOGY", None)
+    check(scale == "paper", "topology", None, f"must name a slice at scale {scale}")
+    check(declared is not None, "topology", None, f"{experiment.name} declares no TOPOLOGY")
+    return str(declared)
 
 
 def paper_arms(experiment: Experiment) -> list[str]:
-    """The arms that ``experiment`` runs at paper scale: all, unless `PAPER_ARMS` names some."""
-    named = getattr(experiment.module, "PAPER_ARMS", None)
-    return [arm.name for arm in experiment.arms] if named is None else list(named)
+    """The arms that ``experiment`` runs at paper scale: `PAPER_ARMS` if declared, or all."""
+    declared = getattr(experiment.module, "PAPER_ARMS", None)
+    return [arm.name for arm in experiment.arms] if declared is None else list(declared)
 
 
 def setups(
@@ -54,18 +54,18 @@ def setups(
     decode: tuple[int, int] | None = None,
     overrides: Sequence[str] = (),
 ) -> Wanted:
-    """Arms → what to plan of them, one for each of ``meshes``; arms of one program are one.
+    """Arms → their setups, one for each of ``meshes``; arms with the same program share an entry.
 
-    An experiment that offers ``plan_step(config, mesh)``, which returns a `Step` of an arm's
-    configuration, is planned by it, arm by arm; any other one is of a language model.
+    An experiment with ``plan_step(config, mesh)``, which returns a `Step` for an arm's
+    configuration, is planned by it, arm by arm. Any other experiment trains a language model.
 
     Args:
-      meshes: fields of `MeshConfig`; none is the configuration's own.
+      meshes: fields of `MeshConfig`; if empty, the configuration's mesh is used.
       batch: rows, in place of the configuration's.
-      decode: rows and cached tokens of a decoding step, in place of a training step.
+      decode: rows and cached tokens of a decoding step, planned in place of a training step.
 
     Raises:
-      ConfigError: a value that cannot be, or an experiment with neither a ``plan_step`` nor the
+      ConfigError: an invalid value, or an experiment with neither a ``plan_step`` nor the
         configuration of a language model.
     """
     config: Any = experiment.config(scale, overrides)
@@ -73,16 +73,16 @@ def setups(
         for option, value in (("batch", batch), ("decode", decode)):
             check(value is None, option, value, _refusal([experiment.name]))
         return _custom_setups(experiment, config, topology, arms, meshes)
-    found: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
+    arms_by_setups: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
         missing = ", ".join(part for part in _PARTS if part not in arm)
-        neither = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
-        check(not missing, "experiment", experiment.name, neither)
+        requirement = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
+        check(not missing, "experiment", experiment.name, requirement)
         model = from_mapping(DecoderConfig, arm.model, "model")
         data = from_mapping(DataConfig, arm.data, "data")
         training = from_mapping(TrainingConfig, arm.training, "training")
-        # how many steps there are, and how they warm up, changes no program
+        # the number of steps and of warm-up steps does not change the program
         warmup = config.training.optimizer.warmup_steps
         training = dataclasses.replace(
             training,
@@ -93,7 +93,7 @@ def setups(
         rows, length = decode or (data.batch_size, data.sequence_length)
         rows = rows if batch is None else batch
         check(rows > 0, "batch", rows, "must be > 0")
-        each = tuple(
+        arm_setups = tuple(
             Setup(
                 model,
                 topology,
@@ -105,8 +105,8 @@ def setups(
             )
             for mesh in (meshes or [arm.mesh])
         )
-        found.setdefault((each, vocabulary), []).append(name)
-    return {tuple(names): list(each) for (each, _), names in found.items()}
+        arms_by_setups.setdefault((arm_setups, vocabulary), []).append(name)
+    return {tuple(names): list(arm_setups) for (arm_setups, _), names in arms_by_setups.items()}
 
 
 def _custom_setups(
@@ -116,17 +116,17 @@ def _custom_setups(
     arms: Sequence[str],
     meshes: Sequence[Mapping[str, Any]],
 ) -> Wanted:
-    """Of an experiment that makes its own steps; its configuration may have a ``mesh``."""
-    found: dict[tuple[str, ...], list[Setup | CustomSetup]] = {}
+    """The setups of an experiment with ``plan_step``; its configuration may have a ``mesh``."""
+    setups_by_arm: dict[tuple[str, ...], list[Setup | CustomSetup]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
-        found[name,] = [
+        setups_by_arm[name,] = [
             CustomSetup(
                 experiment.module.plan_step, arm, topology, from_mapping(MeshConfig, mesh, "mesh")
             )
             for mesh in (meshes or [arm.get("mesh", {})])
         ]
-    return found
+    return setups_by_arm
 
 
 def _refusal(names: Sequence[str]) -> str:
@@ -134,51 +134,58 @@ def _refusal(names: Sequence[str]) -> str:
 
 
 def plans(wanted: Wanted) -> list[Planned]:
-    """All of them, in order."""
-    return [Planned(arms, plan(one)) for arms, each in wanted.items() for one in each]
+    """The plan of each setup, in order."""
+    return [
+        Planned(arms, plan(setup)) for arms, arm_setups in wanted.items() for setup in arm_setups
+    ]
 
 
 def largest(wanted: Wanted, print_line: Callable[[str], None]) -> list[Planned]:
-    """Of each the largest batch that fits, with the next one; ``print_line`` says where none does.
+    """For each setup the plan of the largest batch that fits, and that of the next larger batch.
+
+    ``print_line`` reports each setup for which no batch fits.
 
     Raises:
-      ConfigError: none fits anywhere.
+      ConfigError: no batch fits for any setup.
     """
-    found, refused = [], []
-    for arms, each in wanted.items():
-        for one in each:
-            if isinstance(one, CustomSetup):
+    planned, too_large = [], []
+    for arms, arm_setups in wanted.items():
+        for setup in arm_setups:
+            if isinstance(setup, CustomSetup):
                 raise ConfigError(f"--fit: {_refusal(arms)}")
             try:
-                found.append(Planned(arms, *sweeps.fit(one)))
+                planned.append(Planned(arms, *sweeps.fit(setup)))
             except sweeps.TooLarge as error:
-                refused.append(error)
+                too_large.append(error)
                 print_line(f"{', '.join(arms)}, {spell_mesh(error.smallest)}: {error}")
-    if not found:
-        raise refused[0]
-    return found
+    if not planned:
+        raise too_large[0]
+    return planned
 
 
 def sweep(wanted: Wanted, print_line: Callable[[str], None]) -> list[Planned]:
-    """Of each the candidates of `research.planning.sweep`; ``print_line`` says how far it is."""
-    found = []
-    for arms, each in wanted.items():
-        for setup in each:
+    """For each setup the plans of its candidate meshes (`research.planning.sweep`).
+
+    ``print_line`` reports each plan.
+    """
+    planned = []
+    for arms, arm_setups in wanted.items():
+        for setup in arm_setups:
             if isinstance(setup, CustomSetup):
                 raise ConfigError(f"--sweep: {_refusal(arms)}")
             meshes = sweeps.candidates(setup)
             for number, mesh in enumerate(meshes, 1):
-                one = plan(dataclasses.replace(setup, mesh=mesh))
-                print_line(f"{number}/{len(meshes)} {spell_mesh(one)}: {spell_fit(one)}")
-                found.append(Planned(arms, one))
-    if not found:
-        why = "no mesh of this slice, of two devices or more, divides the model and the batch"
-        raise ConfigError(f"--sweep: {why}")
-    return found
+                result = plan(dataclasses.replace(setup, mesh=mesh))
+                print_line(f"{number}/{len(meshes)} {spell_mesh(result)}: {spell_fit(result)}")
+                planned.append(Planned(arms, result))
+    if not planned:
+        message = "no mesh of this slice, of two devices or more, divides the model and the batch"
+        raise ConfigError(f"--sweep: {message}")
+    return planned
 
 
 def record(experiment: Experiment, scale: str, found: Sequence[Planned], root: Path) -> list[Path]:
-    """Write ``<root>/plans/<experiment>.json`` and ``.md``; their paths."""
+    """Write ``<root>/plans/<experiment>.json`` and ``.md``; returns their paths."""
     stem = root / "plans" / experiment.name
     data, page = stem.with_suffix(".json"), stem.with_suffix(".md")
     described = plain(

@@ -1,4 +1,4 @@
-"""One live display for a whole run: the units, and the steps of the unit at work."""
+"""One live display for a whole run: its units, and the steps of the running unit."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -21,12 +21,12 @@ class Progress:
         self._bars: Bars | None = None
         self._done = self._total = 0
         self._label = ""
-        self._first = (0.0, 0)  # when the unit's first reported step was seen, and which
-        self._told = 0.0
+        self._first = (0.0, 0)  # time and number of the unit's first reported step
+        self._printed = 0.0
 
     @contextmanager
     def over(self, total: int) -> Iterator[None]:
-        """Show ``total`` units while inside."""
+        """Show the progress over ``total`` units inside the ``with`` block."""
         self._total = total
         if not self._console.is_terminal:
             yield
@@ -45,12 +45,12 @@ class Progress:
         self._bars = None
 
     def skip(self, arm: str, seed: int) -> None:
-        """A unit that was finished before."""
+        """Show a unit that was finished before."""
         self._label = self._name(arm, seed)
         self._advance("finished before")
 
     def start(self, arm: str, seed: int, resumed: bool) -> None:
-        self._label, self._first, self._told = self._name(arm, seed), (0.0, 0), time.monotonic()
+        self._label, self._first, self._printed = self._name(arm, seed), (0.0, 0), time.monotonic()
         if self._bars:
             self._bars.reset(
                 self._steps, total=None, visible=True, description=self._label, shown=""
@@ -59,17 +59,17 @@ class Progress:
             self._console.print(f"{self._label}: {'resumed' if resumed else 'started'}")
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """The callback of a unit."""
+        """Show a step; the progress callback of a unit."""
         now = time.monotonic()
         if not self._first[0]:
             self._first = (now, step)
         shown = describe(metrics)
         if self._bars:
             self._bars.update(self._steps, completed=step, total=total, shown=shown)
-        elif now - self._told >= _EVERY:
-            self._told = now
-            since, first = self._first
-            left = (now - since) / (step - first) * (total - step) if step > first else None
+        elif now - self._printed >= _EVERY:
+            self._printed = now
+            start, first = self._first
+            left = (now - start) / (step - first) * (total - step) if step > first else None
             time_left = "" if left is None else f", {left:.0f} s left"
             self._console.print(f"{self._label}: step {step}/{total} {shown}{time_left}")
 

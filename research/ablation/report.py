@@ -1,6 +1,6 @@
 """The board: every technique, claim and verdict, built from the records alone.
 
-The same records give the same bytes, so a stale board is found by building it again.
+The same records give the same bytes, so a stale board is detected by building it again.
 """
 
 import base64
@@ -48,37 +48,37 @@ pre{white-space:pre-wrap;background:var(--card);padding:.75rem;border-radius:.5r
 
 
 def results_folder(package: str = "experiments") -> Path:
-    """The folder of the records of ``package``, where the command looks unless told otherwise."""
+    """The folder of the records of ``package``: the default of ``--results``."""
     return folders(package)[0] / "results"
 
 
 def records(root: Path) -> list[dict[str, Any]]:
-    """All records of runs below ``root``, by name and scale."""
+    """All records of runs below ``root``, sorted by name and scale."""
     paths = [path for path in root.rglob("*.json") if "plans" not in path.relative_to(root).parts]
-    found = [dict(read_json(path), path=path) for path in paths]
-    return sorted(found, key=lambda record: (record["experiment"], record["scale"]))
+    loaded = [dict(read_json(path), path=path) for path in paths]
+    return sorted(loaded, key=lambda record: (record["experiment"], record["scale"]))
 
 
 def build(root: Path, package: str = "experiments") -> dict[Path, str]:
     """Path → text of the two boards, README.md and index.html.
 
-    Of the own records of ``package`` in a checkout, also its README.md with the table of
-    techniques.
+    If ``root`` holds the records of ``package`` in a checkout, the result also has the checkout's
+    README.md with the table of techniques.
     """
-    found = records(root)
-    built = {root / "README.md": _markdown(found, root), root / "index.html": _page(found)}
-    own = results_folder(package)
-    checkout = own.parent.parent
+    loaded = records(root)
+    built = {root / "README.md": _markdown(loaded, root), root / "index.html": _page(loaded)}
+    package_results = results_folder(package)
+    checkout = package_results.parent.parent
     readme = checkout / "README.md"
-    if root == own and readme.exists():
-        every = [load(name, package) for name in discover(package)]
+    if root == package_results and readme.exists():
+        experiments = [load(name, package) for name in discover(package)]
         text = readme.read_text(encoding="utf-8")
-        built[readme] = with_table(text, checkout, every, found)
+        built[readme] = with_table(text, checkout, experiments, loaded)
     return built
 
 
 def write(root: Path, package: str = "experiments") -> list[Path]:
-    """Write the boards; their paths."""
+    """Write the boards; returns their paths."""
     boards = build(root, package)
     for path, text in boards.items():
         write_text(path, text)
@@ -86,7 +86,7 @@ def write(root: Path, package: str = "experiments") -> list[Path]:
 
 
 def stale(root: Path, package: str = "experiments") -> list[Path]:
-    """The boards on disk that are not what the records give."""
+    """The boards on disk that differ from what the records give."""
     return [
         path
         for path, text in build(root, package).items()
@@ -94,14 +94,14 @@ def stale(root: Path, package: str = "experiments") -> list[Path]:
     ]
 
 
-def _markdown(found: list[dict[str, Any]], root: Path) -> str:
+def _markdown(loaded: list[dict[str, Any]], root: Path) -> str:
     head = (
         "technique", "paper", "claim", "verdict", "effect", "seeds", "scale", "device", "date",
         "figure",
     )  # fmt: skip
     lines = ["# Results", "", "Written by `ablate report` from the records beside it.", ""]
     lines += [_row(head), "|" + "---|" * len(head)]
-    for record in found:
+    for record in loaded:
         link = record["path"].relative_to(root).with_suffix(".png").as_posix()
         for claim in record["claims"]:
             cells = (
@@ -117,13 +117,13 @@ def _markdown(found: list[dict[str, Any]], root: Path) -> str:
                 f"[figure]({link})",
             )
             lines.append(_row(cells))
-    if not found:
+    if not loaded:
         lines.append(_row(("no records yet", *[""] * (len(head) - 1))))
     return "\n".join(lines) + "\n"
 
 
 def device(record: dict[str, Any]) -> str:
-    """The device of a record in words."""
+    """The name of the device that a record was made on."""
     environment = record["environment"]
     value = environment.get("device") or environment.get("devices") or "unknown"
     if isinstance(value, dict):
@@ -135,9 +135,9 @@ def _row(cells: Any) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _page(found: list[dict[str, Any]]) -> str:
+def _page(loaded: list[dict[str, Any]]) -> str:
     counts = {status: 0 for status in STATUSES}
-    for record in found:
+    for record in loaded:
         for claim in record["claims"]:
             counts[claim["status"]] += 1
     tally = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -145,7 +145,7 @@ def _page(found: list[dict[str, Any]]) -> str:
         f'<tr><td><a href="#{_anchor(record)}">{escape(record["experiment"])}</a><br>'
         f'<span class="soft">{escape(record["scale"])}</span></td>'
         f"<td>{escape(claim['statement'])}</td><td>{_verdict(claim)}</td></tr>\n"
-        for record in found
+        for record in loaded
         for claim in record["claims"]
     )
     return (
@@ -158,7 +158,7 @@ def _page(found: list[dict[str, Any]]) -> str:
         f'<div class="scroll"><table><caption>All claims</caption><thead><tr><th scope="col">'
         'Technique</th><th scope="col">Claim</th><th scope="col">Verdict</th></tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n"
-        f"{''.join(map(_section, found))}</main>\n</body>\n</html>\n"
+        f"{''.join(map(_section, loaded))}</main>\n</body>\n</html>\n"
     )
 
 
@@ -196,7 +196,7 @@ def _section(record: dict[str, Any]) -> str:
 
 
 def _table(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """Arms and metrics as an HTML table."""
+    """An HTML table with a row per arm and a column per metric."""
     names = metric_names(arms)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(

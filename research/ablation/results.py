@@ -9,7 +9,7 @@ from pallas_kernels.names import suggest
 
 
 class NotRun(Exception):
-    """A unit or a metric that a claim needs is not there; the message says which.
+    """A unit or a metric that a claim requires is missing; the message names it.
 
     Attributes:
       arm: the arm of that unit.
@@ -21,15 +21,16 @@ class NotRun(Exception):
 
 
 def comparable(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
-    """``arms`` (arm → metric → anything) in groups that share metrics, directly or through others.
+    """Groups of ``arms`` (arm → metric → anything) that share metrics, directly or indirectly.
 
-    An experiment may measure unlike things in unlike arms; those are no rows of one table.
+    An experiment may report different metrics for different arms. Arms of different groups are not
+    rows of one table.
     """
     groups: list[dict[str, Mapping[str, Any]]] = []
     for arm, metrics in arms.items():
-        near = [g for g in groups if any(set(metrics) & set(other) for other in g.values())]
-        groups = [g for g in groups if g not in near]
-        groups.append({name: m for g in near for name, m in g.items()} | {arm: metrics})
+        connected = [g for g in groups if any(set(metrics) & set(other) for other in g.values())]
+        groups = [g for g in groups if g not in connected]
+        groups.append({name: m for g in connected for name, m in g.items()} | {arm: metrics})
     order = list(arms)
     return sorted(groups, key=lambda group: order.index(next(iter(group))))
 
@@ -40,10 +41,10 @@ def metric_names(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 class Results:
-    """What ``measure`` functions read.
+    """The metrics of finished units, which ``measure`` functions read.
 
     Attributes:
-      seeds: the seeds compared; every array has one row for each, in this order.
+      seeds: the seeds that are compared; every array has one row for each, in this order.
       arms: names of the arms that have at least one finished unit.
     """
 
@@ -70,14 +71,14 @@ class Results:
                 raise NotRun(f"arm {arm!r} seed {seed} does not report {name!r}; {known}", arm)
             rows.append(np.asarray(metrics[name], np.float64))
         if len({row.shape for row in rows}) > 1:
-            raise NotRun(f"arm {arm!r}: {name!r} has another length for each seed", arm)
+            raise NotRun(f"arm {arm!r}: {name!r} must have one length for all seeds", arm)
         return np.stack(rows) if rows else np.zeros(0)
 
     def scalars(self, arm: str) -> dict[str, dict[int, float]]:
-        """Metric → seed → value, of the finished units of ``arm``; lists are left out."""
-        found: dict[str, dict[int, float]] = {}
+        """Metric → seed → value of the finished units of ``arm``; lists are not included."""
+        values: dict[str, dict[int, float]] = {}
         for seed in self.seeds:
             for name, value in self._units.get((arm, seed), {}).items():
                 if not isinstance(value, (list, tuple)):
-                    found.setdefault(name, {})[seed] = float(value)
-        return found
+                    values.setdefault(name, {})[seed] = float(value)
+        return values

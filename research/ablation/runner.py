@@ -1,7 +1,7 @@
-"""Runs units: skips what is finished, resumes what is not, and never overwrites either.
+"""Runs units: skips finished units, resumes interrupted ones, and overwrites neither.
 
-``workdir/<arm>/seed<k>/`` holds ``unit.json`` (the configuration, written first), whatever ``run``
-writes, and ``result.json`` (written last, at once) or ``failed.json``.
+``workdir/<arm>/seed<k>/`` holds ``unit.json`` (the configuration, written first), the files that
+``run`` writes, and ``result.json`` (written last, atomically) or ``failed.json``.
 """
 
 import signal
@@ -30,12 +30,12 @@ RESULT, FAILED, UNIT = "result.json", "failed.json", "unit.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run will do, decided before it starts.
+    """Everything that a run will do, decided before it starts.
 
     Attributes:
-      units: in running order: seed by seed, arms as declared, so sources come first.
-      chosen: the arms asked for; ``units`` holds their sources too.
-      warnings: one line for each arm that a ``--config`` override does not reach.
+      units: in running order: seed by seed, arms in declared order, so sources come first.
+      chosen: the selected arms; ``units`` also has the arms that they start from.
+      warnings: one line for each arm that a ``--config`` override does not change.
     """
 
     experiment: Experiment
@@ -48,13 +48,13 @@ class Plan:
     warnings: tuple[str, ...]
 
     def require_whole(self) -> None:
-        """`ConfigError` unless this is the experiment as declared, which alone is recorded.
+        """Raise `ConfigError` unless this is the experiment as declared: only that is recorded.
 
-        Smoke scale decides nothing, so it is not recorded either.
+        Smoke scale decides nothing and is not recorded either.
         """
         declared = tuple(arm.name for arm in self.experiment.arms), self.experiment.seeds
         if (self.chosen, self.seeds) != declared or self.overrides:
-            raise ConfigError("--record: needs all arms and seeds, and no --config overrides")
+            raise ConfigError("--record: requires all arms and seeds, and no --config overrides")
         if self.scale == "smoke":
             raise ConfigError("--record: smoke scale decides nothing; choose another --scale")
 
@@ -72,31 +72,33 @@ def plan(
     """The units of ``experiment`` at ``scale``, configured and checked against ``workdir``.
 
     Args:
-      arms, seeds: what to run; None is all. The arms that an arm starts from are added.
+      arms, seeds: what to run; None means all. The arms that a selected arm starts from are added.
       overrides: ``field=value`` texts.
-      profile: see `Unit`; no part of the configuration.
+      profile: see `Unit`; not part of the configuration.
 
     Raises:
-      ConfigError: unknown scale, arm or field, a value of a wrong type, an override that reaches
+      ConfigError: an unknown scale, arm or field, a value of a wrong type, an override that changes
         no arm, or a unit in ``workdir`` that was started with another configuration.
     """
     seeds = experiment.seeds if seeds is None else tuple(dict.fromkeys(seeds))
     names = [arm.name for arm in experiment.arms]
-    wanted = {experiment.arm(name).name for name in (names if arms is None else arms)}
-    if not wanted or not seeds or min(seeds) < 0:
-        raise ConfigError(f"arms={sorted(wanted)}, seeds={list(seeds)}: at least one, seeds ≥ 0")
-    chosen = tuple(name for name in names if name in wanted)
-    reached = _reached(experiment)
-    needed = {name for arm in chosen for name in reached[arm]}
-    selected = [arm for arm in experiment.arms if arm.name in needed]
+    requested = {experiment.arm(name).name for name in (names if arms is None else arms)}
+    if not requested or not seeds or min(seeds) < 0:
+        raise ConfigError(f"arms={sorted(requested)}, seeds={list(seeds)}: at least one, seeds ≥ 0")
+    chosen = tuple(name for name in names if name in requested)
+    sources = _with_sources(experiment)
+    required = {name for arm in chosen for name in sources[arm]}
+    selected = [arm for arm in experiment.arms if arm.name in required]
     config = experiment.config(scale, overrides)
     warnings = []
     for text in overrides:
         field = text.partition("=")[0]
-        hidden = [a.name for a in selected if any(_covers(own, field) for own in a.overrides)]
-        if len(hidden) == len(selected):
+        fixed = [
+            a.name for a in selected if any(_covers(changed, field) for changed in a.overrides)
+        ]
+        if len(fixed) == len(selected):
             raise ConfigError(f"{text}: every arm that runs sets {field} itself")
-        warnings += [f"arm {arm!r} sets {field} itself: {text} does not reach it" for arm in hidden]
+        warnings += [f"arm {arm!r} sets {field} itself: {text} does not change it" for arm in fixed]
     units = tuple(
         Unit(
             config=experiment.arm_config(config, arm),
@@ -124,33 +126,33 @@ def plan(
 
 
 def apart(planned: Plan) -> list[str]:
-    """Options of ``ablate run`` for each part of ``planned`` that needs no other one.
+    """Options of ``ablate run`` for each part of ``planned`` that requires no other part.
 
-    Units that start from one another, or from the same one, are a part: machines that share the
-    workdir can each take some. The order is the same whatever is finished, so that a number can
-    name a part.
+    Units that start from one another, or from the same unit, form a part. Machines that share the
+    workdir can each run some parts. The order does not depend on what is finished, so a number
+    identifies a part.
     """
-    reached = _reached(planned.experiment)
+    sources = _with_sources(planned.experiment)
     parts: list[list[str]] = []
     for name in planned.chosen:
-        joined = [p for p in parts if any(reached[name] & reached[other] for other in p)]
-        parts = [p for p in parts if p not in joined]
-        parts.append([*(other for p in joined for other in p), name])
+        connected = [p for p in parts if any(sources[name] & sources[other] for other in p)]
+        parts = [p for p in parts if p not in connected]
+        parts.append([*(other for p in connected for other in p), name])
     order = planned.chosen.index
     parts = sorted((sorted(part, key=order) for part in parts), key=lambda part: order(part[0]))
     return [f"--arms={','.join(part)} --seeds={seed}" for seed in planned.seeds for part in parts]
 
 
-def _reached(experiment: Experiment) -> dict[str, set[str]]:
-    """Arm → itself and all that it starts from, directly or through others."""
-    reached: dict[str, set[str]] = {}
-    for arm in experiment.arms:  # sources are declared before what starts from them
-        reached[arm.name] = {arm.name}.union(*(reached[source] for source in arm.after))
-    return reached
+def _with_sources(experiment: Experiment) -> dict[str, set[str]]:
+    """Arm → itself and all arms that it starts from, directly or indirectly."""
+    sources: dict[str, set[str]] = {}
+    for arm in experiment.arms:  # sources are declared before the arms that start from them
+        sources[arm.name] = {arm.name}.union(*(sources[source] for source in arm.after))
+    return sources
 
 
 def state(unit: Unit) -> str:
-    """``finished``, ``failed``, ``interrupted`` or ``new``."""
+    """The state of ``unit``: ``finished``, ``failed``, ``interrupted`` or ``new``."""
     for name, word in ((RESULT, "finished"), (FAILED, "failed"), (UNIT, "interrupted")):
         if (unit.workdir / name).exists():
             return word
@@ -158,23 +160,23 @@ def state(unit: Unit) -> str:
 
 
 def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
-    """Run all units that are not finished; (arm, seed) → message of those that failed.
+    """Run all units that are not finished; returns (arm, seed) → message of those that failed.
 
-    A unit that raises is recorded and the others go on, except those that start from it.
-    KeyboardInterrupt and SIGTERM (as SystemExit) end the run; what was done stays, and the same
-    call later goes on from there.
+    If a unit raises, its failure is recorded and the other units run, except those that start from
+    it. KeyboardInterrupt and SIGTERM (as SystemExit) end the run. Finished work stays, and the same
+    call continues from there.
 
-    Several processes run each unit together, and agree on what is finished and what failed; the
-    first one writes.
+    Several processes run each unit together and agree on which units are finished or failed; the
+    first process writes the files.
 
     Raises:
-      ConfigError: a mistake in the request, or a workdir that the processes do not share.
-      WriteError: the disk took no more; the units that follow would not fare better.
+      ConfigError: an invalid configuration, or a workdir that the processes do not share.
+      WriteError: the disk cannot be written, so that later units would fail too.
     """
     failures: dict[tuple[str, int], str] = {}
     finished = [state(unit) == "finished" for unit in planned.units]
     if not processes.same_everywhere(np.asarray(finished)):
-        raise ConfigError(f"workdir={str(planned.workdir)!r}: is not one folder for all processes")
+        raise ConfigError(f"workdir={str(planned.workdir)!r}: must be one folder for all processes")
     with _terminable(), progress.over(len(planned.units)):
         for unit, done in zip(planned.units, finished, strict=True):
             if done:
@@ -191,17 +193,17 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
 
 
 def results(planned: Plan) -> Results:
-    """The metrics of all finished units that the plan covers."""
-    found = {
+    """The metrics of all finished units of the plan."""
+    metrics = {
         (unit.arm, unit.seed): read_json(unit.workdir / RESULT)["metrics"]
         for unit in planned.units
         if state(unit) == "finished"
     }
-    return Results(found, planned.seeds)
+    return Results(metrics, planned.seeds)
 
 
 def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str:
-    """Run one unit to its ``result.json``; the message of its failure, or the empty text.
+    """Run one unit and write its ``result.json``; returns the message of its failure, or "".
 
     ``missing``: the arms that it starts from and that did not finish.
     """
@@ -224,7 +226,7 @@ def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str
     except WriteError:
         raise
     except ConfigError as error:
-        # a mistake in the request, found before anything ran: leave no unit that was begun with it
+        # an invalid configuration, found before anything ran: the folder must not keep it
         if fresh and lead:
             (unit.workdir / UNIT).unlink()
         raise ConfigError(f"arm {unit.arm!r}: {error}") from None
@@ -239,12 +241,12 @@ def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str
             unit.workdir / RESULT,
             dict(described, metrics=metrics, started=started, seconds=time.time() - started),
         )
-    processes.barrier()  # what starts from this unit reads its result
+    processes.barrier()  # units that start from this one read its result
     return message
 
 
 def _checked(metrics: Any) -> Mapping[str, Any]:
-    """``metrics`` in JSON's types, or TypeError unless it maps names to numbers or lists."""
+    """``metrics`` in JSON's types; raises TypeError unless it maps names to numbers or lists."""
     if not isinstance(metrics, Mapping) or not metrics:
         raise TypeError(f"run returned {metrics!r}: must be a mapping of metrics")
     numbers = {name: plain(value) for name, value in metrics.items()}
@@ -261,21 +263,21 @@ def _folder(workdir: Path, arm: str, seed: int) -> Path:
     return workdir / arm / f"seed{seed}"
 
 
-def _covers(own: str, field: str) -> bool:
-    return field == own or field.startswith(own + ".") or own.startswith(field + ".")
+def _covers(changed: str, field: str) -> bool:
+    return field == changed or field.startswith(changed + ".") or changed.startswith(field + ".")
 
 
 def _check_same(unit: Unit) -> None:
-    """Refuse a unit that was started with another configuration: it would mix two experiments."""
+    """Raise `ConfigError` if the unit was started with another configuration."""
     path = unit.workdir / UNIT
     if state(unit) == "new":
         return
-    before, now = flatten(read_json(path)["config"]), flatten(plain(unit.config))
-    for field in (*now, *before):
-        if before.get(field) != now.get(field) or (field in before) != (field in now):
+    recorded, current = flatten(read_json(path)["config"]), flatten(plain(unit.config))
+    for field in (*current, *recorded):
+        if recorded.get(field) != current.get(field) or (field in recorded) != (field in current):
             raise ConfigError(
-                f"{unit.workdir}: was run with {field}={before.get(field, 'absent')!r}, "
-                f"now {now.get(field, 'absent')!r}: choose another --workdir or remove it"
+                f"{unit.workdir}: was run with {field}={recorded.get(field, 'absent')!r}, "
+                f"now {current.get(field, 'absent')!r}: choose another --workdir or remove it"
             )
 
 
@@ -289,8 +291,8 @@ def _terminable() -> Iterator[None]:
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""What a run found: a summary in JSON's types, its tables, and the choice to record it."""
+"""The summary of a run in JSON's types, its tables, and its record."""
 
 import datetime
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ from research.ablation.results import Results, comparable, metric_names
 from research.ablation.runner import RESULT, Plan, results, state
 from research.files import plain, read_json, write_atomically, write_json, write_text
 
-# of smoke scale, whose few steps decide nothing
+# printed at smoke scale
 PLUMBING = "Smoke scale takes a few steps: verdicts show that all parts work, and are no findings."
 
 
 def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Everything that the board and a reader need to know of a run, in JSON's types."""
-    found, experiment = results(planned), planned.experiment
+    """Everything about a run that the board and a reader require, in JSON's types."""
+    run_results, experiment = results(planned), planned.experiment
     units = []
     for unit in planned.units:
         if state(unit) == "finished":
@@ -28,7 +28,7 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
             units.append({key: result[key] for key in ("arm", "seed", "seconds", "metrics")})
     claims = []
     for claim in experiment.claims:
-        verdict = judge(claim, found)
+        verdict = judge(claim, run_results)
         claims.append(
             dict(
                 name=claim.name,
@@ -38,7 +38,7 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
                 gate=claim.gate.statement if claim.gate else None,
                 **{key: getattr(verdict, key) for key in ("status", "reason", "mean", "low")},
                 **{key: getattr(verdict, key) for key in ("high", "seeds", "values")},
-                # else a record would have it for nothing: it lacks no arm
+                # a record lacks no arm, so it does not have this key
                 **({"missing": verdict.missing} if verdict.missing else {}),
             )
         )
@@ -56,7 +56,7 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             seconds=sum(unit["seconds"] for unit in units),
             claims=claims,
-            metrics={arm: _spread(found, arm) for arm in found.arms},
+            metrics={arm: _spread(run_results, arm) for arm in run_results.arms},
             units=units,
             config=experiment.config(planned.scale, planned.overrides),
             environment=environment,
@@ -65,21 +65,21 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
 
 
 def save(planned: Plan, summary: Mapping[str, Any], folder: Path, stem: str = "") -> list[Path]:
-    """Write summary.json, table.md and figure.png (or ``stem``.json, …) into ``folder``."""
+    """Write summary.json, table.md and figure.png (or ``stem``.json, …) to ``folder``."""
     names = [f"{stem}.{end}" for end in ("json", "md", "png")]
-    data, table, figure = (
+    summary_path, table_path, figure_path = (
         folder / name for name in (names if stem else ("summary.json", "table.md", "figure.png"))
     )
-    found = results(planned)
-    if found.arms:
-        write_atomically(figure, lambda path: draw(planned.experiment, found, path))
-    write_text(table, markdown(summary))
-    write_json(data, summary)  # last: the board is built from it
-    return [data, table, *([figure] if found.arms else [])]
+    run_results = results(planned)
+    if run_results.arms:
+        write_atomically(figure_path, lambda path: draw(planned.experiment, run_results, path))
+    write_text(table_path, markdown(summary))
+    write_json(summary_path, summary)  # last: the board is built from it
+    return [summary_path, table_path, *([figure_path] if run_results.arms else [])]
 
 
 def record(planned: Plan, summary: Mapping[str, Any], root: Path) -> list[Path]:
-    """Write the record ``<root>/<branch>/<name>-<scale>.json``, .md and .png.
+    """Write the record ``<root>/<branch>/<name>-<scale>.json``, .md and .png; their paths.
 
     Raises:
       ConfigError: the run is not the experiment as declared, or a unit is not finished.
@@ -87,7 +87,7 @@ def record(planned: Plan, summary: Mapping[str, Any], root: Path) -> list[Path]:
     planned.require_whole()
     missing = [f"{u.arm}/seed{u.seed}" for u in planned.units if state(u) != "finished"]
     if missing:
-        raise ConfigError(f"--record: not recorded, unfinished: {', '.join(missing)}")
+        raise ConfigError(f"--record: requires all units; unfinished: {', '.join(missing)}")
     branch, _, stem = planned.experiment.name.rpartition("/")
     return save(planned, summary, root / branch, f"{stem}-{planned.scale}")
 
@@ -110,27 +110,27 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def arms_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Arms and metrics, mean ± half of the 95% interval; the fewer of the two are the columns.
+    """A table for each group of `comparable` arms: mean ± half of the 95% interval.
 
-    A table for the arms that are `comparable`.
+    The columns are the arms or the metrics, whichever are fewer.
     """
     tables = []
     for spreads in comparable(summary["metrics"]):
         table = Table()
         arms, metrics = list(spreads), metric_names(spreads)
-        across, down = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
-        table.add_column("metric" if down is metrics else "arm", overflow="fold")
-        for name in across:
+        columns, rows = (arms, metrics) if len(metrics) > len(arms) else (metrics, arms)
+        table.add_column("metric" if rows is metrics else "arm", overflow="fold")
+        for name in columns:
             table.add_column(name, justify="right", overflow="fold")
-        for row in down:
-            pairs = ((row, name) if down is arms else (name, row) for name in across)
+        for row in rows:
+            pairs = ((row, name) if rows is arms else (name, row) for name in columns)
             table.add_row(row, *(number(spreads[arm].get(name)) for arm, name in pairs))
         tables.append(table)
     return tables
 
 
 def claim_lines(summary: Mapping[str, Any]) -> list[str]:
-    """One sentence a claim; one for all that require arms which this run leaves out."""
+    """One sentence per claim; one for all claims that require arms which this run leaves out."""
     lines = [PLUMBING] if summary["scale"] == "smoke" else []
     left_out = 0
     for claim in summary["claims"]:
@@ -148,7 +148,7 @@ def claim_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def number(spread: Mapping[str, Any] | None) -> str:
-    """``1.234 ± 0.012``; without an interval only the mean; nothing for nothing."""
+    """``1.234 ± 0.012``; only the mean if there is no interval; empty if ``spread`` is None."""
     if spread is None:
         return ""
     average = f"{float(spread['mean']):.4g}"
@@ -158,7 +158,7 @@ def number(spread: Mapping[str, Any] | None) -> str:
 
 
 def effect(claim: Mapping[str, Any]) -> str:
-    """``0.004 [-0.002, 0.011], < 0.02``: the effect, its interval, what was claimed."""
+    """``0.004 [-0.002, 0.011], must be < 0.02``: the mean, its interval, what is claimed."""
     if claim["mean"] is None:
         return f"must be {claim['target']}"
     interval = ""
@@ -167,13 +167,13 @@ def effect(claim: Mapping[str, Any]) -> str:
     return f"{claim['mean']:.4g}{interval}, must be {claim['target']}"
 
 
-def _spread(found: Results, arm: str) -> dict[str, dict[str, Any]]:
-    spread = {}
-    for name, by_seed in found.scalars(arm).items():
+def _spread(run_results: Results, arm: str) -> dict[str, dict[str, Any]]:
+    spreads = {}
+    for name, by_seed in run_results.scalars(arm).items():
         values = list(by_seed.values())
         low, high = interval95(values) if len(values) > 1 else (None, None)
-        spread[name] = dict(mean=sum(values) / len(values), low=low, high=high, seeds=len(values))
-    return spread
+        spreads[name] = dict(mean=sum(values) / len(values), low=low, high=high, seeds=len(values))
+    return spreads
 
 
 def _row(cells: Any) -> str:

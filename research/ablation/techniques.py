@@ -1,8 +1,9 @@
-"""The README's table of techniques, made of experiments, records and tests; nothing is typed.
+"""The README's table of techniques, made from experiments, records and tests.
 
-An experiment names its code (`CODE`). Kernels are what that code imports, or a helper: a file that
-the code imports from, or a file of research/ that the experiment imports from. Oracles are what the
-tests of code and kernels import to compare with; verdicts, scales and times are of the records.
+An experiment names its code (`CODE`). The kernels are those that this code or one of its helpers
+imports. A helper is a file that the code imports from, or a file of research/ that the experiment
+imports from. The oracles are the packages that the tests of code and kernels import. Verdicts,
+scales and times come from the records.
 """
 
 import ast
@@ -16,27 +17,27 @@ from research.ablation.claims import STATUSES
 from research.ablation.experiment import Experiment
 
 BEGIN, END = "<!-- techniques: written by `ablate report` -->", "<!-- end of techniques -->"
-# as `importorskip` or an import spells it → as the table does
+# name in an import or `importorskip` → name in the table
 ORACLES = {"torch": "torch", "transformers": "transformers", "rwkv": "rwkv"}
 
 
 def with_table(
     readme: str, root: Path, experiments: Sequence[Experiment], records: Sequence[Mapping[str, Any]]
 ) -> str:
-    """``readme`` with the table anew between its two marks; as it is without them.
+    """``readme`` with the new table between its two marks; unchanged if it has no marks.
 
-    ``root`` is the checkout, where the code and its tests are.
+    ``root`` is the checkout with the code and its tests.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, following = readme.partition(BEGIN)
+    _, end, after = following.partition(END)
     if not (begin and end):
         return readme
     head = ("technique", "code", "kernels", "tested against", "claims", "recorded runs")
     lines = [_row(head), "|" + "---|" * len(head)]
     for experiment in experiments:
-        own = [r for r in records if r["experiment"] == experiment.name]
+        its_records = [r for r in records if r["experiment"] == experiment.name]
         code = [root / path for path in experiment.code]
-        helpers = [found for path in code for found in _helpers(root, path, ("layers", "research"))]
+        helpers = [file for path in code for file in _helpers(root, path, ("layers", "research"))]
         helpers += _helpers(root, Path(str(experiment.module.__file__)), ("research",))
         files = dict.fromkeys((*code, *helpers))
         kernels = list(dict.fromkeys(op for path in files for op in _kernels(root, path)))
@@ -48,9 +49,9 @@ def with_table(
                     ", ".join(_link(Path(path).stem, path) for path in experiment.code),
                     ", ".join(_link(Path(k).name, f"{k}/__init__.py") for k in kernels),
                     ", ".join(_oracles(root / test for test in tests)),
-                    "; ".join(f"{record['scale']}: {_tally(record)}" for record in own)
+                    "; ".join(f"{record['scale']}: {_tally(record)}" for record in its_records)
                     or f"{len(experiment.claims)} not run",
-                    ", ".join(map(took, own)) or "none",
+                    ", ".join(map(took, its_records)) or "none",
                 )
             )
         )
@@ -58,14 +59,14 @@ def with_table(
 
 
 def took(record: Mapping[str, Any]) -> str:
-    """The scale of a recorded run, and for how long its units ran: ``cpu, 11 min``."""
+    """The scale of a recorded run and the time that its units took: ``cpu, 11 min``."""
     return f"{record['scale']}, {max(1, round(record['seconds'] / 60))} min"
 
 
 def _kernels(root: Path, path: Path) -> Iterator[str]:
-    """The ops that the file belongs to or imports, as paths."""
-    own = ".".join(path.relative_to(root).with_suffix("").parts)
-    for module in (own, *(".".join(found) for found in _imported(path))):
+    """The operations that the file belongs to or imports, as paths."""
+    module_name = ".".join(path.relative_to(root).with_suffix("").parts)
+    for module in (module_name, *(".".join(parts) for parts in _imported(path))):
         package, _, name = module.partition(".")
         op = name.partition(".")[0]
         if package == "pallas_kernels" and op and (root / package / op).is_dir():
@@ -75,18 +76,18 @@ def _kernels(root: Path, path: Path) -> Iterator[str]:
 def _helpers(root: Path, path: Path, floors: Sequence[str]) -> Iterator[Path]:
     """The files of ``floors`` that the file ``path`` imports from."""
     for module, name in _imported(path):
-        found = _defined(root, module, name) if module.split(".")[0] in floors else None
-        if found is not None:
-            yield found
+        file = _defined(root, module, name) if module.split(".")[0] in floors else None
+        if file is not None:
+            yield file
 
 
 def _defined(root: Path, module: str, name: str) -> Path | None:
-    """The file that ``name`` of ``module`` is in, which a package may have from another one."""
-    place = root.joinpath(*module.split("."))
-    for path in (place / f"{name}.py", place / name / "__init__.py", place.with_suffix(".py")):
+    """The file that defines ``name`` of ``module``; a package may import it from another file."""
+    base = root.joinpath(*module.split("."))
+    for path in (base / f"{name}.py", base / name / "__init__.py", base.with_suffix(".py")):
         if name and path.is_file():
             return path
-    package = place / "__init__.py"
+    package = base / "__init__.py"
     if not package.is_file():
         return None
     for source, imported in _imported(package):
@@ -96,7 +97,7 @@ def _defined(root: Path, module: str, name: str) -> Path | None:
 
 
 def _imported(path: Path) -> Iterator[tuple[str, str]]:
-    """Module and name of each import; ``import a.b`` is of a and b."""
+    """Module and name of each import; ``import a.b`` gives a and b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from ((node.module, alias.name) for alias in node.names)
@@ -107,23 +108,23 @@ def _imported(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _test(path: str) -> str:
-    """Where the tests of ``path`` are: the same tree again."""
-    own = Path(path)
-    return str(Path("tests") / own.parent / f"test_{own.stem}.py")
+    """The path of the tests of ``path``, in the same tree below tests/."""
+    source = Path(path)
+    return str(Path("tests") / source.parent / f"test_{source.stem}.py")
 
 
 def _oracles(tests: Iterator[Path]) -> list[str]:
-    found = set()
+    oracles = set()
     for path in tests:
-        # an op whose functions are tested apart has a file each, e.g. test_wkv4.py, test_wkv7.py
+        # an operation may have several test files, e.g. test_wkv4.py and test_wkv7.py
         for file in sorted(path.parent.glob(f"{path.stem}*.py")):
             text = file.read_text(encoding="utf-8")
             skips = re.findall(r"importorskip\(\s*\"(\w+)", text)
             modules = (module.partition(".")[0] for module, _ in _imported(file))
-            names = {*modules, *skips}
-            found |= {spelt for name, spelt in ORACLES.items() if name in names}
-            found |= {"float64 NumPy"} if "np.float64" in text else set()
-    return sorted(found, key=str.lower)
+            imports = {*modules, *skips}
+            oracles |= {spelt for name, spelt in ORACLES.items() if name in imports}
+            oracles |= {"float64 NumPy"} if "np.float64" in text else set()
+    return sorted(oracles, key=str.lower)
 
 
 def _tally(record: Mapping[str, Any]) -> str:

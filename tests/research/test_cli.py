@@ -147,7 +147,7 @@ def test_units_listed_run_apart_and_are_the_whole(ablate, capsys):
         (["run", "branch/wide", "--profile=-1:3"], "--profile=-1:3: must be FIRST:END"),
         (["run", "branch/wide", "--workdir=gs://a/b"], "gs://a/b: mount the bucket"),
         (["run", "branch/wide", "--config.stepz=1"], "did you mean 'steps'?"),
-        (["run", "branch/wide", "--record", "--seeds=0"], "--record: needs all arms and seeds"),
+        (["run", "branch/wide", "--record", "--seeds=0"], "--record: requires all arms and seeds"),
         (["run", "branch/wide", "--record", "--config.noise=2"], "no --config overrides"),
         (["report", "--config.x=1"], "only `ablate run` and `plan` take overrides"),
         ([], "COMMAND"),

@@ -118,7 +118,7 @@ def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
         (["--topology=v5e:2x2", "--batch=0"], "batch=0: must be > 0"),
         (["--topology=v5e:2x2", "--arms=mhaa"], "did you mean 'mha'?"),
         (["--topology=nowhere"], "topology='nowhere': "),
-        ([], "topology=None: say which slice for scale smoke"),
+        ([], "topology=None: must name a slice at scale smoke"),
         (["--record"], "--record: plans paper scale as declared"),
         (["--scale=paper", "--record", "--batch=3"], "--record: plans paper scale as declared"),
         (["--scale=paper", "--record", "--arms=mha"], "--record: plans paper scale as declared"),
@@ -155,7 +155,7 @@ def test_an_experiment_without_a_model_is_refused(make_package):
     missing = "has neither plan_step.config, mesh. nor, in its configuration, data, training, mesh$"
     with pytest.raises(ValueError, match=f"^experiment='branch/wide': {missing}"):
         plans.setups(experiment, "paper", "v5e:2x2", arms=["narrow"])
-    with pytest.raises(ValueError, match="^topology=None: branch/wide names none for paper"):
+    with pytest.raises(ValueError, match="^topology=None: branch/wide declares no TOPOLOGY"):
         plans.topology(experiment, "paper")
 
 
