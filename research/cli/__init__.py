@@ -1,8 +1,8 @@
-"""The command ``ablate``: list the experiments, run one to its verdicts, build the board, …
+"""The command ``ablate``: lists and runs experiments, builds the board, and more.
 
-Exit codes: 0 done, 1 a unit failed or the board is stale, 2 a request that cannot be served or a
-disk that takes no more, 3 another process of the same run was lost, 130 and 143 stopped by Ctrl-C
-or SIGTERM: the same command goes on from there.
+Exit codes: 0 done; 1 a unit failed or the board is stale; 2 an invalid request or a disk that
+cannot be written; 3 another process of the same run was lost; 130 and 143 stopped by Ctrl-C or
+SIGTERM, after which the same command continues the run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from layers.config import ConfigError
 from pallas_kernels.names import suggest
 from research.cli import bench, generate, models, plan
 
-# Only argparse above: `ablate --help` answers at once, what needs JAX is imported in the commands.
+# Only argparse above: `ablate --help` must be fast. The commands import what requires JAX.
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -35,7 +35,7 @@ _EXAMPLES = """examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse with one-line errors."""
 
     def error(self, message):
         raise ConfigError(message.replace("argument COMMAND: ", ""))
@@ -48,9 +48,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> int:
-    """Run the command line ``argv`` (default: the process's); the exit code.
+    """Run the command line ``argv`` (default: the process's); returns the exit code.
 
-    ``package`` is where experiments are looked for.
+    ``package`` is the package with the experiments.
     """
     if argv is None:
         _with_huge_pages()
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
         print(f"ablate: {_line(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("ablate: interrupted; the same command goes on from here", file=sys.stderr)
+        print("ablate: interrupted; the same command continues from here", file=sys.stderr)
         code = 130
     except SystemExit as stop:
         _leave(stop.code)
@@ -80,18 +80,18 @@ def main(argv: Sequence[str] | None = None, *, package: str = "experiments") -> 
 
 
 def _leave(code) -> None:
-    """Where others run this command too and it failed here, end without waiting for them."""
+    """After a failure in a run of several processes, end without waiting for the others."""
     processes = sys.modules.get("research.parallel.processes")
     if code and processes:
         processes.leave(code if isinstance(code, int) else 1)
 
 
 def _with_huge_pages() -> None:
-    """Start this process again with huge pages behind malloc, where Linux gives them on request.
+    """Restart this process with huge pages for malloc, if Linux grants them on request.
 
-    XLA:CPU takes a step's memory from malloc and gives it back after each; to map it anew by pages
-    of 4 KiB was a fifth of the work of training a small decoder. glibc ≥ 2.35 can ask, if told at
-    the start.
+    XLA:CPU allocates the memory of a step with malloc and frees it after the step. Mapping it again
+    in pages of 4 KiB took a fifth of the time of training a small decoder. glibc ≥ 2.35 requests
+    huge pages if GLIBC_TUNABLES says so when the process starts.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.hugetlb" in tunables or not _HUGE_PAGES.exists():
@@ -103,14 +103,16 @@ def _with_huge_pages() -> None:
 
 
 def _in_any_encoding() -> None:
-    """Print ``?`` for what the terminal's encoding lacks, in place of an error after a long run."""
+    """Print ``?`` for characters that the terminal's encoding lacks, instead of an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _without_tpu() -> None:
-    """Keep JAX from a TPU that is not here: where only its compiler is installed (as the tests
-    want it), looking for the chip takes seconds and says at length that there is none."""
+    """Keep JAX from searching for a TPU where only the TPU compiler is installed, as for the tests.
+
+    The search takes seconds and prints long warnings.
+    """
     chips = [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
     others = any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
     if find_spec("libtpu") and not chips and not others:
@@ -118,15 +120,15 @@ def _without_tpu() -> None:
 
 
 def _line(error: Exception) -> str:
-    """The first line of what ``error`` says, or its name where it says nothing."""
+    """The first line of the message of ``error``, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``argv`` without its ``--config.x=y``, and those as ``x=y``."""
+    """``argv`` without its ``--config.x=y`` options, and these options as ``x=y``."""
     prefix = "--config."
-    rest = [word for word in argv if not word.startswith(prefix)]
-    return rest, [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
+    arguments = [word for word in argv if not word.startswith(prefix)]
+    return arguments, [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_list(commands) -> None:
-    parser = commands.add_parser("list", help="every experiment, its claims and last verdicts")
+    parser = commands.add_parser("list", help="list experiments, claims and recorded verdicts")
     _add_results(parser)
     parser.set_defaults(command=_list)
 
@@ -159,19 +161,19 @@ def _add_run(commands) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="an experiment, e.g. architecture/gqa")
     parser.add_argument("--scale", default="cpu", help="smoke, cpu (default), gpu or paper")
-    parser.add_argument("--arms", help="names with commas between; default: all")
-    parser.add_argument("--seeds", help="numbers with commas between; default: the experiment's")
+    parser.add_argument("--arms", help="comma-separated names; default: all")
+    parser.add_argument("--seeds", help="comma-separated numbers; default: the experiment's")
     parser.add_argument("--workdir", type=_folder, help="default: runs/NAME/SCALE")
     parser.add_argument("--record", action="store_true", help="write the record for the board")
     parser.add_argument(
         "--profile",
         metavar="FIRST:END",
-        help="trace these steps of each unit, END not among them, into its folder's profile/",
+        help="trace steps FIRST to END - 1 of each unit into the folder profile/ of its workdir",
     )
     parser.add_argument(
         "--list-units",
         action="store_true",
-        help="print options of `ablate run`, a line for what can run apart, and stop",
+        help="print the options that run each independent part, one part per line, and stop",
     )
     parser.add_argument_group("configuration").add_argument(
         "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
@@ -182,7 +184,7 @@ def _add_run(commands) -> None:
 
 def _add_report(commands) -> None:
     parser = commands.add_parser("report", help="build the board from the records")
-    parser.add_argument("--check", action="store_true", help="only say whether it is stale")
+    parser.add_argument("--check", action="store_true", help="only check whether it is stale")
     _add_results(parser)
     parser.set_defaults(command=_report)
 
@@ -203,16 +205,16 @@ def _list(options) -> int:
     for record in report.records(options.results or report.results_folder(options.package)):
         runs.setdefault(record["experiment"], []).append(took(record))
         for claim in record["claims"]:
-            known = verdicts.get((record["experiment"], claim["name"]))
+            other = verdicts.get((record["experiment"], claim["name"]))
             text = f"{claim['status']} ({record['scale']})"
-            verdicts[record["experiment"], claim["name"]] = f"{known}, {text}" if known else text
+            verdicts[record["experiment"], claim["name"]] = f"{other}, {text}" if other else text
     console = Console(highlight=False, markup=False)
-    broken = 0
+    code = 0
     for name in discover(options.package):
         try:
             experiment = load(name, options.package)
-        except Exception as error:  # one broken file must not hide the others
-            broken = 2
+        except Exception as error:  # an invalid file must not hide the others
+            code = 2
             print(f"ablate: {name}: {_line(error)}", file=sys.stderr)
             continue
         console.print(f"{name} ({'; '.join(runs.get(name, ['not run']))})", style="bold")
@@ -220,7 +222,7 @@ def _list(options) -> int:
         for claim in experiment.claims:
             verdict = verdicts.get((name, claim.name), "not run")
             console.print(f"  {claim.name}: {verdict}")
-    return broken
+    return code
 
 
 def _run(options) -> int:
@@ -232,7 +234,7 @@ def _run(options) -> int:
     from research.parallel import initialize
     from research.parallel.processes import is_lead
 
-    initialize()  # before anything asks which devices there are
+    initialize()  # before JAX is asked for its devices
     experiment = load(options.name, options.package)
     planned = runner.plan(
         experiment,
@@ -249,26 +251,28 @@ def _run(options) -> int:
         print(f"ablate: {warning}", file=sys.stderr)
     if options.list_units:
         for line in runner.apart(planned):
-            print(line)  # whole, however long
+            print(line)  # not wrapped
         return 0
     lead = is_lead()
     console = Console(highlight=False, markup=False, quiet=not lead)
-    _keep_compiled(planned.workdir / "compiled")
+    _cache_compiled(planned.workdir / "compiled")
     try:
         failures = runner.execute(planned, Progress(console))
-    except SystemExit:  # `Preempted` too, whose status says that all is well
-        print("ablate: stopped; the same command goes on from here", file=sys.stderr)
+    except SystemExit:  # also `Preempted`, whose exit status is 0
+        print("ablate: stopped; the same command continues from here", file=sys.stderr)
         return 128 + signal.SIGTERM
     if not lead:
         return 1 if failures else 0
     from research.training.environment import environment
 
-    found = summary.summarize(planned, environment(), _again(options, experiment.name))
-    paths = summary.save(planned, found, planned.workdir)
+    summarized = summary.summarize(
+        planned, environment(), _repeat_command(options, experiment.name)
+    )
+    paths = summary.save(planned, summarized, planned.workdir)
     console.print(f"\n{experiment.name} at {options.scale} scale: mean ± 95%", style="bold")
-    for table in summary.arms_tables(found):
+    for table in summary.arms_tables(summarized):
         console.print(table)
-    for line in summary.claim_lines(found):
+    for line in summary.claim_lines(summarized):
         console.print(line, soft_wrap=True)
     for (arm, seed), message in failures.items():
         print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
@@ -276,19 +280,19 @@ def _run(options) -> int:
         if unit.profile and not (unit.workdir / "profile").exists():
             print(
                 f"ablate: {unit.arm} seed {unit.seed} has no trace: these steps were done before, "
-                "or it trains nothing",
+                "or the unit has no training",
                 file=sys.stderr,
             )
     if options.record and not failures:
         root = options.results or report.results_folder(options.package)
-        paths += summary.record(planned, found, root)
+        paths += summary.record(planned, summarized, root)
     console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
     return 1 if failures else 0
 
 
 def _folder(text: str) -> Path:
-    if "://" in text:  # `Path` would make a local folder of it
-        raise argparse.ArgumentTypeError(f"{text}: mount the bucket, and give the folder")
+    if "://" in text:  # `Path` would take it for a local folder
+        raise argparse.ArgumentTypeError(f"{text}: must be a folder; mount the bucket")
     return Path(text)
 
 
@@ -301,8 +305,8 @@ def _steps(text: str | None) -> tuple[int, int] | None:
     return int(first), int(end)
 
 
-def _again(options, name: str) -> str:
-    """The command that does this run again anywhere: without this machine's folders."""
+def _repeat_command(options, name: str) -> str:
+    """The command that repeats this run on any machine: without this machine's folders."""
     words = ["ablate", "run", name, f"--scale={options.scale}"]
     words += [f"--arms={options.arms}"] if options.arms else []
     words += [f"--seeds={options.seeds}"] if options.seeds else []
@@ -310,8 +314,8 @@ def _again(options, name: str) -> str:
     return shlex.join(words + (["--record"] if options.record else []))
 
 
-def _keep_compiled(folder: Path) -> None:
-    """Keep compiled programs, so that arms, seeds and a resumed run do not compile them again."""
+def _cache_compiled(folder: Path) -> None:
+    """Cache compiled programs in ``folder``, for other units and for resumed runs."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -339,4 +343,4 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds={text}: must be numbers with commas between") from None
+        raise ConfigError(f"--seeds={text}: must be comma-separated numbers") from None

@@ -1,4 +1,4 @@
-"""``ablate bench``: kernels, whole models and the training loop, timed beside their peers."""
+"""``ablate bench``: times kernels, whole models and the training loop beside their peers."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ _BENCH = """examples:
   ablate bench wkv7 --tune                    # this chip's row of pallas_kernels/wkv/blocks.json
   ablate bench --all --record --budget=1800   # pallas_kernels/results: JSON, page and plots
   ablate bench models --cases=llama,mamba2    # a training step beside transformers', on a CPU
-  ablate bench train                          # the same decoder in plain PyTorch, and our loop
+  ablate bench train                          # the same decoder in PyTorch and in `train`
 """
 
 
@@ -24,21 +24,21 @@ def add(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "op", metavar="OP", nargs="?", help="an op, e.g. flash_attention; or models, or train"
+        "op", metavar="OP", nargs="?", help="an operation, e.g. ssd; or models, or train"
     )
-    parser.add_argument("--all", action="store_true", help="every op, one after the other")
-    parser.add_argument("--cases", help="names with commas between; default: all")
+    parser.add_argument("--all", action="store_true", help="all operations, one after another")
+    parser.add_argument("--cases", help="comma-separated names; default: all")
     parser.add_argument("--shape", help="other sizes for the first case, e.g. t=2048,h=4")
     parser.add_argument("--dtype", help="another dtype, e.g. bfloat16")
     parser.add_argument("--implementations", help="like --cases")
     parser.add_argument("--peers", help="like --cases, or none")
-    parser.add_argument("--rounds", type=int, default=10, help="timings of each at most")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timings, then one sits out")
-    parser.add_argument("--budget", type=float, default=900.0, help="seconds for all of it")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each, at most")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for timing each, at most")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds for the whole command")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tune", action="store_true", help="find block sizes for this chip")
-    what.add_argument("--record", action="store_true", help="into the chip's file of results")
-    what.add_argument("--out", type=Path, help="into this JSON file, its page and plots beside it")
+    what.add_argument("--record", action="store_true", help="write the chip's file of results")
+    what.add_argument("--out", type=Path, help="write this JSON file, its page and its plots")
     parser.set_defaults(command=_bench)
 
 
@@ -47,24 +47,24 @@ def _bench(options) -> int:
 
     from research.benchmark import measure, models, ops, run, train, tune
 
-    whole = {module.NAME: module for module in (models, train)}
+    suites = {module.NAME: module for module in (models, train)}
     if options.all == (options.op is not None):
-        known = ", ".join((*ops.known(), *whole))
+        known = ", ".join((*ops.known(), *suites))
         raise ConfigError(f"op={options.op!r}: name one of {known}, or give --all alone")
-    narrowed = [
+    restrictions = [
         f"--{field}"
         for field in ("cases", "shape", "dtype", "implementations", "peers")
         if getattr(options, field) is not None
     ]
-    if narrowed and (options.all or options.record):
-        given = "--all" if options.all else "--record"
-        raise ConfigError(f"{given}: runs everything; leave out {', '.join(narrowed)}")
-    if options.op in whole:
-        return _bench_whole(whole[options.op], options, narrowed)
+    if restrictions and (options.all or options.record):
+        flag = "--all" if options.all else "--record"
+        raise ConfigError(f"{flag}: runs everything; leave out {', '.join(restrictions)}")
+    if options.op in suites:
+        return _bench_whole(suites[options.op], options, restrictions)
     if options.tune and options.all:
         raise ConfigError("--all: name one op to --tune")
     run.check_effort(options.rounds, options.seconds, options.budget)
-    # everything that is asked for is checked before anything runs
+    # all requests are checked before anything runs
     requests = [
         run.request(
             name,
@@ -79,58 +79,58 @@ def _bench(options) -> int:
     console = Console(highlight=False, markup=False)
     effort = {"rounds": options.rounds, "seconds": options.seconds}
     if options.tune:
-        found = tune.tune(requests[0], **effort, budget=measure.Budget(options.budget, 1))
-        console.print(tune.table(found))
-        console.print(tune.save(found), soft_wrap=True)
+        tuned = tune.tune(requests[0], **effort, budget=measure.Budget(options.budget, 1))
+        console.print(tune.table(tuned))
+        console.print(tune.save(tuned), soft_wrap=True)
         return 0
-    budget = measure.Budget(options.budget, sum(one.parts for one in requests))
-    # what the small ones leave is for the large
-    for one in sorted(requests, key=lambda one: one.flops):
-        # op by op: what was measured stays if the rest is interrupted
-        _show(run.bench(one, **effort, budget=budget), options, console)
+    budget = measure.Budget(options.budget, sum(request.parts for request in requests))
+    # small requests first: large ones get the time that is left
+    for request in sorted(requests, key=lambda request: request.flops):
+        # one operation at a time: its results stay if a later one is interrupted
+        _show(run.bench(request, **effort, budget=budget), options, console)
     return 0
 
 
-def _bench_whole(module, options, narrowed: list[str]) -> int:
-    """Training steps of whole models: ``module`` is `models` or `train`."""
+def _bench_whole(module, options, restrictions: list[str]) -> int:
+    """Time training steps of whole models: ``module`` is `models` or `train`."""
     from rich.console import Console
 
     from research.benchmark import measure, run, step
 
-    refused = [flag for flag in narrowed if flag != "--cases"] + ["--tune"] * options.tune
+    refused = [flag for flag in restrictions if flag != "--cases"] + ["--tune"] * options.tune
     if refused:
-        raise ConfigError(f"op={options.op!r}: knows nothing of {', '.join(refused)}")
+        raise ConfigError(f"op={options.op!r}: does not support {', '.join(refused)}")
     run.check_effort(options.rounds, options.seconds, options.budget)
     names = module.chosen(_names(options.cases))
     if options.record:
         step.check_quiet()
-    found = module.bench(
+    results = module.bench(
         names,
         rounds=options.rounds,
         seconds=options.seconds,
         budget=measure.Budget(options.budget, len(names)),
     )
-    _show(found, options, Console(highlight=False, markup=False))
+    _show(results, options, Console(highlight=False, markup=False))
     return 0
 
 
-def _show(found, options, console) -> None:
-    """Print what was ``found``, and write it where ``options`` say."""
+def _show(results, options, console) -> None:
+    """Print the results, and write them to the files that ``options`` name."""
     from research.benchmark import record
 
-    for line in [*record.machine_lines(found), record.LEGEND]:
+    for line in [*record.machine_lines(results), record.LEGEND]:
         console.print(line, soft_wrap=True)
-    for table in record.tables(found):
+    for table in record.tables(results):
         console.print(table)
-    for line in record.absences(found) + record.verdicts(found):
+    for line in record.absences(results) + record.verdicts(results):
         console.print(line, soft_wrap=True)
     if options.record or options.out:
-        written = record.save(found, options.out or record.path(found["machine"]["device_kind"]))
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+        paths = record.save(results, options.out or record.path(results["machine"]["device_kind"]))
+        console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
 
 
 def _tuning_case(name: str, options) -> list[str] | None:
-    """The one case to tune on."""
+    """The case to tune on, in a list; None if the operation has none for this device."""
     import jax
 
     from research.benchmark import ops
@@ -145,7 +145,7 @@ def _tuning_case(name: str, options) -> list[str] | None:
 
 
 def _names(text: str | None) -> list[str] | None:
-    """``a,b`` as a list; ``none`` as an empty one."""
+    """``a,b`` as a list; ``none`` as an empty list."""
     if text is None:
         return None
     return [] if text == "none" else text.split(",")
@@ -159,4 +159,4 @@ def _sizes(text: str | None) -> dict[str, int] | None:
         pairs = (part.split("=") for part in text.split(","))
         return {field: int(value) for field, value in pairs}
     except ValueError:
-        raise ConfigError(f"--shape={text}: must be sizes like t=2048,h=4, integers") from None
+        raise ConfigError(f"--shape={text}: must be integer sizes, e.g. t=2048,h=4") from None

@@ -1,4 +1,4 @@
-"""``ablate generate``: text from a trained or imported model, shown as it is made."""
+"""``ablate generate``: text from a trained or imported model, printed token by token."""
 
 import argparse
 import os
@@ -12,26 +12,26 @@ _EXAMPLES = """examples:
   ablate generate runs/demo/gqa/seed0 --prompt="def " --temperature=0.5
   ablate generate runs/qwen3 --prompt="The capital of France is" --max-tokens=20
 """
-# how far below RUN a model is looked for: ARM/SEED, and a stage of an arm that has several
+# folders below RUN that are searched for a model: ARM/SEED, and a stage of an arm with several
 _DEPTH = 3
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "generate",
-        help="text from a trained or imported model",
+        help="generate text with a trained or imported model",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = "a unit's folder, a run's with one unit, or an imported checkpoint"
+    what = "a unit's folder, the folder of a run with one unit, or an imported checkpoint"
     parser.add_argument("run", metavar="RUN", type=Path, help=what)
-    parser.add_argument("--prompt", metavar="TEXT", default="", help="what the text begins with")
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="the beginning of the text")
     parser.add_argument("--max-tokens", metavar="N", default="200", help="new tokens; default: 200")
     parser.add_argument(
-        "--temperature", metavar="T", default="1", help="0 takes the likeliest token; default: 1"
+        "--temperature", metavar="T", default="1", help="0 selects the likeliest token; default: 1"
     )
-    parser.add_argument("--seed", metavar="S", default="0", help="of sampling; default: 0")
+    parser.add_argument("--seed", metavar="S", default="0", help="seed of sampling; default: 0")
     parser.set_defaults(command=_generate)
 
 
@@ -53,18 +53,18 @@ def _generate(options) -> int:
     model = load_model(folder)
     outputs = model.config.outputs
     check(outputs is None, "model.outputs", outputs, "generation requires a language model")
-    if len(jax.devices()) > 1:  # `generate` runs on one
+    if len(jax.devices()) > 1:  # `generate` runs on one device
         model = jax.device_put(jax.device_get(model), jax.devices()[0])
     _check_memory(model, len(prompt), count)
     stops = tuple(stop for stop in tokenizer.stop_tokens if stop < model.config.vocab_size)
     sampling = SamplingConfig(count, temperature, stop_tokens=stops, seed=seed)
 
     text = TextStream(tokenizer)
-    before = [options.prompt]  # shown with the first token: what is refused shows nothing
+    unprinted = [options.prompt]  # until the first token: an invalid request prints nothing
 
     def show(row: int, token: int) -> None:
-        print(*before, text.push(token), sep="", end="", flush=True)
-        before.clear()
+        print(*unprinted, text.push(token), sep="", end="", flush=True)
+        unprinted.clear()
 
     try:
         generate(model, [prompt], sampling, stream=show)
@@ -72,22 +72,22 @@ def _generate(options) -> int:
     except KeyboardInterrupt:
         print(text.flush())
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader has left, e.g. `head`; Python must not write at its end
+    except BrokenPipeError:  # the reader ended, e.g. `head`; Python must not write to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return 0
 
 
-def _check_memory(model, prompt: int, new: int) -> None:
-    """Refuse a state that memory cannot hold: where XLA cannot allocate it may wait for ever."""
+def _check_memory(model, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `ConfigError` if memory cannot hold the state: XLA may wait for ever to allocate it."""
     import jax
 
-    state = jax.eval_shape(lambda: model.init_state(1, prompt + new))
+    state = jax.eval_shape(lambda: model.init_state(1, prompt_tokens + new_tokens))
     needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", host)
     sizes = f"{needed / 1e9:,.0f} GB of state must fit into {memory / 1e9:,.0f} GB of memory"
-    check(needed <= memory, "max-tokens", new, sizes)
+    check(needed <= memory, "max-tokens", new_tokens, sizes)
 
 
 def _number(kind, option: str, text: str):
@@ -99,23 +99,23 @@ def _number(kind, option: str, text: str):
 
 
 def _model_folder(run: Path) -> Path:
-    """The folder with a model: ``run``, or the only one below it.
+    """The folder with a model: ``run``, or the only such folder below it.
 
     Raises:
-      ConfigError: there is none, or there are several, which are named.
+      ConfigError: there is no such folder, or there are several; the message names them.
     """
     check(run.is_dir(), "run", str(run), "is not a folder")
     if (run / "config.json").is_file():
         return run
     depths = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
-    found = sorted(
+    folders = sorted(
         path.parent
         for depth in depths
         for path in run.glob(f"{depth}/config.json")
         if (path.parent / "checkpoints").is_dir()
     )
-    check(len(found) > 0, "run", str(run), "holds no trained model")
-    names = ", ".join(str(path.relative_to(run)) for path in found)
-    check(len(found) == 1, "run", str(run), f"holds several models; add one of {names}")
-    print(f"ablate: {found[0]}", file=sys.stderr)
-    return found[0]
+    check(len(folders) > 0, "run", str(run), "holds no trained model")
+    names = ", ".join(str(path.relative_to(run)) for path in folders)
+    check(len(folders) == 1, "run", str(run), f"holds several models; add one of {names}")
+    print(f"ablate: {folders[0]}", file=sys.stderr)
+    return folders[0]

@@ -1,4 +1,4 @@
-"""``ablate import`` and ``ablate export``: Hugging Face directories to checkpoints and back."""
+"""``ablate import`` and ``ablate export``: convert Hugging Face directories and checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -13,26 +13,26 @@ _EXAMPLES = """examples:
 
 
 def add(commands) -> None:
-    """The two commands, among argparse's ``commands``."""
-    parser = _parser(commands, "import", "a Hugging Face directory as a checkpoint of ours")
+    """Add the two commands to argparse's ``commands``."""
+    parser = _parser(commands, "import", "convert a Hugging Face directory to a checkpoint")
     what = "config.json and safetensors, or an RWKV-7 .pth file"
     parser.add_argument("source", metavar="DIR", type=Path, help=what)
     parser.add_argument("--to", metavar="CKPT", type=Path, required=True, help="a new folder")
-    parser.add_argument("--param-dtype", help="e.g. float32; default: what config.json says")
+    parser.add_argument("--param-dtype", help="e.g. float32; default: the dtype in config.json")
     parser.set_defaults(command=_import)
 
-    parser = _parser(commands, "export", "a checkpoint of ours as a Hugging Face directory")
+    parser = _parser(commands, "export", "convert a checkpoint to a Hugging Face directory")
     parser.add_argument("source", metavar="CKPT", type=Path, help="imported, or a run's workdir")
-    what = "a new folder, or a new .pth file of an RWKV-7"
+    what = "a new folder, or a new .pth file for RWKV-7"
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help=what)
-    parser.add_argument("--family", help="e.g. llama; default: the one it was imported from")
+    parser.add_argument("--family", help="e.g. llama; default: the family of the imported model")
     parser.set_defaults(command=_export)
 
 
-def _parser(commands, name: str, what: str) -> argparse.ArgumentParser:
+def _parser(commands, name: str, description: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
-        help=what,
+        help=description,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

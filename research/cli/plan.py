@@ -1,4 +1,4 @@
-"""``ablate plan``: what an experiment's step needs on a TPU slice that is not here."""
+"""``ablate plan``: what an experiment's step requires on a TPU slice, without that slice."""
 
 import argparse
 import contextlib
@@ -10,12 +10,12 @@ from pathlib import Path
 from layers.config import ConfigError
 
 _PLAN = """examples:
-  ablate plan architecture/gqa                                  # paper scale, its own slice
+  ablate plan architecture/gqa                                  # paper scale, its TOPOLOGY
   ablate plan architecture/gqa --topology=v5p:4x4x4 --mesh=fsdp:64
   ablate plan architecture/gqa --mesh=fsdp:64,zero:1 --mesh=data:4,fsdp:16
-  ablate plan architecture/gqa --sweep                          # meshes and strategies, the best
+  ablate plan architecture/gqa --sweep                          # compare meshes and strategies
   ablate plan architecture/gqa --fit                            # the largest batch that fits
-  ablate plan architecture/gqa --decode=256x8192                # weights and cache, a token a row
+  ablate plan architecture/gqa --decode=256x8192                # a decoding step: one token per row
 """
 
 
@@ -29,20 +29,20 @@ def add(commands) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="an experiment, e.g. architecture/gqa")
     parser.add_argument("--scale", default="paper", help="smoke, cpu, gpu or paper (default)")
-    parser.add_argument("--arms", help="names with commas between, or all; default: the first")
+    parser.add_argument("--arms", help="comma-separated names, or all; default: the first")
     parser.add_argument("--topology", help="a slice, e.g. v5p:4x4x4; default: the experiment's")
     parser.add_argument(
         "--mesh",
         action="append",
         help="axes and strategies, e.g. fsdp:16,tensor:4 or fsdp:64,zero:1,offload:true; "
-        "several to compare them; default: the configuration's",
+        "give several to compare them; default: the configuration's",
     )
-    parser.add_argument("--batch", type=int, help="rows of the whole batch")
+    parser.add_argument("--batch", type=int, help="rows of the global batch")
     parser.add_argument("--decode", metavar="ROWSxLENGTH", help="decode after LENGTH tokens")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--fit", action="store_true", help="the largest batch that fits")
+    what.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     what.add_argument("--sweep", action="store_true", help="compare meshes and strategies")
-    what.add_argument("--record", action="store_true", help="all that run, into the plans' records")
+    what.add_argument("--record", action="store_true", help="plan paper scale and write the record")
     parser.add_argument_group("configuration").add_argument(
         "--config.FIELD=VALUE", dest="unused", help="override a field of the configuration"
     )
@@ -59,9 +59,9 @@ def _plan(options) -> int:
     from research.planning import report
 
     experiment = load(options.name, options.package)
-    asked = (options.topology, options.arms, options.mesh, options.batch, options.decode)
-    if options.record and (options.overrides or options.scale != "paper" or any(asked)):
-        raise ConfigError("--record: plans paper scale as declared; it takes no other choice")
+    choices = (options.topology, options.arms, options.mesh, options.batch, options.decode)
+    if options.record and (options.overrides or options.scale != "paper" or any(choices)):
+        raise ConfigError("--record: plans paper scale as declared; leave out all other options")
     topology = options.topology or plans.topology(experiment, options.scale)
     arms = [arm.name for arm in experiment.arms]
     if options.record:
@@ -78,7 +78,7 @@ def _plan(options) -> int:
         decode=_decode(options.decode),
         overrides=options.overrides,
     )
-    # a table is wide; into a file it need not be squeezed
+    # tables are wide; a file has no width limit
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, markup=False, width=width)
 
@@ -87,22 +87,22 @@ def _plan(options) -> int:
 
     with _quiet():
         if options.sweep:
-            found = plans.sweep(setups, print_line)
+            planned = plans.sweep(setups, print_line)
         elif options.fit:
-            found = plans.largest(setups, print_line)
+            planned = plans.largest(setups, print_line)
         else:
-            found = plans.plans(setups)
-    if len(found) == 1 and not options.record:
-        for line in report.lines(found[0]):
+            planned = plans.plans(setups)
+    if len(planned) == 1 and not options.record:
+        for line in report.lines(planned[0]):
             console.print(line, soft_wrap=True)
     else:
-        console.print(report.table(found))
-        console.print(report.verdict(found), soft_wrap=True)
+        console.print(report.table(planned))
+        console.print(report.verdict(planned), soft_wrap=True)
     if options.record:
         root = options.results or results_folder(options.package)
-        paths = plans.record(experiment, options.scale, found, root)
+        paths = plans.record(experiment, options.scale, planned, root)
         console.print(f"written: {', '.join(map(str, paths))}", soft_wrap=True)
-    fits = [one.plan.fits for one in found]
+    fits = [one.plan.fits for one in planned]
     return 0 if (any if options.sweep else all)(fits) else 1
 
 
@@ -110,7 +110,7 @@ def _mesh(text: str) -> dict[str, object]:
     """``fsdp:16,zero:1`` as fields of `MeshConfig`."""
     pairs = [part.partition(":") for part in text.split(",")]
     if not all(name and colon and value for name, colon, value in pairs):
-        raise ConfigError(f"--mesh={text}: write axis:size with commas between, e.g. fsdp:64")
+        raise ConfigError(f"--mesh={text}: must be comma-separated axis:size, e.g. fsdp:64")
     words: dict[str, object] = {"true": True, "false": False}
 
     def read(value: str) -> object:
@@ -124,19 +124,19 @@ def _decode(text: str | None) -> tuple[int, int] | None:
         return None
     rows, _, length = text.partition("x")
     if not (rows.isdigit() and length.isdigit() and int(rows) and int(length)):
-        raise ConfigError(f"--decode={text}: write rows × cached tokens, e.g. 256x8192")
+        raise ConfigError(f"--decode={text}: must be ROWSxLENGTH, e.g. 256x8192")
     return int(rows), int(length)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on the standard error of the process: libtpu tells it that it has found no TPU."""
-    kept = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    """Discard the standard error of the process: libtpu reports there that it found no TPU."""
+    stderr = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)

@@ -145,7 +145,7 @@ def test_units_listed_run_apart_and_are_the_whole(ablate, capsys):
         (["run", "branch/wide", "--profile=a:b"], "--profile=a:b: must be FIRST:END, e.g. 10:15"),
         (["run", "branch/wide", "--profile=3"], "--profile=3: must be FIRST:END"),
         (["run", "branch/wide", "--profile=-1:3"], "--profile=-1:3: must be FIRST:END"),
-        (["run", "branch/wide", "--workdir=gs://a/b"], "gs://a/b: mount the bucket"),
+        (["run", "branch/wide", "--workdir=gs://a/b"], "gs://a/b: must be a folder"),
         (["run", "branch/wide", "--config.stepz=1"], "did you mean 'steps'?"),
         (["run", "branch/wide", "--record", "--seeds=0"], "--record: requires all arms and seeds"),
         (["run", "branch/wide", "--record", "--config.noise=2"], "no --config overrides"),
@@ -206,7 +206,7 @@ def test_sigterm_exits_143(make_package, machine, ablate, tmp_path, capsys, monk
     """So that whoever started it knows that it is not done, whether `train` saved or not."""
     monkeypatch.setenv("FAKE_TRAP", "wide/0/1/term")
     assert ablate("run") == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     monkeypatch.setenv("FAKE_TRAP", "preempted")
     command = ["run", "branch/trains", f"--workdir={tmp_path / 'trains'}"]
     assert main(command, package=make_package(trains=TRAINS)) == 143

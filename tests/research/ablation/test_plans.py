@@ -108,13 +108,13 @@ def test_a_record_holds_every_arm_once(instant, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology=v5e:2x2", "--mesh=fsdp"], "--mesh=fsdp: write axis:size with commas"),
+        (["--topology=v5e:2x2", "--mesh=fsdp"], "--mesh=fsdp: must be comma-separated axis:size"),
         (
             ["--topology=v5e:2x2", "--mesh=fdsp:4"],
             "mesh.fdsp=4: no such field; did you",
         ),
         (["--topology=v5e:2x2", "--mesh=fsdp:4,zero:5"], "mesh.zero=5: must be 1, 2 or 3"),
-        (["--topology=v5e:2x2", "--decode=8"], "--decode=8: write rows × cached tokens"),
+        (["--topology=v5e:2x2", "--decode=8"], "--decode=8: must be ROWSxLENGTH"),
         (["--topology=v5e:2x2", "--batch=0"], "batch=0: must be > 0"),
         (["--topology=v5e:2x2", "--arms=mhaa"], "did you mean 'mha'?"),
         (["--topology=nowhere"], "topology='nowhere': "),

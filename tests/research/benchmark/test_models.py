@@ -122,8 +122,8 @@ def test_models_that_are_not_alike_are_not_compared(monkeypatch):
     "arguments, said",
     [
         (["--cases=lama"], "cases='lama': must be one of llama, mamba2 (did you mean 'llama'?)"),
-        (["--shape=t=8", "--peers=none"], "op='models': knows nothing of --shape, --peers"),
-        (["--tune"], "op='models': knows nothing of --tune"),
+        (["--shape=t=8", "--peers=none"], "op='models': does not support --shape, --peers"),
+        (["--tune"], "op='models': does not support --tune"),
         (["--record", "--cases=llama"], "--record: runs everything; leave out --cases"),
         (["--rounds=0"], "rounds=0: must be from 1 to 10000"),
     ],

@@ -230,8 +230,8 @@ def test_each_alone_in_a_process(monkeypatch, who):
     "arguments, said",
     [
         (["--cases=width25"], "cases='width25': must be one of width256, loop"),
-        (["--shape=t=8", "--peers=none"], "op='train': knows nothing of --shape, --peers"),
-        (["--tune"], "op='train': knows nothing of --tune"),
+        (["--shape=t=8", "--peers=none"], "op='train': does not support --shape, --peers"),
+        (["--tune"], "op='train': does not support --tune"),
         (["--record", "--cases=loop"], "--record: runs everything; leave out --cases"),
         (["--rounds=0"], "rounds=0: must be from 1 to 10000"),
     ],
