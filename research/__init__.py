@@ -1,1 +1,1 @@
-"""Procedures: anything with a loop, a loss, data, a mesh or I/O. Built on `layers`."""
+"""Procedures: everything with a loop, a loss, data, a mesh or I/O. Built on `layers`."""

@@ -1,4 +1,4 @@
-"""Hugging Face directories as checkpoints that training and generation read, and back."""
+"""Converts Hugging Face directories to checkpoints for training and generation, and back."""
 
 import json
 import shutil
@@ -14,20 +14,20 @@ from research.training import load_model, save_model
 
 
 def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> None:
-    """Write the model in ``source`` to ``to``, which `research.training.load_model` reads.
+    """Convert the model in ``source`` to a checkpoint ``to`` for `research.training.load_model`.
 
     Args:
       source: a Hugging Face directory, or an RWKV-7 ``.pth`` file.
-      param_dtype: default: the one config.json (or the file's embedding) has, or float32.
+      param_dtype: default: that of config.json (or of the file's embedding), or float32.
 
     Raises:
-      ConfigError: what `research.models.load` raises; ``to`` is there and not empty.
+      ConfigError: an error of `research.models.load`, or ``to`` exists and is not empty.
     """
     check_new(to)
     hf, _ = open_model(source)
-    said = hf.get("dtype") or hf.get("torch_dtype")
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
     if param_dtype is None:
-        param_dtype = said if said in DTYPES else "float32"
+        param_dtype = dtype if dtype in DTYPES else "float32"
     check_choice("param_dtype", param_dtype, DTYPES)
     model = load(source, param_dtype=param_dtype)
     with new_directory(to) as fresh:
@@ -41,17 +41,17 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
 
 
 def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:
-    """Write the model in the workdir ``source`` to ``to``, which transformers loads.
+    """Convert the model in the workdir ``source`` to a directory ``to`` for transformers.
 
-    RWKV-7 is in no transformers: of it ``to`` may be a ``.pth`` file, which the `rwkv` package
-    loads, or else is a directory that `research.models.load` reads.
+    transformers does not support RWKV-7. For it ``to`` may be a ``.pth`` file, which the `rwkv`
+    package loads; a directory can be read by `research.models.load` only.
 
     Args:
-      family: default: that of the directory ``source`` was imported from.
+      family: default: the family of the directory that ``source`` was imported from.
 
     Raises:
-      ConfigError: ``source`` holds no model or was not imported and no ``family`` is named; the
-        family cannot hold the model; ``to`` is there and not empty.
+      ConfigError: ``source`` has no model, or was not imported and no ``family`` is named; the
+        family does not support the model; ``to`` exists and is not empty.
     """
     check_new(to)
     origin = source / ORIGIN
@@ -60,7 +60,7 @@ def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> N
         imported = family_of(read_object(origin / "config.json")).model_type
     family = family or imported
     known = ", ".join(FAMILIES)
-    check(family is not None, "family", None, f"not an imported model; name one of {known}")
+    check(family is not None, "family", None, f"not an imported model: must be one of {known}")
     assert family is not None
     check_choice("family", family, FAMILIES)
     save(load_model(source), to, family, source=origin if family == imported else None)

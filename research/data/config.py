@@ -1,4 +1,4 @@
-"""What a run reads and how it becomes batches, as one frozen dataclass."""
+"""The data of a run and how it becomes batches, as one frozen dataclass."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ PACKINGS = ("concat", "first_fit")
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
-    """A generated task: each example is a function of (seed, split, index) alone.
+    """A generated task: an example depends only on (seed, split, index).
 
     Attributes:
       task: a name in `research.data.synthetic.TASKS`.
-      vocab_size: number of token ids the task may use.
+      vocab_size: number of token ids that the task may use.
       parameters: keyword arguments of the task's function, e.g. ``{"distance": 96}``.
-      examples: size of one training epoch, repeated and reshuffled; None never repeats an example.
-      validation_examples: size of the (always identical) validation set.
+      examples: size of a training epoch, reshuffled and repeated; None: no example is repeated.
+      validation_examples: size of the validation set, which is always the same.
     """
 
     task: str = "copy"
@@ -42,7 +42,7 @@ class SyntheticConfig:
             self.examples is None or self.examples >= 1,
             "examples",
             self.examples,
-            "must be at least 1, or None for a fresh example each time",
+            "must be at least 1, or None for a new example each time",
         )
         check(
             self.validation_examples >= 1,
@@ -54,29 +54,29 @@ class SyntheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from and the shape of a batch.
+    """The source of the tokens and the shape of a batch.
 
     Attributes:
-      source: ``stdlib`` (the running Python's standard library, one document a file), ``files``
+      source: ``stdlib`` (the running Python's standard library, a document per file), ``files``
         (plain text, ``.jsonl``, ``.array_record``), ``hf`` (a Hugging Face dataset) or
         ``synthetic`` (a generated task).
       paths: files or globs (``**`` allowed) for ``files``; one name or directory for ``hf``.
-      validation_paths: files held out by hand; else ``validation_fraction`` of the documents is.
-      validation_fraction: share of documents held out by a hash: of the relative name for
-        ``stdlib``, of the text elsewhere (so exact duplicates never straddle the split).
+      validation_paths: held-out files; if empty, ``validation_fraction`` decides.
+      validation_fraction: the share of documents that is held out, by a hash of the relative name
+        for ``stdlib`` and of the text otherwise (so exact duplicates are in the same split).
       text_field: the field of a JSONL object or of a Hugging Face row that holds the text.
-      document_separator: splits a plain-text file into documents; empty: one document a file.
+      document_separator: splits a plain-text file into documents; empty: a document per file.
       hf_subset, hf_split: the dataset's configuration name and split.
       tokenizer: ``byte`` or the path of a ``tokenizer.json``.
-      bos_token, eos_token: names of those tokens in ``tokenizer.json`` (unused by ``byte``).
-      sequence_length: tokens a row; a longer document continues as further segments.
-      batch_size: rows a step over all processes.
+      bos_token, eos_token: names of these tokens in ``tokenizer.json`` (not used by ``byte``).
+      sequence_length: tokens per row; a longer document continues as further segments.
+      batch_size: rows per step over all processes.
       packing: ``concat`` cuts the concatenated documents every ``sequence_length`` tokens (no
         padding); ``first_fit`` keeps a document that fits whole in one row (some padding).
-      packing_bins: rows that ``first_fit`` fills at once: more rows, less padding.
-      prefetch: batches made ahead in one background thread; 0 makes them on demand. A batch of
-        text costs less than a thread switch, and JAX runs the step while the host makes the next
-        batch, so a thread pays only for slow synthetic tasks on a machine with cores to spare.
+      packing_bins: rows that ``first_fit`` fills at once; more rows give less padding.
+      prefetch: batches prepared ahead in a background thread; 0: on demand. A batch of text costs
+        less than a thread switch, and JAX runs the step while the host prepares the next batch. So
+        a thread is faster only for slow synthetic tasks on a machine with idle cores.
       synthetic: the task, for ``source="synthetic"``.
     """
 
@@ -126,14 +126,14 @@ class DataConfig:
                 len(self.paths) >= 1,
                 "paths",
                 self.paths,
-                "source='files' needs at least one path or glob",
+                "source='files' requires at least one path or glob",
             )
         elif self.source == "hf":
             check(
                 len(self.paths) == 1,
                 "paths",
                 self.paths,
-                "source='hf' needs exactly one dataset name or directory",
+                "source='hf' requires exactly one dataset name or directory",
             )
         else:
             check(not self.paths, "paths", self.paths, f"source={self.source!r} reads no paths")
@@ -144,7 +144,7 @@ class DataConfig:
             "only source='files' reads validation_paths",
         )
         if self.source == "synthetic":
-            # one example now, so that a parameter that cannot work fails here and not in a run
+            # generate one example, so that an invalid parameter fails here and not during a run
             try:
                 generate(
                     self.synthetic.task,

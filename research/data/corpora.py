@@ -1,8 +1,8 @@
 """Documents of a corpus, split into train and validation, with a hash of their content.
 
-A document is UTF-8 bytes. Which documents are held out depends only on a hash of each document
-(its relative name in the standard library, its text elsewhere), so it is the same on every
-machine, in every process and whatever the order of the files.
+A document is UTF-8 bytes. Whether it is held out depends only on its hash (of its relative name in
+the standard library, of its text elsewhere). So the split is the same on every machine, in every
+process and for every order of the files.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from typing import Any
 from layers.config import ConfigError, check
 from research.data.config import DataConfig
 
-# Not read as text by mistake: their bytes are no text.
+# Suffixes of files that are not text.
 _BINARY = {".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow", ".npy", ".npz", ".bin"}
 _RECORDS = {".array_record", ".arrayrecord"}
-# Packages installed next to the library, its tests (18 MB of generated cases), and what differs
-# between two machines with the same Python.
+# Folders that are left out: packages installed beside the library, its tests (18 MB of generated
+# cases), and files that differ between machines with the same Python.
 _NOT_STDLIB = {
     "site-packages",
     "dist-packages",
@@ -39,7 +39,7 @@ _MACHINE_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercus
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split; ``sha256`` covers the names and bytes of everything read."""
+    """Documents by split; ``sha256`` covers the names and bytes of all that was read."""
 
     train: list[bytes]
     validation: list[bytes]
@@ -52,12 +52,12 @@ class Corpus:
 class _Document:
     name: str
     text: bytes
-    key: bytes  # what the split hashes
-    held_out: bool = False  # by hand
+    key: bytes  # hashed to choose the split
+    held_out: bool = False  # from `validation_paths`
 
 
 class _Hash:
-    """sha256 over (name, bytes) of each thing read, with lengths so that no two mixes collide."""
+    """sha256 over the names and bytes of all that is read; lengths make the encoding unique."""
 
     def __init__(self):
         self._sha256, self.files, self.bytes = hashlib.sha256(), 0, 0
@@ -78,27 +78,27 @@ def read_corpus(config: DataConfig) -> Corpus:
     Raises:
       ConfigError: no such file, a line or field that cannot be read, or no document left.
     """
-    seen = _Hash()
+    digest = _Hash()
     reader = {"stdlib": _stdlib, "files": _files, "hf": _hugging_face}[config.source]
-    documents = [d for d in reader(config, seen) if d.text]
+    documents = [d for d in reader(config, digest) if d.text]
     check(
         bool(documents),
         "paths" if config.paths else "source",
         config.paths or config.source,
-        "holds no document with any text",
+        "must hold a document with text",
     )
     train, validation = [], []
     for document in documents:
-        if config.tokenizer != "byte":  # bytes may be anything; other tokenizers read characters
+        if config.tokenizer != "byte":  # other tokenizers read characters
             _check_utf8(document)
-        by_hand = bool(config.validation_paths)
-        held_out = document.held_out if by_hand else _held_out(document.key, config)
+        explicit = bool(config.validation_paths)
+        held_out = document.held_out if explicit else _held_out(document.key, config)
         (validation if held_out else train).append(document.text)
-    return Corpus(train, validation, seen.hexdigest(), seen.files, seen.bytes)
+    return Corpus(train, validation, digest.hexdigest(), digest.files, digest.bytes)
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """Every file that ``source="files"`` reads, train then validation, each list sorted."""
+    """The files that ``source="files"`` reads: train, then validation, each sorted."""
     return [*_expand("paths", config.paths), *_expand("validation_paths", config.validation_paths)]
 
 
@@ -114,7 +114,7 @@ def _held_out(key: bytes, config: DataConfig) -> bool:
     return bits < config.validation_fraction * 2**64
 
 
-def _stdlib(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
+def _stdlib(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
     root = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, folders, files in os.walk(root):
@@ -126,13 +126,13 @@ def _stdlib(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
         ]
     for name in sorted(names):
         content = (root / name).read_bytes()
-        seen.add(name, content)
+        digest.add(name, content)
         yield _Document(name, content, name.encode())
 
 
 def _expand(field: str, patterns: tuple[str, ...]) -> list[Path]:
-    """The files that ``patterns`` name, sorted, each once."""
-    found = set()
+    """The files that match ``patterns``, sorted and without duplicates."""
+    files = set()
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
         if os.path.exists(pattern):
@@ -155,25 +155,25 @@ def _expand(field: str, patterns: tuple[str, ...]) -> list[Path]:
                 match,
                 "must be plain text, .jsonl or .array_record; unpack or convert it first",
             )
-            found.add(Path(match))
+            files.add(Path(match))
         check(bool(matches), field, pattern, "matches directories only, no file")
-    return sorted(found)
+    return sorted(files)
 
 
-def _files(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
+def _files(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
     for field in ("paths", "validation_paths"):
         for path in _expand(field, getattr(config, field)):
-            for text in _read(path, config, field, seen):
+            for text in _read(path, config, field, digest):
                 yield _Document(str(path), text, text, held_out=field == "validation_paths")
 
 
-def _read(path: Path, config: DataConfig, field: str, seen: _Hash) -> Iterator[bytes]:
+def _read(path: Path, config: DataConfig, field: str, digest: _Hash) -> Iterator[bytes]:
     if path.suffix in _RECORDS:
-        yield from _array_record(path, field, seen)
+        yield from _array_record(path, field, digest)
         return
     content = path.read_bytes()
-    # the file's name without its folder: the same corpus elsewhere has the same hash
-    seen.add(path.name, content)
+    # the name without the folder: a copy of the corpus elsewhere has the same hash
+    digest.add(path.name, content)
     if path.suffix == ".jsonl":
         yield from _jsonl(path, content, config, field)
     else:
@@ -182,48 +182,48 @@ def _read(path: Path, config: DataConfig, field: str, seen: _Hash) -> Iterator[b
 
 
 def _jsonl(path: Path, content: bytes, config: DataConfig, field: str) -> Iterator[bytes]:
-    # bytes.splitlines breaks on \n and \r only, as JSON allows U+2028 inside a string
+    # bytes.splitlines splits at \n and \r only: JSON allows U+2028 inside a string
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{field}={where!r}: not a JSON line ({error})") from None
-        check(isinstance(row, dict), field, where, "each line must be a JSON object")
+            raise ConfigError(f"{field}={location!r}: must be a line of JSON ({error})") from None
+        check(isinstance(row, dict), field, location, "must be a JSON object")
         check(
             config.text_field in row,
             "text_field",
             config.text_field,
-            f"no such field at {where}; fields there: {', '.join(map(str, row)) or 'none'}",
+            f"no such field at {location}; its fields: {', '.join(map(str, row)) or 'none'}",
         )
-        yield _encode(row[config.text_field], config, where)
+        yield _encode(row[config.text_field], config, location)
 
 
-def _encode(text: object, config: DataConfig, where: str) -> bytes:
+def _encode(text: object, config: DataConfig, location: str) -> bytes:
     check(
         isinstance(text, str),
         "text_field",
         config.text_field,
-        f"must hold a string, holds {type(text).__name__} at {where}",
+        f"must hold a string, holds {type(text).__name__} at {location}",
     )
     try:
         return text.encode()  # type: ignore[union-attr]
     except UnicodeEncodeError as error:  # JSON can spell a lone surrogate
         raise ConfigError(
-            f"text_field={config.text_field!r}: not valid Unicode at {where} ({error.reason})"
+            f"text_field={config.text_field!r}: not valid Unicode at {location} ({error.reason})"
         ) from None
 
 
-def _array_record(path: Path, field: str, seen: _Hash) -> Iterator[bytes]:
-    """Each record is the UTF-8 text of one document."""
+def _array_record(path: Path, field: str, digest: _Hash) -> Iterator[bytes]:
+    """The records of a file; each is the UTF-8 text of one document."""
     try:
         import array_record  # noqa: F401
         from grain.sources import ArrayRecordDataSource
     except ImportError:
         raise ConfigError(
-            f"{field}={str(path)!r}: reading ArrayRecord needs `pip install array-record`"
+            f"{field}={str(path)!r}: ArrayRecord requires `pip install array-record`"
         ) from None
     try:
         source: Any = ArrayRecordDataSource(str(path))
@@ -231,18 +231,20 @@ def _array_record(path: Path, field: str, seen: _Hash) -> Iterator[bytes]:
             for start in range(0, len(source), 1024):
                 stop = min(start + 1024, len(source))
                 for index, text in enumerate(source.__getitems__(range(start, stop)), start):
-                    seen.add(f"{path.name}:{index}", text)
+                    digest.add(f"{path.name}:{index}", text)
                     yield text
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{field}={str(path)!r}: not an ArrayRecord file ({reason})") from None
+        raise ConfigError(
+            f"{field}={str(path)!r}: must be an ArrayRecord file ({reason})"
+        ) from None
 
 
-def _hugging_face(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
+def _hugging_face(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
     try:
         import datasets
     except ImportError:
-        raise ConfigError("source='hf': needs the `hf` extra (pip install -e '.[hf]')") from None
+        raise ConfigError("source='hf': requires the `hf` extra (pip install -e '.[hf]')") from None
     name = config.paths[0]
     try:
         if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
@@ -261,5 +263,5 @@ def _hugging_face(config: DataConfig, seen: _Hash) -> Iterator[_Document]:
     )
     for index, text in enumerate(rows.select_columns(config.text_field)):
         content = _encode(text[config.text_field], config, f"{name} row {index}")
-        seen.add(str(index), content)
+        digest.add(str(index), content)
         yield _Document(f"{name} row {index}", content, content)

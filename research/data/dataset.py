@@ -1,8 +1,8 @@
-"""The one door to data: a `DataConfig` becomes a Grain dataset of batches.
+"""Makes a Grain dataset of batches from a `DataConfig`.
 
-Documents are read and tokenised once, into memory (2 bytes a token up to 65,536 ids, 4 beyond).
-Everything after is Grain: shuffle, repeat, pack, batch, prefetch; so the iterator's state is a
-few integers and a restored iterator goes on bit for bit.
+Documents are read and tokenised once, into memory (2 bytes per token up to 65,536 ids, else 4).
+Grain does the rest: shuffle, repeat, pack, batch, prefetch. So the iterator's state is a few
+integers, and a restored iterator continues bit for bit.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ from research.data.synthetic import generate
 from research.data.tokenizers import load_tokenizer
 
 SPLITS = ("train", "validation")
-# Rows of an endless dataset: the largest length that Grain, which divides it as a float, keeps
-# exact; 285 years at a million rows a second.
+# Rows of an endless dataset: Grain divides the length as a float, which is exact up to this number.
+# It is 285 years at a million rows per second.
 _ENDLESS = 2**53
-# Elements are views into memory, so Grain's 16 reading threads would only cost.
+# Elements are views into memory: Grain's 16 reading threads would only add time.
 _IN_LINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
@@ -49,22 +49,22 @@ def make_dataset(
     """Batches of ``config`` for this process.
 
     A batch is a dict of NumPy arrays ``[batch_size / process_count, sequence_length]``: tokens,
-    targets, positions, segment_ids int32 and weights float32. Process p holds rows
-    ``p * share`` to ``(p + 1) * share`` of the global batch, so the processes' batches laid end
-    to end are the batch of a single process, whatever ``process_count`` is.
+    targets, positions, segment_ids int32 and weights float32. Process p has the rows
+    ``p * share`` to ``(p + 1) * share`` of the global batch. So the concatenated batches of the
+    processes are the batch of a single process, for every ``process_count``.
 
     Args:
-      split: ``train`` (shuffled anew each epoch) or ``validation`` (held-out documents, one fixed
-        order that ``seed`` does not change).
+      split: ``train`` (shuffled again each epoch) or ``validation`` (held-out documents in a fixed
+        order that does not depend on ``seed``).
       seed: of the shuffle and of synthetic examples.
-      num_epochs: None is endless for ``train`` and 1 for ``validation``. A finite dataset ends
-        with a batch filled up by rows of padding, so that no document is lost.
+      num_epochs: None: endless for ``train``, 1 for ``validation``. The last batch of a finite
+        dataset is filled with rows of padding, so that no document is lost.
 
     Returns:
       A dataset whose iterator has ``get_state()`` (JSON-serialisable) and ``set_state()``.
 
     Raises:
-      ConfigError: naming the field that cannot be used.
+      ConfigError: an invalid field or argument; the message names it.
     """
     check_choice("split", split, SPLITS)
     check(0 <= seed < 2**31, "seed", seed, "must be in [0, 2**31)")
@@ -91,16 +91,16 @@ def make_dataset(
         seed, num_epochs = 0, num_epochs or 1
     if config.source == "synthetic":
         rows = _SyntheticRows(config, split, seed)
-        fresh = split == "train" and config.synthetic.examples is None
+        endless = split == "train" and config.synthetic.examples is None
         check(
-            not (fresh and num_epochs),
+            not (endless and num_epochs),
             "num_epochs",
             num_epochs,
-            "must be None while synthetic.examples is None: there is no end to an epoch",
+            "must be None while synthetic.examples is None: an epoch has no end",
         )
         dataset = grain.MapDataset.source(rows)
-        # fresh examples are independent already, and endless: neither shuffled nor repeated
-        if not fresh:
+        # new examples are independent and endless: no shuffle and no repeat
+        if not endless:
             dataset = _epochs(dataset, seed, num_epochs)
         padding = rows.empty() if num_epochs else None
         batches = _share(dataset, padding, config, process_index, process_count)
@@ -122,19 +122,19 @@ def make_dataset(
 
 
 def vocabulary_size(config: DataConfig) -> int:
-    """Number of token ids that batches of ``config`` may hold."""
+    """Number of token ids that batches of ``config`` may contain."""
     if config.source == "synthetic":
         return config.synthetic.vocab_size
     return load_tokenizer(config.tokenizer, config.bos_token, config.eos_token).vocab_size
 
 
 def fingerprint(config: DataConfig) -> dict[str, Any]:
-    """What identifies the data, for the record of a run: plain JSON values.
+    """The values that identify the data in the record of a run, in JSON's types.
 
-    A corpus: ``sha256`` over the names and bytes of all that is read, counts of files, bytes and
-    documents, tokens (positions with a loss) an epoch of each split, tokenizer and its hash. A
-    synthetic task: ``sha256`` over its first validation examples, which any change of generator
-    or parameters changes.
+    For a corpus: ``sha256`` over the names and bytes of all that is read, counts of files, bytes
+    and documents, tokens (positions with a loss) per epoch of each split, the tokenizer and its
+    hash. For a synthetic task: ``sha256`` over its first validation examples, which depends on the
+    generator and its parameters.
     """
     if config.source == "synthetic":
         rows = _SyntheticRows(config, "validation", 0)
@@ -170,7 +170,7 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
 
 
 def _epochs(dataset: grain.MapDataset, seed: int, num_epochs: int | None) -> grain.MapDataset:
-    """Shuffle anew each epoch. Grain hashes the seed, so seed 1 is not seed 0 an epoch later."""
+    """Shuffle each epoch anew. Grain hashes the seed: seed 1 is not seed 0 one epoch later."""
     return dataset.seed(seed).shuffle().repeat(num_epochs or _ENDLESS // len(dataset))
 
 
@@ -181,7 +181,7 @@ def _share(
     process_index: int,
     process_count: int,
 ) -> grain.IterDataset:
-    """Batch this process' rows only: of every ``process_count`` shares, the one it owns.
+    """Batches of this process's rows only: every ``process_count``-th share of a batch.
 
     ``padding`` is the row that fills the last batch of a finite dataset.
     """
@@ -201,10 +201,10 @@ def _first_fit(
     process_index: int,
     process_count: int,
 ) -> grain.IterDataset:
-    """Grain's first-fit packing. Every process packs the whole batch and keeps its rows.
+    """Batches by Grain's first-fit packing. Each process packs the global batch, keeps its rows.
 
-    Which row a document falls in depends on all before it, so packing cannot be shared out;
-    at millions of tokens a second it is cheap enough to repeat.
+    The row of a document depends on all documents before it, so the processes cannot divide the
+    packing. At millions of tokens per second it is cheap enough for each process to repeat it.
     """
     chunks = grain.MapDataset.source(Chunks(documents, config.sequence_length))
     packed = grain.experimental.FirstFitPackIterDataset(
@@ -215,14 +215,14 @@ def _first_fit(
     )
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     share = config.batch_size // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
+    own_rows = slice(process_index * share, (process_index + 1) * share)
     return packed.batch(config.batch_size, batch_fn=fill).map(
-        lambda rows: finish({name: array[mine] for name, array in rows.items()})
+        lambda rows: finish({name: array[own_rows] for name, array in rows.items()})
     )
 
 
 class _SyntheticRows:
-    """Random access to examples: row ``index`` depends on (seed, split, index) alone."""
+    """Random access to examples: a row depends only on (seed, split, index)."""
 
     def __init__(self, config: DataConfig, split: str, seed: int):
         self._task, self._length = config.synthetic, config.sequence_length
@@ -265,7 +265,7 @@ class _Loaded:
 
 
 def _split_of(config: DataConfig, split: str) -> TokenizedDocuments:
-    """The split's documents, or `ConfigError` when the held-out share leaves it empty."""
+    """The documents of ``split``; raises `ConfigError` if there are none."""
     loaded = _load_cached(config)
     documents = getattr(loaded, split)
     if len(documents.starts) == 1:
@@ -282,8 +282,8 @@ def _split_of(config: DataConfig, split: str) -> TokenizedDocuments:
 
 
 def _load_cached(config: DataConfig) -> _Loaded:
-    """Documents read and tokenised, kept while neither their fields nor a file change."""
-    same = dataclasses.replace(
+    """Read and tokenise the documents; cached until one of their fields or a file changes."""
+    document_config = dataclasses.replace(
         config,
         sequence_length=2,
         batch_size=1,
@@ -296,7 +296,7 @@ def _load_cached(config: DataConfig) -> _Loaded:
     if config.tokenizer != "byte" and os.path.exists(config.tokenizer):
         files.append(Path(config.tokenizer))
     stats = tuple((str(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files)
-    return _load(same, stats)
+    return _load(document_config, stats)
 
 
 @functools.lru_cache(maxsize=2)

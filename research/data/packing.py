@@ -1,15 +1,15 @@
-"""Documents to rows of fixed length, in which no document sees another.
+"""Packs documents into rows of fixed length, in which no document sees another.
 
-A document is ``bos ids eos``: its inputs are all but the last token, its targets all but the
-first, so every input has a target in its own document and the last one's target is ``eos``.
+A document is ``bos ids eos``. Its inputs are all tokens but the last, its targets all but the
+first. So every input has a target in its own document, and the last target is ``eos``.
 
 A document longer than a row is cut. The piece after the cut is a segment of its own: it begins at
-position 0 and does not see the piece before, but the last target before the cut is the first input
-after it, so every transition of the corpus is learned once an epoch.
+position 0 and does not see the piece before. The last target before the cut is the first input
+after it, so every transition of the corpus is learned once per epoch.
 
 A row is a dict: ``pairs`` ``[length, 2]`` (input, target), ``pairs_segment_ids`` and
-``pairs_positions`` int32 ``[length]`` (segments count from 1; 0 is padding), the names that
-Grain's packing gives them.
+``pairs_positions`` int32 ``[length]`` (segments count from 1; 0 is padding). Grain's packing uses
+these names.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ Row = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedDocuments:
-    """All documents end to end, in memory.
+    """All documents, concatenated in memory.
 
     Attributes:
       tokens: ``[n]``, unsigned, ``bos ids eos`` of each document in turn.
-      starts: int64 ``[documents + 1]``: where each begins in ``tokens``; the last is n.
+      starts: int64 ``[documents + 1]``: the index in ``tokens`` of each beginning; the last is n.
     """
 
     tokens: np.ndarray
@@ -33,12 +33,12 @@ class TokenizedDocuments:
 
     @property
     def inputs(self) -> int:
-        """Number of (input, target) pairs: one less than tokens for each document."""
+        """Number of (input, target) pairs: in each document one less than its tokens."""
         return len(self.tokens) - (len(self.starts) - 1)
 
 
 def join(encoded: list[np.ndarray], bos: int, eos: int, vocab_size: int) -> TokenizedDocuments:
-    """Lay documents (each an array of ids) end to end with ``bos`` and ``eos`` around each."""
+    """Concatenate documents (each an array of ids), with ``bos`` and ``eos`` around each."""
     starts = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(ids) + 2 for ids in encoded], out=starts[1:])
     tokens = np.empty(starts[-1], np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -50,7 +50,7 @@ def join(encoded: list[np.ndarray], bos: int, eos: int, vocab_size: int) -> Toke
 
 
 class Chunks:
-    """Random access to every document cut into pieces of at most ``length`` inputs.
+    """Random access to the pieces of all documents, each of at most ``length`` inputs.
 
     The source of first-fit packing. An element is ``{"pairs": [<= length, 2]}``, a view.
     """
@@ -59,10 +59,10 @@ class Chunks:
         self._pairs = np.lib.stride_tricks.sliding_window_view(documents.tokens, 2)
         inputs = np.diff(documents.starts) - 1
         pieces = -(-inputs // length)
-        which = np.repeat(np.arange(len(inputs)), pieces)
-        number = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self._start = documents.starts[which] + number * length
-        self._stop = np.minimum(self._start + length, documents.starts[which + 1] - 1)
+        document = np.repeat(np.arange(len(inputs)), pieces)
+        piece = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._start = documents.starts[document] + piece * length
+        self._stop = np.minimum(self._start + length, documents.starts[document + 1] - 1)
 
     def __len__(self) -> int:
         return len(self._start)
@@ -79,7 +79,7 @@ class ConcatenatedRows:
 
     def __init__(self, documents: TokenizedDocuments, length: int):
         self._tokens, self._length, self._total = documents.tokens, length, documents.inputs
-        # where each document's inputs begin, counting inputs only (an eos is no input)
+        # index of each document's first input, counting inputs only (an eos is not an input)
         self._begin = documents.starts - np.arange(len(documents.starts))
         first = np.arange(0, self._total, length)
         last = np.minimum(first + length, self._total) - 1
@@ -97,17 +97,17 @@ class ConcatenatedRows:
         for segment, document in enumerate(range(first, last + 1), 1):
             low = max(start, int(self._begin[document]))
             high = min(stop, int(self._begin[document + 1]))
-            here, size = slice(low - start, high - start), high - low
-            at = low + document  # one eos before it for each earlier document
-            row["pairs"][here, 0] = self._tokens[at : at + size]
-            row["pairs"][here, 1] = self._tokens[at + 1 : at + 1 + size]
-            row["pairs_segment_ids"][here] = segment
-            row["pairs_positions"][here] = np.arange(size)
+            span, size = slice(low - start, high - start), high - low
+            token = low + document  # each earlier document has one eos, which is not an input
+            row["pairs"][span, 0] = self._tokens[token : token + size]
+            row["pairs"][span, 1] = self._tokens[token + 1 : token + 1 + size]
+            row["pairs_segment_ids"][span] = segment
+            row["pairs_positions"][span] = np.arange(size)
         return row
 
 
 def empty_row(length: int, dtype: np.dtype) -> Row:
-    """A row that is all padding."""
+    """A row of padding only."""
     return {
         "pairs": np.zeros((length, 2), dtype),
         "pairs_segment_ids": np.zeros(length, np.int32),
@@ -116,7 +116,7 @@ def empty_row(length: int, dtype: np.dtype) -> Row:
 
 
 def finish(rows: Row) -> dict[str, np.ndarray]:
-    """Batched rows ``[b, length, ...]`` → the five arrays ``[b, length]`` that training eats.
+    """Batched rows ``[b, length, ...]`` → the five arrays ``[b, length]`` of a batch.
 
     tokens, targets, segment_ids int32; positions int32, -1 on padding; weights float32, 1 on
     every token and 0 on padding.

@@ -2,13 +2,13 @@
 
 A task is a function ``task(rng, length, vocab_size, **parameters) -> (tokens, weights)``:
 ``tokens`` int32 ``[length]`` and ``weights`` float32 ``[length]``, 1 exactly where the token is an
-answer that the tokens before it determine. Where the answer is to be given but not to be seen by
-what follows, it returns ``(tokens, weights, answers)``, and the answers are in place of the tokens
-as what to predict. ``TASKS`` is the registry: a plain dict.
+answer that the tokens before it determine. If later tokens must not see the answers, the task
+returns ``(tokens, weights, answers)``: the answers are predicted in place of the tokens. ``TASKS``
+maps names to tasks.
 
-Where a task has a ``distance``, it is (index of the query) - (index of the answer's first
-appearance). A causal window of W positions (the query sees itself and W - 1 before it) reaches
-the answer in one layer if and only if ``distance < W``; n layers reach n * (W - 1).
+The ``distance`` of a task is (index of the query) - (index of the answer's first appearance). A
+causal window of W positions (the query sees itself and W - 1 positions before it) reaches the
+answer in one layer if and only if ``distance < W``; n layers reach n * (W - 1).
 """
 
 import functools
@@ -27,9 +27,9 @@ def copy(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``symbols`` random tokens, a delimiter, the same tokens again (Graves et al., 2014).
 
-    Token 0 fills the front, 1 is the delimiter, symbols are 2 .. vocab_size - 1. The answer is
-    the second copy; each of its tokens lies ``symbols`` + 1 after its original.
-    ``symbols`` defaults to the most that fit: (length - 1) // 2.
+    Token 0 fills the beginning, 1 is the delimiter, symbols are 2 .. vocab_size - 1. The answer is
+    the second copy; each of its tokens is ``symbols`` + 1 positions after its original.
+    ``symbols`` defaults to the largest number that fits: (length - 1) // 2.
     """
     most = (length - 1) // 2
     count = most if symbols is None else symbols
@@ -43,9 +43,9 @@ def copy(
 def selective_copy(
     rng: np.random.Generator, length: int, vocab_size: int, *, symbols: int = 4
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `copy`, with the symbols scattered in order among filler (Gu & Dao 2023, §3.1).
+    """As `copy`, with filler at random positions between the symbols (Gu & Dao 2023, §3.1).
 
-    Where a symbol stands differs from example to example, so that no fixed delay finds it.
+    The positions of the symbols differ between examples, so that no fixed delay copies them.
     """
     most = (length - 1) // 2
     check(1 <= symbols <= most, "symbols", symbols, f"must be in [1, {most}] for length {length}")
@@ -66,21 +66,22 @@ def word_problem(
     symbols: int = 3,
     swaps: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Permutations of ``symbols`` things, and after each the product so far (Merrill 2024,
-    arXiv:2404.08819, §5): what a state must be carried for.
+    """Permutations of ``symbols`` elements, and after each the product of those before it.
+
+    The task requires a state (Merrill 2024, arXiv:2404.08819, §5).
 
     Token ``i`` is the ``i``-th permutation in lexicographic order. With ``swaps=1`` only swaps of
-    neighbours are drawn, which generate all others. The answers are not seen: the answer at ``i``
-    is the product of the tokens before ``i``, the latest applied last.
+    neighbours are drawn, which generate all others. The model does not see the answers: the answer
+    at ``i`` is the product of the tokens before ``i``, the latest applied last.
     """
     check(2 <= symbols <= 6, "symbols", symbols, "must be in [2, 6]")
     check(swaps in (0, 1), "swaps", swaps, "must be 0 or 1")
     elements, table = _symmetric_group(symbols)
     count = len(elements)
-    check(count <= vocab_size, "symbols", symbols, f"{count} permutations need as many tokens")
+    check(count <= vocab_size, "symbols", symbols, f"{count} permutations require as many tokens")
     drawn = np.arange(count)
     if swaps:
-        # one pair of neighbours changes places: all differences from the identity are two of 1
+        # a swap of neighbours differs from the identity by 1 in two entries
         drawn = np.flatnonzero(np.abs(elements - np.arange(symbols)).sum(axis=1) == 2)
     tokens = rng.choice(drawn, length)
     answers = np.zeros(length, np.int32)  # the identity comes first
@@ -107,16 +108,16 @@ def associative_recall(
     distance: int | None = None,
     queries: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Key-value pairs among filler, then keys asked again for their values (Ba et al., 2016).
+    """Key-value pairs among filler, then some keys again, with their values (Ba et al., 2016).
 
-    Token 0 is filler; the lower half of the rest are keys (each used once), the upper half
+    Token 0 is filler. The lower half of the others are keys (each used once), the upper half
     values. The last 2 * ``queries`` tokens are ``key value`` again; the answers are those values.
 
     Args:
       pairs: number of pairs shown, at least ``queries``.
-      distance: exact distance of every query from its pair's value, or None for pairs placed
-        anywhere. The other pairs are placed anywhere.
-      queries: number of pairs asked for.
+      distance: exact distance of every query from its pair's value; None: pairs are anywhere.
+        Pairs without a query are always anywhere.
+      queries: number of pairs that are queried.
     """
     keys = (vocab_size - 1) // 2
     start = length - 2 * queries  # the first query
@@ -127,7 +128,7 @@ def associative_recall(
         f"must be in [1, {length // 4}] for length {length}",
     )
     if distance is None:
-        offset, asked = start % 2, None
+        offset, queried = start % 2, None
     else:
         # queries and their pairs are two blocks of the same shape, `distance` + 1 apart
         low, high = 2 * queries - 1, start - 1
@@ -138,8 +139,8 @@ def associative_recall(
             f"must be in [{low}, {high}] for length {length} and queries {queries}",
         )
         first = start - distance - 1
-        # a pair never straddles the queried block, so slots share its parity
-        offset, asked = first % 2, first // 2 + np.arange(queries)
+        # pairs do not overlap the queried block partly: slots have its parity
+        offset, queried = first % 2, first // 2 + np.arange(queries)
     slots = (start - offset) // 2
     check(
         queries <= pairs <= min(slots, keys),
@@ -148,18 +149,18 @@ def associative_recall(
         f"must be in [{queries}, {min(slots, keys)}] for length {length}, vocab_size "
         f"{vocab_size} and queries {queries}",
     )
-    if asked is None:
+    if queried is None:
         chosen = rng.permutation(slots)[:pairs]
     else:
-        others = np.delete(np.arange(slots), asked)
+        others = np.delete(np.arange(slots), queried)
         check(pairs - queries <= len(others), "pairs", pairs, f"must be at most {slots}")
-        chosen = np.concatenate([asked, rng.permutation(others)[: pairs - queries]])
+        chosen = np.concatenate([queried, rng.permutation(others)[: pairs - queries]])
     pair_kv = np.stack(
         [1 + rng.permutation(keys)[:pairs], rng.integers(1 + keys, vocab_size, pairs)], axis=1
     )
     tokens = np.zeros(length, np.int32)
-    at = offset + 2 * chosen
-    tokens[at], tokens[at + 1] = pair_kv[:, 0], pair_kv[:, 1]
+    positions = offset + 2 * chosen
+    tokens[positions], tokens[positions + 1] = pair_kv[:, 0], pair_kv[:, 1]
     tokens[start:] = pair_kv[:queries].reshape(-1)
     weights = np.zeros(length, np.float32)
     weights[start + 1 :: 2] = 1
@@ -174,26 +175,26 @@ def induction(
     distance: int | None = None,
     queries: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noise holding one ``trigger x``; the last two tokens are ``trigger x`` (Fu et al., 2023).
+    """Noise with one ``trigger x``; the last two tokens are ``trigger x`` (Fu et al., 2023).
 
-    Token 0 is the trigger, the rest is noise. The answers are what follows all triggers but the
-    first.
+    Token 0 is the trigger, all others are noise. The answers are the tokens after all triggers but
+    the first.
 
     Args:
-      distance: from the last trigger to the first x; None draws it for each example.
-      queries: times that the trigger comes again, more of which teach faster; with more than one,
-        they are drawn anywhere, and ``distance`` must be None.
+      distance: from the last trigger to the first x; None: drawn for each example.
+      queries: how often the trigger is repeated; more repetitions teach faster. With more than one,
+        their positions are random, and ``distance`` must be None.
     """
     query = length - 2
     if queries != 1:
         most = query // 2
         check(1 <= queries <= most, "queries", queries, f"must be in [1, {most}]")
-        check(distance is None, "distance", distance, "must be None with more queries than one")
+        check(distance is None, "distance", distance, "must be None with more than one query")
         tokens = rng.integers(1, vocab_size, length).astype(np.int32)
-        at = np.append(2 * np.sort(rng.permutation(most)[:queries]), query)
-        tokens[at], tokens[at + 1] = 0, tokens[at[0] + 1]
+        positions = np.append(2 * np.sort(rng.permutation(most)[:queries]), query)
+        tokens[positions], tokens[positions + 1] = 0, tokens[positions[0] + 1]
         weights = np.zeros(length, np.float32)
-        weights[at[1:] + 1] = 1
+        weights[positions[1:] + 1] = 1
         return tokens, weights
     if distance is None:
         distance = int(rng.integers(1, query)) if query > 1 else 0
@@ -210,7 +211,7 @@ def induction(
 
 
 def _last(length: int, count: int) -> np.ndarray:
-    """float32 ``[length]``: 1 on the last ``count``."""
+    """float32 ``[length]``: 1 at the last ``count`` positions, 0 before."""
     return (np.arange(length) >= length - count).astype(np.float32)
 
 
@@ -227,10 +228,10 @@ TASKS: dict[str, Task] = {
 def generate(
     task: str, seed: Sequence[int], length: int, vocab_size: int, parameters: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One example ``(tokens, weights, answers)``: the same for the same arguments, everywhere.
+    """One example ``(tokens, weights, answers)``: equal arguments give equal examples everywhere.
 
     Raises:
-      ConfigError: unknown task or parameter, or a value the task cannot use at this length.
+      ConfigError: an unknown task or parameter, or a value that is invalid at this length.
     """
     check_choice("task", task, TASKS)
     function = TASKS[task]
@@ -253,8 +254,8 @@ def generate(
             "must be an integer or None",
         )
     try:
-        made = function(np.random.default_rng(tuple(seed)), length, vocab_size, **parameters)
+        example = function(np.random.default_rng(tuple(seed)), length, vocab_size, **parameters)
     except ConfigError as error:
         raise ConfigError(f"parameters.{error}") from None
-    tokens, weights, *answers = made
+    tokens, weights, *answers = example
     return tokens, weights, answers[0] if answers else tokens

@@ -1,4 +1,4 @@
-"""Text to token ids: bytes by default, any ``tokenizer.json``, and training one."""
+"""Tokenizers: bytes by default, any ``tokenizer.json``, and the training of a new one."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ from layers.config import ConfigError, check
 
 
 class Tokenizer(Protocol):
-    """What the house needs of a tokenizer; every document becomes ``bos ids eos``."""
+    """The interface of a tokenizer; every document becomes ``bos ids eos``."""
 
     vocab_size: int
     bos: int
@@ -21,11 +21,11 @@ class Tokenizer(Protocol):
     sha256: str
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` alone, with no special token added."""
+        """Ids of ``text``, without special tokens."""
         ...
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each UTF-8 document, in the smallest unsigned dtype, no special token added."""
+        """Ids of each UTF-8 document, in the smallest unsigned dtype, without special tokens."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Needs no file, loses nothing."""
+    """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Requires no file and is lossless."""
 
     vocab_size = 258
     bos = 256
@@ -48,7 +48,7 @@ class ByteTokenizer:
         return [np.frombuffer(d, np.uint8) for d in documents]
 
     def decode(self, ids: Iterable[int]) -> str:
-        # a cut inside a character is normal in generation, so it is shown, not raised
+        # generation may stop inside a character: show it, do not raise
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
@@ -86,7 +86,7 @@ class JsonTokenizer:
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         encoded = []
-        for start in range(0, len(documents), 256):  # an Encoding is large; keep few alive
+        for start in range(0, len(documents), 256):  # an Encoding is large: keep few in memory
             texts = [d.decode() for d in documents[start : start + 256]]
             batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             encoded += [np.array(e.ids, self._dtype) for e in batch]
@@ -111,7 +111,7 @@ def load_tokenizer(
 
 @functools.lru_cache(maxsize=4)
 def _load_json(path: str, bos: str, eos: str, modified: int) -> JsonTokenizer:
-    del modified  # only part of the cache's key: a rewritten file is read again
+    del modified  # part of the cache's key: a rewritten file is read again
     return JsonTokenizer(path, bos, eos)
 
 
@@ -129,18 +129,18 @@ def train_bpe(
     """Train a byte-level BPE on ``texts`` and save it as ``path`` (a ``tokenizer.json``).
 
     Returns:
-      The vocabulary's size: ``vocab_size``, or less when the texts hold too few merges.
+      The vocabulary's size: ``vocab_size``, or less if the texts have too few merges.
 
     Raises:
       ConfigError: ``vocab_size`` cannot hold all bytes and the two special tokens.
     """
     specials = list(dict.fromkeys([bos_token, eos_token]))
-    least = 256 + len(specials)
+    minimum = 256 + len(specials)
     check(
-        vocab_size >= least,
+        vocab_size >= minimum,
         "vocab_size",
         vocab_size,
-        f"must be at least {least}: 256 bytes and the special tokens",
+        f"must be at least {minimum}: 256 bytes and the special tokens",
     )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

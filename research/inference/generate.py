@@ -1,4 +1,4 @@
-"""Generation with a cache: the prompts in one call, then a token a row at a time on the device."""
+"""Generation with a cache: one prefill of all prompts, then one token per row and step."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from layers.decoder import Decoder, State
 from research.inference.sampling import SamplingConfig, sample
 
 SMALLEST_BUCKET = 16
-STREAMED_TOKENS = 8  # tokens a row between two looks at the device while streaming
+STREAMED_TOKENS = 8  # tokens per row between two transfers from the device while streaming
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Progress:
-    """Where each row stands: its cache, the token to read next, and what has stopped."""
+    """The state of decoding: the cache, each row's next input, and which rows have stopped."""
 
     state: State
     token_b: jax.Array
@@ -39,22 +39,22 @@ def generate(
 ) -> list[list[int]]:
     """New tokens after each of ``prompts``, which may differ in length.
 
-    A row ends with its first stop token, which is part of what is returned, or at
-    ``sampling.max_new_tokens``. A greedy row's tokens are those it would have alone; a sampled
-    row's depend on the seed and its index, not on the prompts beside it.
+    A row ends with its first stop token, which is part of the result, or after
+    ``sampling.max_new_tokens``. The tokens of a row do not depend on the other prompts: greedy
+    tokens are those of the prompt alone, and sampled tokens depend on the seed and the row's index.
 
-    Compiles once for each batch size, sampling config (its seed apart) and prompt length rounded up
-    to a power of two. Runs on one device: the cache's writes are not laid out over a mesh.
+    Compiles once for each batch size, sampling config (without its seed) and prompt length rounded
+    up to a power of two. Runs on one device: the cache's writes are not sharded over a mesh.
 
     Args:
-      max_length: what a row's prompt and new tokens together may come to; None: as they need. A
-        model with learned positions has its own limit besides.
-      stream: called with ``(row, token)`` soon after each token is chosen; in a row, in order. It
-        changes no token.
+      max_length: the largest length of a row's prompt and new tokens together; None: no limit. A
+        model with learned positions has its own limit too.
+      stream: called with ``(row, token)`` soon after each token is chosen; in order within a row.
+        It does not change the tokens.
 
     Raises:
-      ConfigError: no prompts, an empty one, a token outside the vocabulary, or a prompt that with
-        ``max_new_tokens`` exceeds a limit. Nothing is compiled before.
+      ConfigError: no prompts, an empty prompt, a token outside the vocabulary, or a prompt that
+        exceeds a limit with ``max_new_tokens``. It is raised before anything is compiled.
     """
     limit = _check(model, prompts, sampling, max_length)
     chunk = STREAMED_TOKENS if stream else sampling.max_new_tokens
@@ -75,7 +75,7 @@ def _check(
     sampling: SamplingConfig,
     max_length: int | None,
 ) -> int | None:
-    """The tightest limit on a row's length, if there is one; raises what `generate` promises."""
+    """Check the arguments of `generate`; the smallest limit on a row's length, or None."""
     config = model.config
     check(len(prompts) > 0, "prompts", list(prompts), "must hold at least one prompt")
     check(max_length is None or max_length > 0, "max_length", max_length, "must be > 0 or None")
@@ -103,8 +103,8 @@ def _check(
 def _chunks(model, prompts, sampling, limit, chunk) -> Iterator[np.ndarray]:
     """Yields int32 ``[b, chunk]`` new tokens until all rows have stopped; −1 after a row's end.
 
-    The cache is filled with all but each prompt's last token; that one begins the loop, so the
-    prompt's logits, which nobody reads, are never computed.
+    The prefill takes each prompt without its last token, which is the first input of the loop. So
+    the logits of the prompt, which are not used, are not computed.
     """
     lengths_b = np.array([len(prompt) for prompt in prompts], np.int32)
     width = max(SMALLEST_BUCKET, 1 << int(lengths_b.max() - 1).bit_length())
@@ -117,14 +117,14 @@ def _chunks(model, prompts, sampling, limit, chunk) -> Iterator[np.ndarray]:
     positions_bt = np.broadcast_to(np.arange(width, dtype=np.int32), tokens_bt.shape)
     positions_bt = np.where(positions_bt < lengths_b[:, None] - 1, positions_bt, -1)
     progress = _Progress(
-        state=_fill(model, tokens_bt, positions_bt, capacity=capacity),
+        state=_prefill(model, tokens_bt, positions_bt, capacity=capacity),
         token_b=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
         position_b=jnp.asarray(lengths_b - 1),
         stopped_b=jnp.zeros(len(prompts), bool),
         step=jnp.zeros((), jnp.int32),
     )
     key = jax.random.key(sampling.seed)
-    # what the program does not depend on must not compile it again
+    # the program does not depend on the seed: another seed must not compile it again
     sampling, total = dataclasses.replace(sampling, seed=0), sampling.max_new_tokens
     for done in range(0, total, chunk):
         count = min(chunk, total - done)
@@ -135,16 +135,16 @@ def _chunks(model, prompts, sampling, limit, chunk) -> Iterator[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _fill(model, tokens_bt, positions_bt, *, capacity):
+def _prefill(model, tokens_bt, positions_bt, *, capacity):
     state = model.init_state(tokens_bt.shape[0], capacity)
     return model(tokens_bt, positions_bt, state=state).state
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "most"), donate_argnames="progress")
 def _decode(model, progress, key, count, *, sampling, most):
-    """``count ≤ most`` more tokens a row, int32 ``[b, most]``, −1 in the rest.
+    """``count ≤ most`` more tokens per row, int32 ``[b, most]``, followed by −1.
 
-    Leaves early when all rows have stopped.
+    Ends early when all rows have stopped.
     """
     new_bt = jnp.full((progress.token_b.shape[0], most), -1, jnp.int32)
 
@@ -159,14 +159,14 @@ def _decode(model, progress, key, count, *, sampling, most):
         token_b = sample(out.logits_btv[:, 0], jax.random.fold_in(key, progress.step), sampling)
         new_bt = new_bt.at[:, i].set(jnp.where(progress.stopped_b, -1, token_b))
         stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
-        moved = _Progress(
+        advanced = _Progress(
             state=out.state,
             token_b=token_b,
             position_b=progress.position_b + 1,
             stopped_b=progress.stopped_b | jnp.any(token_b[:, None] == stops, axis=1),
             step=progress.step + 1,
         )
-        return i + 1, moved, new_bt
+        return i + 1, advanced, new_bt
 
     _, progress, new_bt = jax.lax.while_loop(
         unfinished, advance, (jnp.zeros((), jnp.int32), progress, new_bt)

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: that of its run's data, or the one it was imported with."""
+"""The tokenizer of a checkpoint: that of its run's data, or that of the imported directory."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ from research.models.save import ORIGIN
 
 @dataclasses.dataclass(frozen=True)
 class PromptTokenizer:
-    """Text to the tokens that begin a document, and tokens back to text.
+    """Encodes text as the beginning of a document, and decodes tokens to text.
 
-    ``stop_tokens``: those that end a document.
+    ``stop_tokens``: the tokens that end a document.
     """
 
     to_ids: Callable[[str], list[int]]
@@ -25,10 +25,10 @@ class PromptTokenizer:
     stop_tokens: tuple[int, ...]
 
     def encode(self, prompt: str) -> list[int]:
-        """The tokens of ``prompt``, with what the model expects before a document.
+        """The tokens of ``prompt``, after those with which the model begins a document.
 
         Raises:
-          ConfigError: ``prompt`` is not UTF-8, is unknown to the tokenizer, or gives no token.
+          ConfigError: ``prompt`` is not UTF-8, cannot be encoded, or gives no token.
         """
         try:
             prompt.encode()
@@ -47,47 +47,51 @@ class PromptTokenizer:
 def load_prompt_tokenizer(workdir: Path | str) -> PromptTokenizer:
     """The tokenizer of the run or the imported checkpoint in ``workdir``.
 
-    A prompt of a run begins with the token that begins its documents. Of an imported checkpoint it
-    begins as its tokenizer.json says, and its configuration says which tokens end a text.
+    For a run, a prompt begins with the token that begins a document. For an imported checkpoint,
+    tokenizer.json defines the beginning, and the configuration names the tokens that end a text.
 
     Raises:
-      ConfigError: ``workdir`` names no tokenizer, or one that cannot be read.
+      ConfigError: ``workdir`` has no tokenizer, or it cannot be read.
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
-    check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
-    held: Any = read_json(path)
-    if "data" in held:
-        return _of_data(from_mapping(DataConfig, held["data"], "data"))
+    check(path.exists(), "workdir", str(workdir), "must hold the config.json of a run")
+    config: Any = read_json(path)
+    if "data" in config:
+        return _from_data(from_mapping(DataConfig, config["data"], "data"))
     origin = workdir / ORIGIN
-    there = (origin / "tokenizer.json").is_file()
-    check(there, "workdir", str(workdir), f"holds no {ORIGIN}/tokenizer.json")
-    return _of_import(origin)
+    exists = (origin / "tokenizer.json").is_file()
+    check(exists, "workdir", str(workdir), f"must hold {ORIGIN}/tokenizer.json")
+    return _from_import(origin)
 
 
-def _of_data(data: DataConfig) -> PromptTokenizer:
-    check(data.source != "synthetic", "data.source", data.source, "has no text to generate")
-    own = load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
-    return PromptTokenizer(lambda text: [own.bos, *own.encode(text)], own.decode, (own.eos,))
+def _from_data(data: DataConfig) -> PromptTokenizer:
+    check(data.source != "synthetic", "data.source", data.source, "generation requires text")
+    tokenizer = load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
+    return PromptTokenizer(
+        lambda text: [tokenizer.bos, *tokenizer.encode(text)], tokenizer.decode, (tokenizer.eos,)
+    )
 
 
-def _of_import(origin: Path) -> PromptTokenizer:
+def _from_import(origin: Path) -> PromptTokenizer:
     path = origin / "tokenizer.json"
     try:
-        own = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a bad file
         reason = " ".join(str(error).split())
         raise ConfigError(f"file={str(path)!r}: cannot be read: {reason}") from None
-    own.no_truncation()
-    own.no_padding()
-    return PromptTokenizer(lambda text: own.encode(text).ids, own.decode, _stops(origin))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return PromptTokenizer(
+        lambda text: tokenizer.encode(text).ids, tokenizer.decode, _stop_tokens(origin)
+    )
 
 
-def _stops(origin: Path) -> tuple[int, ...]:
-    """The ids that end a text: of generation_config.json, or else of config.json."""
+def _stop_tokens(origin: Path) -> tuple[int, ...]:
+    """The ids that end a text: from generation_config.json, or from config.json."""
     for name in ("generation_config.json", "config.json"):
         path = origin / name
-        found = read_json(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
     return ()

@@ -1,4 +1,4 @@
-"""Choosing the next token: temperature, top-k, top-p (Holtzman 2019), min-p (Nguyen 2024)."""
+"""Chooses the next token: temperature, top-k, top-p (Holtzman 2019), min-p (Nguyen 2024)."""
 
 import dataclasses
 import math
@@ -13,9 +13,9 @@ from layers.config import check
 class SamplingConfig:
     """How `generate` chooses tokens and when it stops.
 
-    ``max_new_tokens``: at most so many for each prompt. ``temperature`` divides the logits; 0 takes
-    the likeliest token, whatever the filters. ``top_k``, ``top_p``, ``min_p``: see `filter_logits`;
-    None is off. ``stop_tokens``: ids that end a row. ``seed``: the same seed, the same tokens.
+    ``max_new_tokens``: the most new tokens for each prompt. ``temperature`` divides the logits; 0
+    selects the likeliest token. ``top_k``, ``top_p``, ``min_p``: see `filter_logits`; None: not
+    used. ``stop_tokens``: ids that end a row. ``seed``: the same seed gives the same tokens.
     """
 
     max_new_tokens: int = 128
@@ -40,21 +40,22 @@ class SamplingConfig:
 
 
 def filter_logits(logits_bv: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Logits less their maximum, over the temperature; −inf where a filter excludes the token.
+    """(logits − their maximum) / temperature; −inf where a filter excludes the token.
 
-    In this order, each on what the one before left, as transformers does; float32 ``[b, v]``:
+    In this order, each filter on what the previous one left, as in transformers; float32
+    ``[b, v]``:
 
     1. temperature (> 0 here);
     2. ``top_k``: the k likeliest;
     3. ``top_p``: the fewest likeliest tokens whose probabilities reach ``top_p`` together;
     4. ``min_p``: tokens at least ``min_p`` times as likely as the likeliest.
 
-    The likeliest token always stays. A token as likely as the last one kept stays too.
+    The likeliest token always stays. A token as likely as the last one that stays also stays.
     """
     logits_bv = logits_bv.astype(jnp.float32)
-    # less the maximum first, so that no temperature, however small, overflows
+    # subtract the maximum first, so that a small temperature cannot overflow
     logits_bv = (logits_bv - jnp.max(logits_bv, axis=-1, keepdims=True)) / config.temperature
-    least = jnp.full_like(logits_bv[:, :1], -jnp.inf)  # each filter is a floor under the logits
+    least = jnp.full_like(logits_bv[:, :1], -jnp.inf)  # the smallest logit that stays
     if config.top_k is not None:
         k = min(config.top_k, logits_bv.shape[-1])
         least = jax.lax.top_k(logits_bv, k)[0][:, -1:]
@@ -71,9 +72,9 @@ def filter_logits(logits_bv: jax.Array, config: SamplingConfig) -> jax.Array:
 
 
 def sample(logits_bv: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
-    """One token a row, int32 ``[b]``.
+    """One token per row, int32 ``[b]``.
 
-    A row's token depends on its logits, the key and its index, not on the rows beside it.
+    A row's token depends on its logits, the key and its index, not on other rows.
     """
     if config.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)

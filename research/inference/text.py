@@ -1,28 +1,28 @@
-"""Text from tokens as they come, never half a character."""
+"""Decodes a stream of tokens to text without incomplete characters."""
 
 from collections.abc import Iterable
 from typing import Protocol
 
 
 class Decodes(Protocol):
-    """What a `TextStream` requires of a tokenizer."""
+    """The method of a tokenizer that `TextStream` requires."""
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class TextStream:
-    """Decodes one row token by token: ``push`` returns the text that is now certain.
+    """Decodes one row token by token: ``push`` returns the new text that can no longer change.
 
-    A character may span tokens (UTF-8 bytes do), so text that ends in an unfinished one, which
-    decodes to U+FFFD, is held back until something finished follows or ``flush`` shows it. The
-    pieces joined are ``tokenizer.decode(tokens)``.
+    A character may consist of several tokens, such as bytes of UTF-8. Text that ends in an
+    incomplete character, which decodes to U+FFFD, is kept until the character is complete or
+    ``flush`` returns it. The pieces together are ``tokenizer.decode(tokens)``.
     """
 
     def __init__(self, tokenizer: Decodes):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         # Tokens before _shown have been returned. Those from _context on are decoded again with
-        # the new ones, because some tokenizers drop the space of what they take for a beginning.
+        # the new ones, because some tokenizers drop the space at the beginning of a text.
         self._context = self._shown = 0
 
     def push(self, token: int) -> str:
@@ -34,7 +34,7 @@ class TextStream:
         return new
 
     def flush(self) -> str:
-        """What is held back, at the end."""
+        """The text that is still kept, at the end of the row."""
         new = self._new()
         self._context, self._shown = self._shown, len(self._tokens)
         return new

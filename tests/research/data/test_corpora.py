@@ -65,9 +65,9 @@ def test_array_record_missing_or_broken(tmp_path, monkeypatch):
     path = tmp_path / "a.array_record"
     path.write_bytes(b"not records")
     if importlib.util.find_spec("array_record"):
-        refuse(files(path), "not an ArrayRecord file")
+        refuse(files(path), "must be an ArrayRecord file")
     monkeypatch.setitem(sys.modules, "array_record", None)
-    refuse(files(path), "reading ArrayRecord needs `pip install array-record`")
+    refuse(files(path), "ArrayRecord requires `pip install array-record`")
 
 
 def test_split_is_by_text_whatever_the_order(tmp_path):
@@ -116,17 +116,17 @@ def test_missing_files_are_refused(tmp_path):
 
 def test_empty_corpus_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
-    refuse(files(tmp_path / "a.txt"), "paths=.*holds no document with any text")
+    refuse(files(tmp_path / "a.txt"), "paths=.*must hold a document with text")
     (tmp_path / "a.jsonl").write_text("\n \n")
-    refuse(files(tmp_path / "a.jsonl"), "holds no document with any text")
+    refuse(files(tmp_path / "a.jsonl"), "must hold a document with text")
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"text": "x"', r"a.jsonl:2': not a JSON line"),
-        ("[1]", r"a.jsonl:2': each line must be a JSON object"),
-        ('{"body": "x"}', r"text_field='text': no such field at .*a.jsonl:2; fields there: body"),
+        ('{"text": "x"', r"a.jsonl:2': must be a line of JSON"),
+        ("[1]", r"a.jsonl:2': must be a JSON object"),
+        ('{"body": "x"}', r"text_field='text': no such field at .*a.jsonl:2; its fields: body"),
         ('{"text": 3}', r"text_field='text': must hold a string, holds int at .*a.jsonl:2"),
         (r'{"text": "\ud800"}', r"text_field='text': not valid Unicode at .*a.jsonl:2"),
     ],
@@ -149,7 +149,7 @@ def test_bytes_may_be_anything_characters_may_not(tmp_path):
 
 def test_hugging_face_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refuse(DataConfig(source="hf", paths=("x",)), r"source='hf': needs the `hf` extra")
+    refuse(DataConfig(source="hf", paths=("x",)), r"source='hf': requires the `hf` extra")
 
 
 class _Rows:
