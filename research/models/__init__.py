@@ -1,4 +1,4 @@
-"""Model families: Hugging Face directories in and out, one declarative table a family."""
+"""Model families: reads and writes Hugging Face directories, with one table per family."""
 
 from research.models.families import FAMILIES, Family, decoder_config, family_of
 from research.models.load import load

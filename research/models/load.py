@@ -1,4 +1,4 @@
-"""A Hugging Face directory (or an RWKV-7 file) as a `Decoder`, one tensor on the host at a time."""
+"""Loads a Hugging Face directory or an RWKV-7 file as a `Decoder`, one tensor at a time."""
 
 import dataclasses
 import functools
@@ -25,45 +25,45 @@ from research.parallel import make_mesh, shardings, use_mesh
 
 
 def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
-    """The model in ``source``: config.json, and one or many safetensors files; or one .pth file.
+    """The model in ``source``: a directory of config.json and safetensors files, or a .pth file.
 
-    Each tensor is read, laid out and put where it rests on ``mesh`` before the next one is read.
+    Each tensor is read, converted and put onto ``mesh`` before the next one is read.
 
     Args:
-      mesh: default, one device.
+      mesh: default: one device.
       overrides: fields of the `DecoderConfig` that do not change the weights' shapes, e.g.
         ``dtype="bfloat16"``, ``param_dtype``, ``scan``, ``remat``.
 
     Raises:
-      ConfigError: a missing file, an unsupported architecture or feature, a tensor that is missing,
-        unknown or of a wrong shape; named, in one line.
+      ConfigError: a missing file, an unsupported architecture or feature, or a tensor that is
+        missing, unknown or of a wrong shape; the message names it in one line.
     """
     hf, reader = open_model(Path(source))
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    placed: dict[str, Any] = flat(shardings(abstract, mesh))
+    stored: dict[str, Any] = flat(shardings(abstract, mesh))
     shapes: dict[str, Any] = flat(abstract)
-    wanted = {target.name: target for target in targets(family.rows, config, shapes)}
+    needed = {target.name: target for target in targets(family.rows, config, shapes)}
     with ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
         stack.enter_context(reader)
         names = {_canonical(name, family): name for name in reader.names}
-        _check_names(names, wanted, family, config)
+        _check_names(names, needed, family, config)
         arrays: dict[str, jax.Array] = {}
-        for target in wanted.values():
+        for target in needed.values():
             parts = _read(reader, names.get(target.name), target, config)
             for path in target.paths:
                 part = parts.pop(0).astype(shapes[path].dtype)
-                arrays[path] = _put(arrays.get(path), part, target, shapes[path], placed[path])
-                del part  # the next tensor is read only when this one is gone
+                arrays[path] = _put(arrays.get(path), part, target, shapes[path], stored[path])
+                del part  # free this tensor before the next one is read
             del parts
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in shapes])
 
 
 def open_model(source: Path) -> "tuple[dict[str, Any], Reader | PthReader]":
-    """The config.json of ``source`` and its tensors."""
+    """The config.json of ``source`` and a reader of its tensors."""
     if source.suffix == SUFFIX:
         reader = PthReader(source)
         return reader.describe(), reader
@@ -79,10 +79,10 @@ class Reader:
             self._files = {k: directory / v for k, v in read_object(index)["weight_map"].items()}
         else:
             single = directory / "model.safetensors"
-            check(single.exists(), "directory", str(directory), "holds no model.safetensors")
+            check(single.exists(), "directory", str(directory), "must hold model.safetensors")
             self._files = dict.fromkeys(self._open(single).keys(), single)
         for path in set(self._files.values()):
-            check(path.exists(), "file", str(path), "is named by the index and missing")
+            check(path.exists(), "file", str(path), "is in the index but does not exist")
         self._opened: dict[Path, Any] = {}
 
     def __enter__(self) -> "Reader":
@@ -113,30 +113,30 @@ class Reader:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in ``path``; `ConfigError` if it is missing or is not JSON."""
-    check(path.parent.is_dir(), "directory", str(path.parent), "is not there")
-    check(path.exists(), "directory", str(path.parent), f"holds no {path.name}")
+    """The object in the JSON file ``path``; raises `ConfigError` if it cannot be read."""
+    check(path.parent.is_dir(), "directory", str(path.parent), "does not exist")
+    check(path.exists(), "directory", str(path.parent), f"must hold {path.name}")
     return read_json(path)
 
 
 def _canonical(name: str, family: Family) -> str:
-    """``name`` with the family's prefix, which checkpoints of the bare model lack."""
+    """``name`` as in the rows: with the family's prefix, which checkpoints without a head lack."""
     name = family.renamed.get(name, name)
     return name if name == family.head or name.startswith(family.prefix) else family.prefix + name
 
 
 def _check_names(
-    names: Mapping[str, str], wanted: Mapping[str, Target], family: Family, config: DecoderConfig
+    names: Mapping[str, str], needed: Mapping[str, Target], family: Family, config: DecoderConfig
 ) -> None:
-    for name in wanted:
-        there = name in names or name in family.absent
-        check(there, "tensor", name, "is missing from the checkpoint")
+    for name in needed:
+        exists = name in names or name in family.absent
+        check(exists, "tensor", name, "is missing from the checkpoint")
     for name in names:
-        known = name in wanted or name.endswith(family.ignored)
-        # some checkpoints keep a copy of the embedding as a tied head
+        known = name in needed or name.endswith(family.ignored)
+        # some checkpoints have a copy of the embedding as a tied head
         known = known or (config.tie_embeddings and name == family.head)
         known = known or _beyond(name, family, config.num_layers)
-        check(known, "tensor", name, f"is no part of a {family.architecture} with this config")
+        check(known, "tensor", name, f"is not part of a {family.architecture} with this config")
 
 
 def _beyond(name: str, family: Family, num_layers: int) -> bool:
@@ -149,7 +149,7 @@ def _beyond(name: str, family: Family, num_layers: int) -> bool:
 def _read(
     reader: "Reader | PthReader", name: str | None, target: Target, config: DecoderConfig
 ) -> list[np.ndarray]:
-    """The tensor called ``name`` in our layout: the parts that go to ``target.paths``."""
+    """The tensor called ``name`` in the Decoder's layout: one part for each of ``target.paths``."""
     tensor = np.zeros(target.shape, np.float32) if name is None else reader.read(name)
     check(
         tensor.shape == target.shape,
@@ -167,46 +167,46 @@ def _put(
     shape: jax.ShapeDtypeStruct,
     sharding: NamedSharding,
 ) -> jax.Array:
-    """``array`` (zeros at first) with ``part`` in its place, sharded as it will rest."""
+    """``array`` (zeros if None) with ``part`` at ``target.index``, in the stored sharding."""
     if not target.index:
         return jax.device_put(part, sharding)
     if array is None:
         array = _zeros(shape.shape, shape.dtype, sharding)()
     count = len(target.index)
-    replace, rests = _replace_row(sharding, count)
-    row = jax.device_put(part.reshape(*[1] * count, *part.shape), rests)
+    replace, row_sharding = _replace_row(sharding, count)
+    row = jax.device_put(part.reshape(*[1] * count, *part.shape), row_sharding)
     return jax.block_until_ready(replace(array, row, target.index))
 
 
 @functools.cache
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding):
-    """Compiled once for the many parameters that are alike."""
+    """A function that makes sharded zeros; compiled once for all parameters of a shape."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache
 def _replace_row(sharding: NamedSharding, count: int) -> tuple[Callable, NamedSharding]:
-    """``f(array, row, index)``: ``row`` put at ``index`` of the first ``count`` axes of ``array``.
+    """``f(array, row, index)``: ``array`` with ``row`` at ``index`` of its first ``count`` axes.
 
-    Of ``sharding`` is ``array``, and the second result is what ``row`` must be of. Where the mesh
-    splits an indexed axis, as it does experts, only the devices that hold the place write.
+    ``array`` has ``sharding``; ``row`` must have the sharding that is returned too. If an indexed
+    axis is sharded, as that of experts is, only the devices that hold the index write.
     """
     mesh, spec = sharding.mesh, sharding.spec
     indexed = (*spec[:count], *[None] * (count - len(spec)))
-    rests = PartitionSpec(*[None] * count, *spec[count:])
+    row_spec = PartitionSpec(*[None] * count, *spec[count:])
 
     def local(array, row, index):
-        mine, at = True, []
-        for i, axis, held in zip(index, indexed, array.shape, strict=False):
-            first = 0 if axis is None else jax.lax.axis_index(axis) * held
-            mine &= (i >= first) & (i < first + held)
-            at.append(jnp.clip(i - first, 0, held - 1))
-        at += [0] * (array.ndim - count)
-        old = jax.lax.dynamic_slice(array, at, row.shape)
-        return jax.lax.dynamic_update_slice(array, jnp.where(mine, row, old), at)
+        inside, start = True, []
+        for i, axis, size in zip(index, indexed, array.shape, strict=False):
+            first = 0 if axis is None else jax.lax.axis_index(axis) * size
+            inside &= (i >= first) & (i < first + size)
+            start.append(jnp.clip(i - first, 0, size - 1))
+        start += [0] * (array.ndim - count)
+        old = jax.lax.dynamic_slice(array, start, row.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(inside, row, old), start)
 
-    whole = PartitionSpec()
+    replicated = PartitionSpec()
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, rests, whole), out_specs=spec, check_vma=False
+        local, mesh=mesh, in_specs=(spec, row_spec, replicated), out_specs=spec, check_vma=False
     )
-    return jax.jit(run, donate_argnums=0), NamedSharding(mesh, rests)
+    return jax.jit(run, donate_argnums=0), NamedSharding(mesh, row_spec)

@@ -1,4 +1,4 @@
-"""A `Decoder` as a Hugging Face directory that transformers loads, or as an RWKV-7 file."""
+"""Saves a `Decoder` as a Hugging Face directory for transformers, or as an RWKV-7 file."""
 
 import dataclasses
 import json
@@ -32,15 +32,15 @@ from research.models.load import read_object
 from research.models.pth import SUFFIX, write_pth
 from research.models.table import Target, targets, to_theirs
 
-# what a model is used with, beside its weights
+# files of a model besides its configuration and weights
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
-# the folder of an imported checkpoint that holds its config.json and `COMPANIONS` as they came
+# folder of an imported checkpoint with its original config.json and `COMPANIONS`
 ORIGIN = "hugging_face"
-# a Decoder knows no special tokens, and transformers' defaults would be some other model's
+# a Decoder has no special tokens; the defaults of transformers would be those of another model
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
@@ -54,17 +54,17 @@ def save(
 ) -> None:
     """Write ``model`` to ``directory`` as a checkpoint of ``family``, in its parameters' dtype.
 
-    Files hold up to ``shard_bytes`` (or one tensor), with an index if there are several. The
-    directory appears whole or not at all. A ``directory`` that ends in ``.pth`` is one file of
-    RWKV-7's own kind instead, for which all of the model is held in memory.
+    A file has up to ``shard_bytes`` (or one tensor); several files have an index. The directory
+    is written atomically. If ``directory`` ends in ``.pth``, it is one file of RWKV-7's authors'
+    format, and the whole model is in memory while it is written.
 
     Args:
       source: the directory that ``model`` was read from: `COMPANIONS` (its tokenizer, …) are
-        copied, and fields of its config.json that say nothing of the weights are kept.
+        copied, and fields of its config.json that do not describe the weights are kept.
 
     Raises:
-      ConfigError: an unknown family, a model the family cannot express (the field is named), or a
-        directory that is not empty.
+      ConfigError: an unknown family, a model that the family does not support (the message names
+        the field), or a directory that is not empty.
     """
     check_choice("family", family, FAMILIES)
     check(shard_bytes > 0, "shard_bytes", shard_bytes, "must be > 0")
@@ -74,46 +74,46 @@ def save(
     config = model.config
     parameters = flat(dense(model, jnp.dtype(config.param_dtype)))
     described = _describe(config, chosen, read_object(source / "config.json") if source else {})
-    wanted = targets(chosen.rows, config, parameters)
+    tensors = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:
-        check(family == "rwkv7", "family", family, f"only rwkv7 is kept in a {SUFFIX} file")
-        write_pth({t.name: _tensor(t, config, parameters) for t in wanted}, directory)
+        check(family == "rwkv7", "family", family, f"a {SUFFIX} file requires family rwkv7")
+        write_pth({t.name: _tensor(t, config, parameters) for t in tensors}, directory)
         return
     with new_directory(directory) as fresh:
         if source:
             copy_companions(source, fresh)
-        _write_tensors(fresh, wanted, config, parameters, shard_bytes)
+        _write_tensors(fresh, tensors, config, parameters, shard_bytes)
         (fresh / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 def copy_companions(source: Path, to: Path) -> None:
-    """Copy those of `COMPANIONS` that ``source`` has."""
+    """Copy the `COMPANIONS` that ``source`` has."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, to / name)
 
 
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
-    """config.json, after checking that it says all that ``config`` does."""
+    """The config.json of ``config``, after checking that reading it gives ``config`` again."""
     described = {**source, **family.write(config)}
-    again = _said(family.read(described))
-    # a length that the weights do not depend on is the tokenizer's business
-    free = {*decides(config, EXECUTION, PRECISION, TRAINING), "max_length"}
-    for field, ours in _said(config).items():
-        if field not in free and ours != again.get(field):
+    read_back = _normalised(family.read(described))
+    # the weights do not depend on the length
+    unchecked = {*decides(config, EXECUTION, PRECISION, TRAINING), "max_length"}
+    for field, value in _normalised(config).items():
+        if field not in unchecked and value != read_back.get(field):
             raise ConfigError(
-                f"{field}={ours!r}: a {family.architecture} would have {again.get(field)!r}"
+                f"{field}={value!r}: a {family.architecture} would have {read_back.get(field)!r}"
             )
     dtype = config.param_dtype
     kind = {"architectures": [family.architecture], "model_type": family.model_type}
     return {**_NO_TOKENS, **described, **kind, "dtype": dtype, "torch_dtype": dtype}
 
 
-def _said(config: DecoderConfig) -> dict[str, Any]:
-    """Dotted field → value, in one of the ways that the same may be said in."""
+def _normalised(config: DecoderConfig) -> dict[str, Any]:
+    """Dotted field → value, equal for configurations that mean the same."""
     mixers, feed_forwards = zip(*config.layers, strict=True)
     kinds = {"pattern": shortest(mixers), "feed_forward": shortest(feed_forwards)}
-    # kinds first: where they differ the rest does too
+    # kinds first: if they differ, other fields differ too
     return {**kinds, **dict(_fields(dataclasses.asdict(_explicit(config)))), **kinds}
 
 
@@ -127,7 +127,7 @@ def _fields(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _explicit(config: DecoderConfig) -> DecoderConfig:
-    """``config`` with what is implied written out, without parts that no layer has."""
+    """``config`` with its defaults written out, and without parts that no layer has."""
     attention, sliding_rotary = config.attention, config.sliding_rotary
     latent, mamba, moe, rwkv = config.latent, config.mamba, config.moe, config.rwkv
     if attention is not None:
@@ -143,11 +143,11 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
         norm_eps = latent.norm_eps or config.norm_eps
         latent = dataclasses.replace(latent, scale=scale, norm_eps=norm_eps)
     if mamba is not None:
-        own = dict(delta_rank=mamba.rank(config.width)) if "mamba" in config.pattern else {}
+        used_fields = dict(delta_rank=mamba.rank(config.width)) if "mamba" in config.pattern else {}
         if "mamba2" in config.pattern:
-            own |= dict(head_dim=mamba.head_dim, groups=mamba.groups)
+            used_fields |= dict(head_dim=mamba.head_dim, groups=mamba.groups)
         unused = dict(delta_rank=None, head_dim=64, groups=1)
-        mamba = dataclasses.replace(mamba, **(unused | own))
+        mamba = dataclasses.replace(mamba, **(unused | used_fields))
     if rwkv is not None and "rwkv7" not in config.pattern:
         rwkv = RwkvConfig()  # RWKV-4 has no sizes but the width
     if "sliding" in config.pattern:
@@ -163,21 +163,21 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
 
 def _write_tensors(
     directory: Path,
-    wanted: list[Target],
+    pending: list[Target],
     config: DecoderConfig,
     parameters: dict[str, jax.Array],
     shard_bytes: int,
 ) -> None:
     shards: list[list[Target]] = [[]]
-    held = 0
-    for target in wanted:
+    filled = 0
+    for target in pending:
         item = parameters[target.paths[0]].dtype.itemsize
         size = int(np.prod(target.shape)) * item
-        if shards[-1] and held + size > shard_bytes:
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
-            held = 0
+            filled = 0
         shards[-1].append(target)
-        held += size
+        filled += size
     count = len(shards)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
@@ -200,15 +200,15 @@ def _tensor(target: Target, config: DecoderConfig, parameters: dict[str, jax.Arr
 
 
 def _on_host(array: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
-    """``array[index]``, from the devices that hold shares of it, which may lie along any axis."""
+    """``array[index]`` on the host, from the devices that hold its shards, over any axis."""
     if isinstance(array, np.ndarray):
         return array[index]
-    found = np.empty(array.shape[len(index) :], array.dtype)
+    result = np.empty(array.shape[len(index) :], array.dtype)
     for shard in array.addressable_shards:
-        first, rest = shard.index[: len(index)], shard.index[len(index) :]
+        first, spans = shard.index[: len(index)], shard.index[len(index) :]
         starts = [axis.start or 0 for axis in first]
-        at = tuple(i - start for i, start in zip(index, starts, strict=True))
-        held = all(0 <= i < n for i, n in zip(at, shard.data.shape, strict=False))
-        if held and shard.replica_id == 0:
-            found[rest] = np.asarray(shard.data[at])
-    return found
+        position = tuple(i - start for i, start in zip(index, starts, strict=True))
+        inside = all(0 <= i < n for i, n in zip(position, shard.data.shape, strict=False))
+        if inside and shard.replica_id == 0:
+            result[spans] = np.asarray(shard.data[position])
+    return result

@@ -1,7 +1,7 @@
-"""One row a weight: its name and layout there, its place and layout here.
+"""One row per tensor: its name and layout in the checkpoint, its path and layout in the Decoder.
 
 A row serves both directions: ``pattern`` is an einops expression from the checkpoint's layout to
-ours, and reading it from right to left gives the way back.
+the Decoder's; from right to left it is the inverse.
 """
 
 import dataclasses
@@ -17,13 +17,15 @@ from layers.decoder import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A tensor of the checkpoint and where it goes.
+    """A tensor of the checkpoint and its parameters in the Decoder.
 
-    ``name``: in the checkpoint, ``{l}`` standing for the layer and ``{e}`` for the expert.
-    ``pattern``: their layout → ours, with axes ``d h k c f v t`` as everywhere. ``paths``: in our
-    tree, of a block where ``name`` has ``{l}``; the parts of a fused tensor follow one another
-    along axis ``join`` of our layout, and may differ in size there. A row whose path the model
-    lacks (a bias, an untied head) is left out.
+    Attributes:
+      name: the name in the checkpoint; ``{l}`` is the layer, ``{e}`` the expert.
+      pattern: the checkpoint's layout → the Decoder's, with axes ``d h k c f v t`` as everywhere.
+      paths: in the Decoder's tree, or in a layer's if ``name`` has ``{l}``. A row is left out if
+        the model lacks a path (a bias, an untied head).
+      join: the axis of the Decoder's layout along which the parts of a fused tensor are
+        concatenated; they may differ in size there.
     """
 
     name: str
@@ -34,11 +36,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A row's tensor in a given model: ``paths`` in its flat tree, ``index`` in their first axes.
+    """A row's tensor in a given model.
 
-    Those are the repeats of the stack and, for an expert's tensor, the experts; nothing is indexed
-    where the tensor is all of the parameter. ``sizes`` are those of its parts along the axis that
-    joins them.
+    Attributes:
+      name: the name in the checkpoint, with the layer and the expert.
+      paths: in the model's flat tree.
+      index: of the tensor in the first axes of its parameters: the repeat of the stack and, for an
+        expert's tensor, the expert; empty if the tensor is the whole parameter.
+      sizes: of the parts along the axis that joins them.
+      shape: of the tensor in the checkpoint.
     """
 
     name: str
@@ -46,25 +52,25 @@ class Target:
     paths: tuple[str, ...]
     index: tuple[int, ...]
     sizes: tuple[int, ...]
-    shape: tuple[int, ...]  # in the checkpoint
+    shape: tuple[int, ...]
 
 
 def targets(rows: tuple[Row, ...], config: DecoderConfig, parameters: Mapping) -> list[Target]:
-    """Every tensor of the checkpoint of a model with ``config``.
+    """All tensors of the checkpoint of a model with ``config``.
 
     Raises:
-      ConfigError: a parameter that no row names: the family cannot hold this model.
+      ConfigError: no row names a parameter: the family does not support this model.
     """
-    found = list(_targets(rows, config, parameters))
-    named = {path for target in found for path in target.paths}
+    result = list(_targets(rows, config, parameters))
+    named = {path for target in result for path in target.paths}
     for path in parameters:
         if path not in named:
-            raise ConfigError(f"parameter {path}: this family has no place for it")
-    return found
+            raise ConfigError(f"parameter {path}: must be in a row of the family")
+    return result
 
 
 def sizes(config: DecoderConfig) -> dict[str, int]:
-    """Letter → size, of the letters that patterns may group."""
+    """Axis letter → size, for the letters that patterns may group."""
     if (attention := config.attention) is not None:
         return {
             "h": attention.num_heads,
@@ -72,23 +78,23 @@ def sizes(config: DecoderConfig) -> dict[str, int]:
             "c": attention.channels(config.width),
         }
     if config.latent is not None:
-        # a head's channels differ from map to map
+        # the channels of a head differ between the projections
         return {"h": config.latent.num_heads}
     return {"c": config.part("rwkv").head_dim} if "rwkv7" in config.pattern else {}
 
 
 def from_theirs(target: Target, x: np.ndarray, config: DecoderConfig) -> list[np.ndarray]:
-    """``x`` of the checkpoint as the parts that go to ``target.paths``."""
+    """The tensor ``x`` of the checkpoint, as one part for each of ``target.paths``."""
     pattern = target.row.pattern
-    ours = einops.rearrange(x, pattern, **_used(pattern, config))
-    return np.split(ours, np.cumsum(target.sizes)[:-1], axis=target.row.join)
+    joined = einops.rearrange(x, pattern, **_used(pattern, config))
+    return np.split(joined, np.cumsum(target.sizes)[:-1], axis=target.row.join)
 
 
 def to_theirs(row: Row, parts: Sequence[np.ndarray], config: DecoderConfig) -> np.ndarray:
-    """``parts`` of ours as the one tensor of the checkpoint."""
-    ours = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=row.join)
+    """The Decoder's ``parts`` as one tensor of the checkpoint."""
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=row.join)
     left, right = row.pattern.split("->")
-    return einops.rearrange(ours, f"{right} -> {left}", **_used(row.pattern, config))
+    return einops.rearrange(joined, f"{right} -> {left}", **_used(row.pattern, config))
 
 
 def _used(pattern: str, config: DecoderConfig) -> dict[str, int]:
@@ -109,9 +115,11 @@ def _targets(rows, config, parameters) -> Iterator[Target]:
             for expert in range(experts) if "{e}" in row.name else (None,):
                 index = repeat if expert is None else (*repeat, expert)
                 shape, *others = (parameters[path].shape[len(index) :] for path in paths)
-                each = tuple(part[row.join] for part in (shape, *others))
-                # a view of nothing: only the shape is wanted
-                whole = (*shape[: row.join], sum(each), *shape[row.join + 1 :])
-                empty = np.broadcast_to(np.zeros(()), whole)
+                part_sizes = tuple(part[row.join] for part in (shape, *others))
+                # an empty view: only its shape is used
+                joined = (*shape[: row.join], sum(part_sizes), *shape[row.join + 1 :])
+                empty = np.broadcast_to(np.zeros(()), joined)
                 shape = to_theirs(row, [empty], config).shape
-                yield Target(row.name.format(l=layer, e=expert), row, paths, index, each, shape)
+                yield Target(
+                    row.name.format(l=layer, e=expert), row, paths, index, part_sizes, shape
+                )

@@ -1,4 +1,4 @@
-"""The families of checkpoints. A family is its configuration, read and written, and its rows."""
+"""The families of checkpoints: each reads and writes its configuration and has a table of rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json.
 
     Raises:
-      ConfigError: an architecture that is not supported; it is named, with those that are.
+      ConfigError: an unsupported architecture; the message names it and the supported ones.
     """
     named = (hf.get("architectures") or [None])[0]
     for family in FAMILIES.values():
@@ -40,7 +40,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     """The `DecoderConfig` of a config.json.
 
     Raises:
-      ConfigError: an unsupported architecture or feature, or a field that is missing; it is named.
+      ConfigError: an unsupported architecture or feature, or a missing field; the message names it.
     """
     family = family_of(hf)
     try:

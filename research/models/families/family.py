@@ -1,4 +1,4 @@
-"""What a family is, and what many of them share: rotary fields, patterns of layers, norm rows."""
+"""`Family`, and what several families share: rotary fields, patterns of layers, norm rows."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,16 @@ Kind = TypeVar("Kind")
 class Family:
     """How a family of checkpoints maps to a `Decoder`.
 
-    ``architecture`` and ``model_type`` as in config.json; ``read`` and ``write`` translate
-    configurations; ``prefix`` is part of the rows' names and may be missing in a checkpoint;
-    ``ignored`` are endings of tensors that hold no parameters; ``renamed`` gives the rows' name of
-    a tensor that some checkpoints call otherwise; ``beyond`` is the beginning of the names, up to
-    the number, of layers after the last, which are left out (DeepSeek's predict further tokens);
-    ``absent`` are tensors that nothing looks at and a checkpoint need not have: 0 where it has not.
+    Attributes:
+      architecture, model_type: as in config.json.
+      read, write: convert a config.json to a `DecoderConfig` and back.
+      rows: one per tensor.
+      prefix: part of the rows' names; a checkpoint may lack it.
+      ignored: endings of the names of tensors that are not parameters.
+      renamed: a tensor's other name in some checkpoints → its name in the rows.
+      beyond: the beginning of a layer's names, up to its number. Layers after the last are not
+        loaded (DeepSeek's predict further tokens).
+      absent: tensors that are not used and that a checkpoint may lack; a missing one becomes 0.
     """
 
     architecture: str
@@ -37,15 +41,15 @@ class Family:
 
     @property
     def head(self) -> str:
-        """The output layer's name, which a tied checkpoint may hold a copy under."""
+        """The name of the output layer; a tied checkpoint may have a copy of the embedding."""
         return next(row.name for row in self.rows if row.paths == ("head/weight",))
 
 
 def supported(hf: Mapping[str, Any], where: str = "", **only: Any) -> None:
     """Raise `ConfigError` unless each field of ``only`` is absent from ``hf`` or has that value."""
     for name, value in only.items():
-        found = hf.get(name, value)
-        check(found == value, where + name, found, f"must be {_json(value)}")
+        actual = hf.get(name, value)
+        check(actual == value, where + name, actual, f"must be {_json(value)}")
 
 
 def _json(value: Any) -> str:
@@ -54,7 +58,7 @@ def _json(value: Any) -> str:
 
 
 def head_channels(config: DecoderConfig) -> int:
-    """The model's channels a head."""
+    """The model's channels per head."""
     return config.part("attention").channels(config.width)
 
 
@@ -97,17 +101,17 @@ def read_rotary(hf: Mapping[str, Any], **defaults: float) -> RotaryConfig:
 
 
 def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of rotation in either spelling, the newer one last."""
+    """The rotary fields of a config.json; ``rope_parameters`` (newer) override ``rope_scaling``."""
     return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
 
 
 def read_mscale(hf: Mapping[str, Any]) -> float:
-    """The weight of YaRN's temperature in what scales all of a score; 0 where there is none."""
+    """The weight of YaRN's temperature in the factor of the whole score; 0 if there is none."""
     return float(rope_fields(hf).get("mscale_all_dim") or 0)
 
 
 def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
-    """``rotary`` as transformers ≥ 5 spells it."""
+    """``rotary`` as ``rope_parameters`` of transformers ≥ 5."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
     if rotary.fraction != 1:
         rope["partial_rotary_factor"] = rotary.fraction
@@ -126,7 +130,7 @@ def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
 
 
 def write_rotary(rotary: RotaryConfig) -> dict[str, Any]:
-    """``rotary`` in the new spelling, and in the old one for what reads nothing else."""
+    """``rotary`` in the newer fields, and in the older ones for libraries that read only these."""
     rope = rope_parameters(rotary)
     written = {"rope_parameters": rope, "rope_theta": rotary.base}
     if rotary.fraction != 1:
@@ -134,19 +138,19 @@ def write_rotary(rotary: RotaryConfig) -> dict[str, Any]:
     return written | ({"rope_scaling": rope} if rotary.scaling is not None else {})
 
 
-# theirs → ours
+# layer type in config.json → mixer of the Decoder
 _LAYER_TYPES = {"full_attention": "attention", "sliding_attention": "sliding"}
 
 
 def read_pattern(layer_types: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that, repeated, gives ``layer_types``."""
+    """The shortest pattern whose repetition gives ``layer_types``."""
     for i, kind in enumerate(layer_types):
         check_choice(f"layer_types[{i}]", kind, _LAYER_TYPES)
     return shortest(tuple(_LAYER_TYPES[kind] for kind in layer_types))
 
 
 def shortest(layers: tuple[Kind, ...]) -> tuple[Kind, ...]:
-    """The shortest tuple that, repeated, gives ``layers``."""
+    """The shortest tuple whose repetition gives ``layers``."""
     count = len(layers)
     return next(
         layers[:n]
@@ -156,15 +160,15 @@ def shortest(layers: tuple[Kind, ...]) -> tuple[Kind, ...]:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """Every layer's kind as config.json lists it."""
-    theirs = {ours: name for name, ours in _LAYER_TYPES.items()}
+    """The type of each layer, as config.json lists them."""
+    type_of_mixer = {mixer: name for name, mixer in _LAYER_TYPES.items()}
     for i, kind in enumerate(config.pattern):
-        check_choice(f"pattern[{i}]", kind, theirs)
-    return [theirs[kind] for kind in config.pattern * config.repeats]
+        check_choice(f"pattern[{i}]", kind, type_of_mixer)
+    return [type_of_mixer[kind] for kind in config.pattern * config.repeats]
 
 
 def parts(prefix: str, part: str, *names: str) -> tuple[str, ...]:
-    """Paths of a fused tensor, e.g. of query, key and value."""
+    """The paths of the parts of a fused tensor, e.g. of query, key and value."""
     return tuple(f"{prefix}/{name}/{part}" for name in names)
 
 

@@ -35,9 +35,9 @@ def _read(
     sliding_rotary: RotaryConfig | None = None,
     qk_norm: bool = False,
 ) -> DecoderConfig:
-    """``kinds``: every layer's type, unless config.json lists them."""
+    """``kinds``: the type of each layer, if config.json does not list them."""
     supported(hf, hidden_activation="gelu_pytorch_tanh")
-    # null as well as false: attention is causal
+    # null and false both mean causal attention
     supported({"use_bidirectional_attention": bool(hf.get("use_bidirectional_attention"))},
               use_bidirectional_attention=False)  # fmt: skip
     channels = hf.get("head_dim", 256)
@@ -85,7 +85,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": head_channels(config),
-        # a scale that came from a whole number goes back to it, not to its neighbour
+        # a scale that was read from an integer is written as that integer, without rounding errors
         "query_pre_attn_scalar": whole if math.isclose(whole, scalar, rel_tol=1e-9) else scalar,
         "intermediate_size": config.part("mlp").width,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -101,7 +101,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _every(hf: Mapping[str, Any], period: int) -> list[str]:
-    """Layer types of which every ``period``-th is full."""
+    """Layer types: every ``period``-th layer is full, the others slide."""
     return [
         "sliding_attention" if layer % period else "full_attention"
         for layer in range(1, hf["num_hidden_layers"] + 1)
@@ -118,7 +118,7 @@ def _write_gemma2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_gemma3(hf: Mapping[str, Any]) -> DecoderConfig:
-    # transformers ≥ 5 has one table a type of layer; before, scaling was of the full ones
+    # transformers ≥ 5 has one table per layer type; before, scaling applied to full layers only
     tables = hf.get("rope_parameters") or {}
     full = read_rotary({**hf, "rope_parameters": tables.get("full_attention")}, rope_theta=1e6)
     local = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}

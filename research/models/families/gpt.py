@@ -1,4 +1,4 @@
-"""The GPT line: GPT-2, GPT-NeoX, BLOOM and MPT, which fuse query, key and value each their way."""
+"""The GPT family: GPT-2, GPT-NeoX, BLOOM and MPT, each with its own fused query, key, value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from research.models.families.family import (
 )
 from research.models.table import Row
 
-# theirs → ours; what is written is the first name of each
+# activation in config.json → the Decoder's; of several names the first one is written
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 
 
@@ -29,13 +29,13 @@ def _read_activation(hf: Mapping[str, Any], field: str, default: str) -> str:
 
 
 def _write_activation(config: DecoderConfig) -> str:
-    theirs = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
-    check_choice("mlp.activation", config.part("mlp").activation, theirs)
-    return theirs[config.part("mlp").activation]
+    names = {activation: name for name, activation in reversed(_ACTIVATIONS.items())}
+    check_choice("mlp.activation", config.part("mlp").activation, names)
+    return names[config.part("mlp").activation]
 
 
 def _heads(heads: int, width: int, bias: bool, scale: float | None = None) -> AttentionConfig:
-    """As many keys as queries, and no width of their own."""
+    """Multi-head attention whose heads together have the model's width."""
     check(width % heads == 0, "heads", heads, f"must divide the width {width}")
     return AttentionConfig(
         heads, heads, head_dim=width // heads, qkv_bias=bias, out_bias=bias, scale=scale
@@ -75,7 +75,7 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-# Conv1D keeps weights [in, out]; query, key and value follow one another
+# Conv1D has weights [in, out]; query, key and value are concatenated
 _GPT2_ROWS = (
     Row("transformer.wte.weight", "v d -> v d", ("embedding/table",)),
     Row("transformer.wpe.weight", "t d -> t d", ("positions/table",)),
@@ -131,8 +131,8 @@ def _read_neox(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _write_neox(config: DecoderConfig) -> dict[str, Any]:
-    # the fraction is always said: theirs is a quarter unless it is
-    said = {"partial_rotary_factor": config.rotary.fraction}
+    # the fraction is always written: GPT-NeoX's default is a quarter
+    fraction = {"partial_rotary_factor": config.rotary.fraction}
     written = write_rotary(config.rotary)
     return {
         "vocab_size": config.vocab_size,
@@ -147,7 +147,7 @@ def _write_neox(config: DecoderConfig) -> dict[str, Any]:
         "rotary_pct": config.rotary.fraction,
         "rotary_emb_base": config.rotary.base,
         **{
-            name: {**value, **said} if isinstance(value, dict) else value
+            name: {**value, **fraction} if isinstance(value, dict) else value
             for name, value in written.items()
         },
         "tie_word_embeddings": config.tie_embeddings,
@@ -156,7 +156,7 @@ def _write_neox(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _fused_by_head(layer: str, attention: str, mlp: tuple[str, str]) -> tuple[Row, ...]:
-    """Rows of layers that keep each head's query, key and value together: GPT-NeoX and BLOOM."""
+    """Rows of layers whose fused tensor is ordered by head, then query, key, value."""
     up, down = (f"{layer}.mlp.{name}" for name in mlp)
     fused = f"{layer}.{attention}.query_key_value"
     names = ("query", "key", "value")
@@ -185,7 +185,7 @@ _NEOX_ROWS = (
 
 def _read_bloom(hf: Mapping[str, Any]) -> DecoderConfig:
     supported(hf, apply_residual_connection_post_layernorm=False)
-    # both spellings are on the Hub, the second one in the largest model's
+    # both names are on the Hub, the second one in the largest model
     width = hf["n_embed"] if "n_embed" in hf else hf["hidden_size"]
     heads = hf["n_head"] if "n_head" in hf else hf["num_attention_heads"]
     layers = hf["n_layer"] if "n_layer" in hf else hf["num_hidden_layers"]
@@ -238,7 +238,7 @@ def _read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
         qk_ln=False,
     )
     width, heads = hf["d_model"], hf["n_heads"]
-    # for others MPT orders the slopes unlike Press 2022
+    # for other numbers MPT orders the slopes differently from Press 2022
     check(heads & (heads - 1) == 0, "n_heads", heads, "must be a power of two")
     return DecoderConfig(
         vocab_size=hf["vocab_size"],

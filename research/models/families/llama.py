@@ -1,4 +1,4 @@
-"""Llama and its kin: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
+"""Llama and similar models: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -78,13 +78,13 @@ def _window(config: DecoderConfig) -> int | None:
 
 
 def read_windowed(hf: Mapping[str, Any], **attention: Any) -> DecoderConfig:
-    """All layers slide, or none does."""
+    """A Llama-like config in which all layers have a sliding window, or none has one."""
     pattern = ("attention",) if hf["sliding_window"] is None else ("sliding",)
     return _read_llama({**hf, "attention_bias": False, "mlp_bias": False}, pattern, **attention)
 
 
 def _read_mistral(hf: Mapping[str, Any]) -> DecoderConfig:
-    # transformers reads an absent window as 4096, and null as none
+    # in transformers a missing window is 4096, and null is no window
     return read_windowed({"sliding_window": 4096, **hf})
 
 
@@ -94,7 +94,7 @@ def write_windowed(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _qwen_pattern(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which layers slide: as listed, or those from ``max_window_layers`` on."""
+    """The mixers of the layers: sliding as listed, or from layer ``max_window_layers`` on."""
     if not hf.get("use_sliding_window", False) or hf.get("sliding_window", 4096) is None:
         full = ["full_attention"] * hf["num_hidden_layers"]
         supported({"layer_types": hf.get("layer_types") or full}, layer_types=full)
@@ -153,7 +153,7 @@ MODEL_ROWS = (
     Row("model.norm.weight", "d -> d", ("final_norm/scale",)),
     Row("lm_head.weight", "v d -> d v", ("head/weight",)),
 )
-# what the layer has none of is left out
+# rows of parameters that the model lacks are left out
 PROJECTION_ROWS = (
     Row(LAYER + "self_attn.q_proj.weight", "(h c) d -> d h c", ("mixer/query/weight",)),
     Row(LAYER + "self_attn.k_proj.weight", "(k c) d -> d k c", ("mixer/key/weight",)),
@@ -184,10 +184,9 @@ HEAD_NORM_ROWS = (
 
 
 def norm_rows(**names: str) -> tuple[Row, ...]:
-    """Rows of a layer's norms: ours → theirs."""
+    """Rows of a layer's norms: name in the Decoder → name in the checkpoint."""
     return tuple(
-        Row(f"{LAYER}{theirs}.weight", "d -> d", (f"{ours}/scale",))
-        for ours, theirs in names.items()
+        Row(f"{LAYER}{name}.weight", "d -> d", (f"{path}/scale",)) for path, name in names.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2: a stack of mixers and nothing between them."""
+"""Mamba and Mamba-2: a stack of mixers without feed-forward layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _ANY_STEP = [0.0, float("inf")]
 
 
 def _read(hf: Mapping[str, Any], kind: str, tied: bool, **sizes: Any) -> DecoderConfig:
-    """``kind`` of mixer and its own ``sizes``; ``tied``: what embeddings are unless it is said."""
+    """``kind`` and ``sizes`` are the mixer's; ``tied`` is the default of tie_word_embeddings."""
     supported(hf, hidden_act="silu")
     return DecoderConfig(
         vocab_size=hf["vocab_size"],
@@ -73,7 +73,7 @@ def _write_mamba(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_mamba2(hf: Mapping[str, Any]) -> DecoderConfig:
-    # transformers ≥ 5 spells infinity, which JSON has not, as {"__float__": "Infinity"}
+    # JSON has no infinity: transformers ≥ 5 writes {"__float__": "Infinity"}
     limit = [
         float(step["__float__"] if isinstance(step, Mapping) else step)
         for step in hf.get("time_step_limit", _ANY_STEP)
@@ -124,7 +124,7 @@ _MAMBA_ROWS = (
     Row(_MIXER + "A_log", "i n -> i n", ("mixer/log_rate",)),
     Row(_MIXER + "D", "i -> i", ("mixer/skip",)),
 )
-# what the token gives, in the order of the one projection; the middle three are convolved
+# the parts of the one input projection, in order; the middle three are convolved
 _PARTS = ("gate", "into", "b", "c", "delta")
 _MAMBA2_ROWS = (
     *_MODEL_ROWS,

@@ -46,7 +46,7 @@ def _read_mixtral(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
     moe = config.part("moe")
-    # the experts' width goes by the name that a Llama's hidden layer has
+    # the experts' width has the field name of a Llama's hidden layer
     written = write_windowed(dataclasses.replace(config, mlp=MlpConfig(moe.width)))
     return {**written, "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
 
@@ -60,7 +60,7 @@ def _read_deepseek(hf: Mapping[str, Any]) -> DecoderConfig:
     rotary = read_rotary(hf)
     supported({"partial_rotary_factor": rotary.fraction}, partial_rotary_factor=1.0)
     interleaved = bool(hf.get("rope_interleave", True))
-    channels, turned = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
+    channels, rotary_channels = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
     growth = 1.0
     if rotary.scaling is not None:
         growth = yarn_growth(rotary.scaling.factor, read_mscale(hf))
@@ -75,12 +75,12 @@ def _read_deepseek(hf: Mapping[str, Any]) -> DecoderConfig:
             heads,
             rank=hf["kv_lora_rank"],
             head_dim=channels,
-            rotary_dim=turned,
+            rotary_dim=rotary_channels,
             value_dim=hf["v_head_dim"],
             query_rank=hf.get("q_lora_rank", 1536),
             bias=bool(hf.get("attention_bias", False)),
-            scale=(channels + turned) ** -0.5 * growth * growth,
-            # whatever it is in the other norms
+            scale=(channels + rotary_channels) ** -0.5 * growth * growth,
+            # fixed: it does not follow rms_norm_eps
             norm_eps=1e-6,
         ),
         mlp=MlpConfig(hf["intermediate_size"]),
@@ -119,7 +119,7 @@ def _write_deepseek(config: DecoderConfig) -> dict[str, Any]:
         "qk_rope_head_dim": latent.rotary_dim,
         "v_head_dim": latent.value_dim,
         "attention_bias": latent.bias,
-        # theirs has one where no layer is dense, too
+        # config.json has this field even if no layer is dense
         "intermediate_size": moe.width if config.mlp is None else config.mlp.width,
         "moe_intermediate_size": moe.width,
         "n_routed_experts": moe.num_experts,
@@ -133,15 +133,15 @@ def _write_deepseek(config: DecoderConfig) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        **_write_turns(config),
+        **_write_scaled_rotary(config),
         "rope_interleave": config.rotary.interleaved,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_length or 4096,
     }
 
 
-def _write_turns(config: DecoderConfig) -> dict[str, Any]:
-    """`write_rotary`, with what scales all of a score, which is said by YaRN's temperature."""
+def _write_scaled_rotary(config: DecoderConfig) -> dict[str, Any]:
+    """`write_rotary`; the factor of the whole score is written as YaRN's temperature."""
     latent, scaling = config.part("latent"), config.rotary.scaling
     written = write_rotary(config.rotary)
     if scaling is None or latent.scale is None:
@@ -152,14 +152,14 @@ def _write_turns(config: DecoderConfig) -> dict[str, Any]:
     weight = round((growth - 1) / (yarn_growth(scaling.factor) - 1), 9)
     rope = {**written["rope_parameters"], "mscale_all_dim": weight}
     if scaling.magnitude == 1:
-        # as DeepSeek's files have it: of the two the quotient counts
+        # as in DeepSeek's files: only the quotient of the two has an effect
         del rope["attention_factor"]
         rope["mscale"] = weight
     return {**written, "rope_parameters": rope, "rope_scaling": rope}
 
 
 def _expert_rows(layer: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """A layer's router and experts."""
+    """The rows of a layer's router and experts."""
     return (
         Row(layer + "gate.weight", "e d -> d e", ("mlp/router/weight",)),
         Row(f"{layer}experts.{{e}}.{gate}.weight", "f d -> d f", ("mlp/gate",)),

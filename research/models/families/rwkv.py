@@ -1,4 +1,4 @@
-"""RWKV-4, as transformers keeps it, and RWKV-7, under the names of its authors' files."""
+"""RWKV-4 with the names of transformers, and RWKV-7 with the names of its authors' files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from research.models.table import Row
 
 def _read_rwkv4(hf: Mapping[str, Any]) -> DecoderConfig:
     width = hf["hidden_size"]
-    # transformers' last norm has this ε whatever the others have
+    # the last norm of transformers always has this ε
     supported(hf, layer_norm_epsilon=1e-5)
     if hf.get("attention_hidden_size") is not None:
         supported(hf, attention_hidden_size=width)
@@ -42,7 +42,7 @@ def _write_rwkv4(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.part("mlp").width,
         "layer_norm_epsilon": config.norm_eps,
-        # halving activations every few layers is for float16; norms undo it but for their ε
+        # halving activations every few layers is for float16; norms undo it except for their ε
         "rescale_every": 0,
         "tie_word_embeddings": config.tie_embeddings,
         "context_length": config.max_length or 1024,
@@ -108,7 +108,7 @@ _RWKV4_ROWS = (
 )
 
 _MIX, _FEED = "blocks.{l}.att.", "blocks.{l}.ffn."
-# theirs → ours
+# name in the checkpoint → name in the Decoder
 _LOW_RANKS = {"w": "decay", "a": "rate", "v": "residual", "g": "gate"}
 _MIXES = {"r": "receptance", "w": "decay", "k": "key", "v": "value", "a": "rate", "g": "gate"}
 _RWKV7_ROWS = (
@@ -121,11 +121,11 @@ _RWKV7_ROWS = (
     *(Row(f"{_MIX}x_{name}", "1 1 d -> d", (f"mixer/mixes/{_MIXES[name]}",)) for name in _MIXES),
     *(
         row
-        for name, ours in _LOW_RANKS.items()
+        for name, part in _LOW_RANKS.items()
         for row in (
-            Row(f"{_MIX}{name}1", "d r -> d r", (f"mixer/{ours}/down/weight",)),
-            Row(f"{_MIX}{name}2", "r (h c) -> r h c", (f"mixer/{ours}/up/weight",)),
-            Row(f"{_MIX}{name}0", "1 1 (h c) -> h c", (f"mixer/{ours}/up/bias",)),
+            Row(f"{_MIX}{name}1", "d r -> d r", (f"mixer/{part}/down/weight",)),
+            Row(f"{_MIX}{name}2", "r (h c) -> r h c", (f"mixer/{part}/up/weight",)),
+            Row(f"{_MIX}{name}0", "1 1 (h c) -> h c", (f"mixer/{part}/up/bias",)),
         )
     ),
     Row(_MIX + "k_k", "1 1 (h c) -> h c", ("mixer/key_removal",)),
@@ -153,7 +153,7 @@ RWKVS = (
         _RWKV7_ROWS,
         prefix="",
         ignored=(),
-        # the first layer has no values to mix with its own
+        # the first layer has no earlier values to mix with
         absent=tuple(f"blocks.0.att.v{part}" for part in range(3)),
     ),
 )

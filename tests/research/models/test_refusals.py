@@ -62,11 +62,11 @@ NORM = "model.norm.weight"
         ),
         (
             _tensors(lambda t: t.update(extra=np.ones(1, np.float32))),
-            "tensor='model.extra': is no part of a LlamaForCausalLM",
+            "tensor='model.extra': is not part of a LlamaForCausalLM",
         ),
-        (lambda d: (d / "config.json").unlink(), "holds no config.json"),
+        (lambda d: (d / "config.json").unlink(), "must hold config.json"),
         (lambda d: (d / "config.json").write_text("{"), "not JSON"),
-        (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "must hold model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"1234"), "cannot be read"),
     ],
 )
@@ -77,13 +77,13 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path, change, message):
 
 
 def test_a_missing_directory_field_or_shard_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere'.*is not there"):
+    with pytest.raises(ConfigError, match="nowhere'.*does not exist"):
         load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="config.json: hidden_size is missing"):
         decoder_config({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2})
     make("llama").save_pretrained(tmp_path, max_shard_size="5KB")
     next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(ConfigError, match="model-00002.*is named by the index and missing"):
+    with pytest.raises(ConfigError, match="model-00002.*is in the index but does not exist"):
         load(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_layers_after_the_last_are_left_out_and_unknown_tensors_are_not(tmp_path
     load(tmp_path)
     for name in ("model.layers.1.mlp.gate_proj.weight", "model.layers.0.mlp.experts.0.up_proj.x"):
         save_file({**tensors, name: nothing}, path)
-        with pytest.raises(ConfigError, match=f"tensor='{name}': is no part of a Deepseek"):
+        with pytest.raises(ConfigError, match=f"tensor='{name}': is not part of a Deepseek"):
             load(tmp_path)
     expert = "model.layers.1.mlp.experts.7.down_proj.weight"
     del tensors[expert]

@@ -160,12 +160,12 @@ class Trap:
         (lambda held: held.pop("blocks.1.att.v1"), "tensor='blocks.1.att.v1': is missing"),
         # RWKV-6 has `time_faaaa` in its place
         (renamed("blocks.0.att.r_k", "blocks.0.att.time_faaaa"),
-         "tensor='blocks.0.att.r_k': is missing: no RWKV_x070"),
-        (put("blocks.1.ffn.s1", torch.ones(1)), "blocks.1.ffn.s1': is no part of a RWKV_x070"),
+         "tensor='blocks.0.att.r_k': is missing: not an RWKV_x070"),
+        (put("blocks.1.ffn.s1", torch.ones(1)), "blocks.1.ffn.s1': is not part of a RWKV_x070"),
         (put("blocks.1.att.x_r", torch.ones(WIDTH)),
          r"tensor blocks.1.att.x_r=\[24\]: must have shape \[1, 1, 24\]"),
         (put("emb.weight", torch.ones(WIDTH)), r"tensor emb.weight=\[24\]: must have 2 axes"),
-        (put("steps", 7), "is no dictionary of tensors"),
+        (put("steps", 7), "must be a dictionary of tensors"),
         (put("trap", Trap()), "cannot be read"),
     ],
 )  # fmt: skip
@@ -182,17 +182,17 @@ def test_what_cannot_be_read_or_written_is_said(pair, tmp_path, monkeypatch, cap
         torn.write_bytes(content)
         with pytest.raises(ConfigError, match="torn.pth': cannot be read"):
             load(torn)
-    with pytest.raises(ConfigError, match="nowhere.pth': is not there"):
+    with pytest.raises(ConfigError, match="nowhere.pth': does not exist"):
         load(tmp_path / "nowhere.pth")
     with pytest.raises(ConfigError, match="torn.pth'.*must be absent or empty"):
         save(ours, torn, "rwkv7")
     make("llama").save_pretrained(tmp_path / "llama")
-    with pytest.raises(ConfigError, match="family='llama': only rwkv7 is kept in a .pth file"):
+    with pytest.raises(ConfigError, match="family='llama': a .pth file requires family"):
         save(load(tmp_path / "llama"), tmp_path / "a.pth", "llama")
     monkeypatch.setattr(pth.importlib.util, "find_spec", lambda name: None)
     assert main(["import", str(torn), "--to", str(tmp_path / "there")]) == 2
     error = capsys.readouterr().err
-    assert "needs PyTorch, which is not installed: pip install torch" in error
-    with pytest.raises(ConfigError, match="a.pth': needs PyTorch"):
+    assert "requires PyTorch: pip install torch" in error
+    with pytest.raises(ConfigError, match="a.pth': requires PyTorch"):
         save(ours, tmp_path / "a.pth", "rwkv7")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["llama", "torn.pth"]
