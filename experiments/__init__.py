@@ -1,1 +1,1 @@
-"""Does the claim hold? One file a paper's ablation: arms, seeds, claims; no algorithm."""
+"""Does the claim hold? One file per paper, with arms, seeds and claims; no algorithm."""

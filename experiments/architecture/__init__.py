@@ -1,1 +1,1 @@
-"""Ablations of a decoder's parts: positions, attention, and what they cost."""
+"""Ablations of a decoder's parts: positions, attention, and their cost."""

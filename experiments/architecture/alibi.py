@@ -1,14 +1,14 @@
 """Attention with linear biases: ALiBi (Press 2022, arXiv:2108.12409).
 
-The paper adds to each score a penalty proportional to distance instead of position embeddings, and
-trains short to test long. Figure 1 (WikiText-103): a model trained on 512 or 1,024 tokens keeps its
-perplexity on longer sequences, where sinusoidal positions break down at once and rotary ones soon
-after. Abstract: a 1.3B model trained on 1,024 tokens extrapolates to 2,048 with the perplexity of a
-sinusoidal model trained on 2,048.
+Instead of position embeddings, the paper adds to each score a penalty proportional to the distance.
+Models are trained on short sequences and tested on long ones. Figure 1 (WikiText-103): a model
+trained on 512 or 1,024 tokens keeps its perplexity on longer sequences. With sinusoidal positions
+the perplexity grows at once, with rotary ones soon after. Abstract: a 1.3B model trained on 1,024
+tokens extrapolates to 2,048 with the perplexity of a sinusoidal model trained on 2,048.
 
 Here one decoder is trained with ALiBi, rotary, sinusoidal and learned positions at one length, and
-with sinusoidal positions at twice that length (same tokens a step), and all are tested at 1, 2, 4
-and 8 times the length.
+with sinusoidal positions at twice that length (same tokens per step). All are tested at 1, 2, 4 and
+8 times the length.
 
     ablate run architecture/alibi --scale=smoke    # a few steps, no findings
     ablate run architecture/alibi                  # cpu: 2 cores; time in `ablate list`
@@ -28,8 +28,8 @@ PAPER = "Press 2022, Train Short, Test Long: Attention with Linear Biases, arXiv
 CODE = ("layers/alibi.py", "layers/attention.py")
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:2x2x2"  # of paper scale
-FACTORS = (1, 2, 4, 8)  # of the trained length
+TOPOLOGY = "v5p:2x2x2"  # the slice of paper scale
+FACTORS = (1, 2, 4, 8)  # multiples of the trained length
 
 
 def get_config(scale):
@@ -40,7 +40,7 @@ def get_config(scale):
         config.model.mlp.update(width=4096, activation="relu")
         config.data.update(sequence_length=512, batch_size=144)
     config.trained_length = config.data.sequence_length
-    # learned positions beyond the trained length exist and are never trained
+    # learned positions beyond the trained length exist but are not trained
     config.model.max_length = FACTORS[-1] * config.trained_length
     config.evaluation_tokens = {"smoke": 512, "cpu": 32_768}.get(scale, 1_048_576)
     return config

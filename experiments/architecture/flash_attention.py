@@ -1,14 +1,14 @@
 """FlashAttention: exact attention without the square in memory (Dao 2022, arXiv:2205.14135).
 
-The softmax is made block by block with a running maximum and sum, and the backward pass makes the
-scores again instead of keeping them. Theorem 1: the result is exact, with O(N) memory beyond inputs
-and output. Figure 3: up to 3 times faster than standard attention at common lengths, and up to 20
-times more memory-efficient. Figure 4: the model that is trained is the same.
+The softmax is computed block by block with a running maximum and sum, and the backward pass
+computes the scores again instead of storing them. Theorem 1: the result is exact, with O(N) memory
+beyond inputs and output. Figure 3: up to 3 times faster than standard attention at common lengths,
+and up to 20 times more memory-efficient. Figure 4: the trained model is the same.
 
-Here the attention operation (forward and backward) is held against float64, its temporary memory is
-read from the program compiled for this machine and, with libtpu, for a TPU v5p that need not be
-there; and it is timed in turn with attention that stores its scores. Then a decoder is trained with
-each.
+Here the attention operation (forward and backward) is compared with float64. Its temporary memory
+is read from the program compiled for this machine and, with libtpu, for a TPU v5p that need not be
+attached. It is timed alternately with attention that stores its scores. Then a decoder is trained
+with each.
 
     ablate run architecture/flash_attention --scale=smoke    # a few steps, no findings
     ablate run architecture/flash_attention                  # cpu: 2 cores; time in `ablate list`
@@ -26,7 +26,7 @@ PAPER = "Dao 2022, FlashAttention: Fast and Memory-Efficient Exact Attention, ar
 CODE = ("layers/attention.py",)
 MATCHED = "parameters, tokens, FLOPs of the model; inputs of the operation"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:2x2x2"  # of paper scale
+TOPOLOGY = "v5p:2x2x2"  # the slice of paper scale
 
 
 def get_config(scale):
@@ -39,7 +39,7 @@ def get_config(scale):
     small = scale == "smoke"
     config.op = dict(heads=8, head_dim=64, dtype="float32" if small else config.model.dtype)
     config.exact_length = 64 if small else 1024
-    # a chip whose memory holds the square at the longest of these
+    # a chip whose memory is large enough for the square at the longest length
     config.memory_lengths = (128, 256) if small else (2048, 4096, 8192, 16_384)
     config.topology = "v5p:2x2x1"
     config.timed = dict(short=64, long=128) if small else dict(short=1024, long=4096)

@@ -1,14 +1,14 @@
 """Grouped-query attention: GQA (Ainslie 2023, arXiv:2305.13245).
 
-The paper converts multi-head T5 checkpoints to fewer key-value heads and trains them a little
-more. Table 1 (T5-XXL; inference seconds a sample, average score): MHA 1.51 s, 47.2; MQA 0.24 s,
-46.6; GQA-8 0.28 s, 47.1. Mean-pooling the heads of a group beats keeping its first head, which
-beats fresh heads (Figure 4); 5% of the pre-training steps are enough (Figure 5).
+The paper converts multi-head T5 checkpoints to fewer key-value heads and trains them for a few more
+steps. Table 1 (T5-XXL; inference seconds per sample, average score): MHA 1.51 s, 47.2; MQA 0.24 s,
+46.6; GQA-8 0.28 s, 47.1. Mean-pooling the heads of a group is better than keeping its first head,
+which is better than new heads (Figure 4); 5% of the pre-training steps are enough (Figure 5).
 
 Here a decoder with 8 query heads and 8 (MHA), 2 (GQA) or 1 (MQA) key-value heads is trained from
 scratch on equal tokens. The multi-head model is then converted to GQA in the three ways and trained
-for 5% more steps, beside the multi-head model trained on for as long. At cpu scale 5% are a dozen
-steps: do not expect them to do what the paper's 50,000 do.
+for 5% more steps, and so is the multi-head model itself. At cpu scale 5% are a dozen steps: do not
+expect the effect of the paper's 50,000.
 
     ablate run architecture/gqa --scale=smoke    # a few steps, no findings
     ablate run architecture/gqa                  # cpu: 2 cores; time in `ablate list`
@@ -31,7 +31,7 @@ PAPER = "Ainslie 2023, GQA: Training Generalized Multi-Query Transformer Models,
 CODE = ("layers/attention.py", "layers/grouping.py")
 MATCHED = "tokens, width, depth and query heads; parameters differ by the key and value heads"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:4x4x4"  # of paper scale
+TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale
 
 
 def get_config(scale):
@@ -53,7 +53,7 @@ def _grouped(config):
 
 
 def _uptrained(conversion):
-    """The trained multi-head model of the same seed, converted and trained on for 5%."""
+    """An arm: the multi-head model of the same seed, converted and trained for 5% more steps."""
     overrides = {
         "conversion": conversion,
         "training.steps": lambda config: config.uptraining_steps,

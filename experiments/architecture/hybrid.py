@@ -1,18 +1,19 @@
 """Hybrids of attention and Mamba: Jamba (Lieber 2024, arXiv:2403.19887).
 
-A state of one size cannot hold everything, and a cache that holds everything grows with the length.
-Jamba puts one layer of attention among seven of Mamba, and a mixture of experts in every other
-layer. Hybrids of 1:3 and 1:7 are level, and both are ahead of attention alone and of Mamba alone
-(§6.1); where Mamba alone fails for want of induction heads, they are level with attention (§6.2,
-Table 6); experts improve them further (§6.3). At 256,000 tokens the cache is 8 times smaller than
-Mixtral's (Table 1). Recall separates attention from Mamba in small models as well: verbatim, of
-texts longer than a state holds (Jelassi 2024, Repeat After Me, arXiv:2402.01032).
+A state of fixed size cannot store everything, and a cache that stores everything grows with the
+length. Jamba has one layer of attention per seven of Mamba, and a mixture of experts in every other
+layer. Hybrids of 1:3 and 1:7 are equally good, and both are better than attention alone and than
+Mamba alone (§6.1). Where Mamba alone fails because it lacks induction heads, they are as good as
+attention (§6.2, Table 6). Experts improve them further (§6.3). At 256,000 tokens the cache is 8
+times smaller than Mixtral's (Table 1). Recall also separates attention from Mamba in small models:
+attention copies texts verbatim that are too long for a state (Jelassi 2024, Repeat After Me,
+arXiv:2402.01032).
 
 Here one layer of four, two, all or none are attention, the others Mamba, all with an MLP. They are
-trained on text, and on recalling symbols that were shown once: copying, which attention learns in
-the steps that `cpu` has. There Mamba alone stays at chance, and any attention at all copies
-everything: how much of it recall takes, `cpu` cannot tell apart. (Recall of one in 16 keys' values,
-tried first, nobody learned.)
+trained on text, and on copying symbols that were shown once, which attention learns in the steps of
+`cpu`. There Mamba alone stays at chance, and every arm with attention copies everything: `cpu` does
+not show how much attention recall requires. (No arm learned the task tried first, recall of the
+value of one in 16 keys.)
 
     ablate run architecture/hybrid --scale=smoke    # a few steps, no findings
     ablate run architecture/hybrid                  # cpu: 2 cores; time in `ablate list`
@@ -32,7 +33,7 @@ PAPER = "Lieber 2024, Jamba: A Hybrid Transformer-Mamba Language Model, arXiv:24
 CODE = ("layers/decoder.py", "layers/mamba.py", "layers/attention.py")
 MATCHED = "tokens, steps, depth, width and MLPs; Mamba's mixer has 1.5 to 2 times the parameters"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:4x4x4"  # of paper scale
+TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale
 PATTERNS = {
     "mamba": ("mamba",) * 4,
     "quarter": ("mamba", "mamba", "attention", "mamba"),

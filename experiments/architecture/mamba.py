@@ -1,14 +1,14 @@
 """Mamba: selective state spaces (Gu & Dao 2023, arXiv:2312.00752) and Mamba-2 (arXiv:2405.21060).
 
-A state space whose step Δ and maps B and C follow the token can choose what to keep. Table 1
+A state space whose step Δ and maps B and C depend on the token can select what to keep. Table 1
 (selective copying, 4,096 tokens, 16 of them to copy; accuracy): in Mamba's block 56.4% without
 selection (S4), 99.8% with it (S6). Table 2 (induction heads, trained at 256 tokens): perfect up to
 a million tokens, where attention fails past twice the trained length. Table 7 (perplexity): none
 selective 10.93, Δ alone 9.81, B alone 10.15, C alone 9.98, all 8.71. §4.5: the scan's time is
 linear in the length.
 
-Here two layers of width 64 learn both tasks. Copying is 4 symbols among 32 tokens at cpu scale, and
-the induction task is trained with eight queries a sequence and tested with one, wherever it stands.
+Here two layers of width 64 learn both tasks. Copying is 4 symbols among 32 tokens at cpu scale. The
+induction task is trained with eight queries per sequence and tested with one at a random position.
 
     ablate run architecture/mamba --scale=smoke    # a few steps, no findings
     ablate run architecture/mamba                  # cpu: 2 cores; time in `ablate list`
@@ -38,8 +38,8 @@ PAPER = (
 CODE = ("layers/mamba.py", "layers/mamba2.py")
 MATCHED = "tokens, steps, width and depth; a layer of attention has an MLP beside it"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:1x1x1"  # of paper scale
-FACTORS = (1, 2, 4, 16, 64)  # of the trained length, in the induction task
+TOPOLOGY = "v5p:1x1x1"  # the slice of paper scale
+FACTORS = (1, 2, 4, 16, 64)  # multiples of the trained length, in the induction task
 
 
 def get_config(scale):
@@ -257,7 +257,7 @@ def run(unit: Unit):
 
 
 def _time(unit: Unit):
-    """The power of the length that a forward pass's time grows with."""
+    """The exponent p of time ∝ lengthᵖ for a forward pass."""
     config = from_mapping(DecoderConfig, unit.config.model, "model")
     model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(unit.seed)))()
     forward = jax.jit(lambda model, tokens: model(tokens).logits_btv)

@@ -4,13 +4,13 @@ Switch sends each token to one of many MLPs: more parameters at the same FLOPs. 
 log perplexity after 100,000 steps): T5-Base −1.731, Switch-Base with capacity factors of 2.0, 1.25
 and 1.0: −1.554, −1.553, −1.561; it reaches T5-Base's quality 7 times faster (Figure 5). A loss
 keeps the experts' loads even (eq. 4), and an expert drops what exceeds its capacity (eq. 3).
-Mixtral 8x7B (Jiang 2024, arXiv:2401.04088) takes two experts a token and is level with a dense
+Mixtral 8x7B (Jiang 2024, arXiv:2401.04088) has two experts per token and is as good as a dense
 model of five times its active parameters (Table 2). MegaBlocks (Gale 2022, arXiv:2211.15841) drops
 nothing; DeepSeek-V3 (arXiv:2412.19437, §2.1.2) balances by a bias instead of a loss.
 
-Here every MLP of a decoder becomes 8 experts: one a token as wide as the dense MLP, or two of half
-that width, so that a token costs what it costs the dense model (but for the router). Capacities are
-of a sequence, as on the paper's devices, not of the batch.
+Here every MLP of a decoder is replaced by 8 experts. A token uses one expert as wide as the dense
+MLP, or two of half that width, so its FLOPs are those of the dense model (without the router).
+Capacities are per sequence, as on the paper's devices, not per batch.
 
     ablate run architecture/moe --scale=smoke    # a few steps, no findings
     ablate run architecture/moe                  # cpu: 2 cores; time in `ablate list`
@@ -37,9 +37,9 @@ MATCHED = (
     "tokens, steps and FLOPs a token (but for capacity that stays empty); the mixtures have as "
     "many times the MLP's parameters as experts, or half as many where they are of half the width"
 )
-SEEDS = (0, 1, 2, 3, 4)  # effects are small beside the spread of seeds
-TOPOLOGY = "v5p:4x4x4"  # of paper scale
-EVALUATIONS = 16  # on the way
+SEEDS = (0, 1, 2, 3, 4)  # effects are small compared with the spread over seeds
+TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale
+EVALUATIONS = 16  # during the training
 
 
 def get_config(scale):
@@ -99,7 +99,7 @@ ARMS = (
 
 
 def speedup(arm, baseline):
-    """``baseline``'s steps over those after which ``arm`` has its final loss; 0 if it never has."""
+    """Steps of ``baseline`` / steps of ``arm`` to the final loss of ``baseline``; 0 if never."""
 
     def measure(results):
         ratios = []
@@ -111,7 +111,7 @@ def speedup(arm, baseline):
                 ratios.append(0.0)
                 continue
             i = reached[0]
-            # between two evaluations, along the line
+            # interpolate linearly between two evaluations
             part = (curve[i - 1] - target) / (curve[i - 1] - curve[i]) if i else 1.0
             ratios.append(len(curve) / (i + part))
         return np.array(ratios)

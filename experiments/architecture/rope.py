@@ -1,12 +1,12 @@
 """Rotary position embedding: RoFormer (Su 2021, arXiv:2104.09864).
 
-The paper rotates queries and keys by their position, so that scores depend on relative position
-alone (eq. 16) and decay with distance (§3.4.3), and reports faster pre-training than BERT's learned
-positions (Figure 3, left), 27.5 against 27.3 BLEU in translation (Table 1), and "the flexibility of
-sequence length" among its properties (abstract).
+The paper rotates queries and keys by their position, so that scores depend only on the relative
+position (eq. 16) and decay with distance (§3.4.3). It reports faster pre-training than with BERT's
+learned positions (Figure 3, left), 27.5 against 27.3 BLEU in translation (Table 1), and "the
+flexibility of sequence length" (abstract).
 
 Here one decoder is trained with rotary, learned, sinusoidal and no positions for equal steps, and
-then tested at four times the length it was trained at.
+then tested at four times the training length.
 
     ablate run architecture/rope --scale=smoke    # a few steps, no findings
     ablate run architecture/rope                  # cpu: 2 cores; time in `ablate list`
@@ -30,8 +30,8 @@ PAPER = "Su 2021, RoFormer: Enhanced Transformer with Rotary Position Embedding,
 CODE = ("layers/rotary.py",)
 MATCHED = "tokens, width, depth; learned positions have a table of parameters more"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:2x2x1"  # of paper scale
-LONGER = 4  # times the trained length
+TOPOLOGY = "v5p:2x2x1"  # the slice of paper scale
+LONGER = 4  # multiple of the trained length
 
 
 def get_config(scale):
@@ -41,7 +41,7 @@ def get_config(scale):
         config.model.attention.update(num_heads=12, num_kv_heads=12, head_dim=64)
         config.model.mlp.update(width=3072, activation="gelu")
         config.data.update(sequence_length=512, batch_size=256)
-    # rows beyond the trained length are never trained, which is what length generalisation asks
+    # the table has rows beyond the trained length, which are not trained
     config.model.max_length = LONGER * config.data.sequence_length
     config.evaluation_tokens = {"smoke": 512, "cpu": 65_536}.get(scale, 1_048_576)
     return config
@@ -114,7 +114,7 @@ def shift_error(seed: int, channels: int, shift: int = 10_000) -> float:
 
 
 def far_bound(channels: int, far: int = 128) -> float:
-    """Mean over distances ``far … 2·far`` of Σᵢ|Sᵢ| (eq. 37), over its value at distance 0."""
+    """Mean over distances ``far … 2·far`` of Σᵢ|Sᵢ| (eq. 37), divided by its value at 0."""
     theta = 10_000.0 ** (-np.arange(0, channels, 2) / channels)
     distances = np.arange(2 * far + 1)
     partial = np.cumsum(np.exp(1j * distances[:, None] * theta), axis=1)

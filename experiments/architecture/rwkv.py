@@ -1,15 +1,16 @@
 """RWKV-4 (Peng 2023, arXiv:2305.13048) and RWKV-7 (Peng 2025, arXiv:2503.14456).
 
-A recurrent network that is trained like a transformer. The state has one size whatever the length,
-so a token costs the same after any context (RWKV-4, Table 1), and models of up to 14 billion
-parameters are on par with transformers of their size (abstract). RWKV-7 has a matrix a head that
-unlearns as it learns: it is ahead of its predecessors, and tracks states and recognises all regular
-languages, which transformers cannot under standard conjectures (abstract; the word problem of a
-group is the usual test).
+RWKV is a recurrent network that is trained like a transformer. The size of its state does not
+depend on the length, so the cost of a token does not grow with the context (RWKV-4, Table 1).
+Models of up to 14 billion parameters are as good as transformers of their size (abstract). The
+state of RWKV-7 is a matrix per head, from which old values are removed as new ones are added.
+RWKV-7 is better than its predecessors, tracks states and recognises all regular languages, which
+transformers cannot under standard conjectures (abstract; the word problem of a group is the usual
+test).
 
-Here all three are trained on text with equal parameters, and on the word problem of the five-fold
-symmetric group: swaps of neighbours come in, the permutation that they make together is asked for
-after each.
+Here both and a transformer are trained on text with equal parameters, and on the word problem of
+the symmetric group of five elements: the inputs are swaps of neighbours, and after each swap the
+answer is the permutation that all swaps so far make together.
 
     ablate run architecture/rwkv --scale=smoke    # a few steps, no findings
     ablate run architecture/rwkv                  # cpu: 2 cores; time in `ablate list`
@@ -37,7 +38,7 @@ MATCHED = (
     "is the same when they track)"
 )
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:4x4x4"  # of paper scale
+TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale
 VERSIONS = ("rwkv4", "rwkv7")
 
 
@@ -67,7 +68,7 @@ def _parameters(model):
 
 
 def _rwkv(version):
-    """The overrides that make the model RWKV's, with as many parameters as the transformer."""
+    """Overrides that make the model an RWKV with as many parameters as the transformer."""
     changes = {
         "pattern": (version,),
         "feed_forward": (version,),
@@ -85,7 +86,7 @@ def _rwkv(version):
         for size in (128, 256):
             model.mlp.width = size
             counts.append(_parameters(model))
-        step = 8  # the hidden size stays a multiple of it
+        step = 8  # the hidden size is a multiple of it
         fitting = 128 + 128 * (wanted - counts[0]) / (counts[1] - counts[0])
         return max(step, step * round(fitting / step))
 

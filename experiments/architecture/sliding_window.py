@@ -1,13 +1,13 @@
 """Sliding-window attention (Beltagy 2020, arXiv:2004.05150; Mistral, Jiang 2023, arXiv:2310.06825).
 
-Each token attends to the ``W`` tokens up to its own. Jiang 2023, §2: information moves ``W``
-tokens a layer, so that ``L`` layers reach about ``W × L``; and a rolling cache of ``W`` slots
-bounds memory whatever the length (8 times less at 32k tokens). Beltagy 2020, §4.2: windows reach
-state of the art in character-level language modelling.
+Each token attends to itself and the ``W`` − 1 tokens before it. Jiang 2023, §2: information moves
+``W`` tokens per layer, so that ``L`` layers reach about ``W × L`` tokens; a rolling cache of ``W``
+slots bounds the memory for every length (8 times less at 32k tokens). Beltagy 2020, §4.2: windows
+reach the state of the art in character-level language modelling.
 
 Here the decoder is trained on text with full attention and with windows of a quarter and a half of
-the sequence. Reach is measured apart, where it can be decided: copying 24 symbols, each 24 tokens
-after its original, with a window of 16. One layer cannot see that far; two or four can relay.
+the sequence. The reach is measured by a separate task that decides it: copying 24 symbols, each 24
+tokens after its original, with a window of 16. One layer does not reach so far; two or four do.
 
     ablate run architecture/sliding_window --scale=smoke    # a few steps, no findings
     ablate run architecture/sliding_window                  # cpu: 2 cores; time in `ablate list`
@@ -23,8 +23,8 @@ PAPER = "Jiang 2023, Mistral 7B, arXiv:2310.06825; Beltagy 2020, Longformer, arX
 CODE = ("layers/attention.py", "layers/state.py")
 MATCHED = "tokens, parameters; the copying arms differ in depth on purpose"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:4x4x4"  # of paper scale
-SYMBOLS, WINDOW = 24, 16  # of the copying task
+TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale
+SYMBOLS, WINDOW = 24, 16  # the copying task
 
 
 def get_config(scale):
@@ -36,12 +36,12 @@ def get_config(scale):
         config.data.update(sequence_length=8192, batch_size=256)
     config.cache_length = 8 * config.data.sequence_length
     config.copy_steps = {"smoke": 6, "cpu": 200}.get(scale, 1000)
-    config.copy_batch = 64 if scale == "paper" else 32  # a row for each chip
+    config.copy_batch = 64 if scale == "paper" else 32  # one row per chip
     return config
 
 
 def _text(name, fraction):
-    """A window of ``fraction`` of the sequence."""
+    """An arm with a window of ``fraction`` of the sequence."""
     return Arm(
         name,
         {

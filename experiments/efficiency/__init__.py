@@ -1,1 +1,1 @@
-"""Ablations of memory and time: what a technique saves and what it costs."""
+"""Ablations of memory and time: the savings and the cost of a technique."""

@@ -1,21 +1,21 @@
 """ZeRO: model states split over data-parallel devices (Rajbhandari 2020, arXiv:1910.02054).
 
-Data parallelism keeps parameters, gradients and the optimiser's moments whole on each device.
-ZeRO's stages split moments (1), gradients too (2), parameters too (3) N ways. Figure 1: of 7.5
-billion parameters, 64 devices keep 120 GB each, and 31.4, 16.6 and 1.9 GB by stage (§5: 16 bytes a
-parameter become 4 + 12/N, 2 + 14/N, 16/N). The step is the same, and so is what a device sends, 2Ψ
-numbers; stage 3 sends 3Ψ (§7).
+Data parallelism replicates parameters, gradients and the optimiser's moments over N devices. The
+stages of ZeRO shard the moments (1), also the gradients (2), also the parameters (3). Figure 1: for
+7.5 billion parameters, each of 64 devices stores 120 GB, and 31.4, 16.6 and 1.9 GB at the stages
+(§5: 16 bytes per parameter become 4 + 12/N, 2 + 14/N, 16/N). The step is the same. A device sends
+2Ψ numbers in each case, except 3Ψ at stage 3 (§7).
 
-Here a decoder is trained on one device and on 8, by copies and at each stage, from the same seeds.
-What a device keeps is read from the step compiled for 2, 4 and 8 devices, in bfloat16 with float32
-masters; and, with libtpu, of a 7.5B decoder compiled for 64 chips of TPU v5p that need not be there
-(copies do not fit them: `data` has 16 layers of 36). What it sends is read from a smaller one
-compiled for 8 chips of TPU v5e. For those 64 v5p XLA scatters by all-reduces and sends Ψ more at
-each stage (`tpu_64_sent`); that was seen before the claims were fixed, and 8 v5e were chosen
-because stage 2 scatters there.
+Here a decoder is trained on one device and on 8, replicated and at each stage, from the same seeds.
+The bytes that a device stores are read from the step compiled for 2, 4 and 8 devices, in bfloat16
+with float32 masters; and, with libtpu, from a 7.5B decoder compiled for 64 chips of TPU v5p that
+need not be attached (replicated, it does not fit: `data` has 16 of the 36 layers). The numbers that
+a device sends are read from a smaller decoder compiled for 8 chips of TPU v5e. For the 64 v5p, XLA
+compiles reduce-scatters as all-reduces and sends Ψ more at each stage (`tpu_64_sent`). This was
+seen before the claims were fixed; 8 v5e were chosen because stage 2 has reduce-scatters there.
 
-Where there are no accelerators, the CPU is taken for 8 devices; where there are fewer than 8,
-JAX_PLATFORMS=cpu does that.
+Without accelerators, the CPU acts as 8 devices; with fewer than 8 accelerators, set
+JAX_PLATFORMS=cpu for that.
 
     ablate run efficiency/zero --scale=smoke    # a few steps, no findings
     ablate run efficiency/zero                  # cpu: 2 cores; time in `ablate list`
@@ -46,12 +46,12 @@ PAPER = (
 CODE = ("research/parallel/zero.py", "research/training/state.py")
 MATCHED = "model, initial weights, data and optimiser; only where things lie differs"
 SEEDS = (0, 1, 2)
-TOPOLOGY = "v5p:8x8x1"  # of paper scale
-PAPER_ARMS = ("zero1", "zero2", "zero3")  # copies of the model do not fit, which is the point
+TOPOLOGY = "v5p:8x8x1"  # the slice of paper scale
+PAPER_ARMS = ("zero1", "zero2", "zero3")  # replicated, the model does not fit
 FIGURE_1 = {"data": 120.0, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9}  # GB, 7.5B, 64 devices
 
-# what is compiled for TPUs: slice, width, layers, vocabulary. 12 · 36 · 4096² and two tables are
-# 7.5 billion (the paper does not say of which sizes)
+# compiled for TPUs: slice, width, layers, vocabulary. 12 · 36 · 4096² parameters and two tables are
+# 7.5 billion (the paper does not give the sizes)
 LARGE = (TOPOLOGY, 4096, 36, 32_000)
 RING = ("v5e:2x4", 1024, 4, 512)
 TINY = ("v5e:2x2", 256, 1, 256)
@@ -107,7 +107,7 @@ ARMS = (
 
 
 def _worst(distance):
-    """Of ``distance(results, arm)`` [seeds], the largest over the arms of several devices."""
+    """The largest ``distance(results, arm)`` [seeds] over the arms of several devices."""
     return lambda results: np.max([distance(results, arm) for arm in FIGURE_1], axis=0)
 
 
@@ -227,18 +227,20 @@ def _states(model, mesh, stage, batch_size, sequence_length):
 
 
 def _compile(config, what, stage):
-    """The `ModelStates` on the slice that ``config`` names for ``what``, its chips, and the numbers
-    that one sends a parameter."""
+    """`ModelStates`, chips, and numbers sent per parameter by a chip, for the slice of ``what``.
+
+    ``config`` has the slice and the sizes of the model under the name ``what``.
+    """
     topology = config[what].topology
     ways = topology_mesh(topology).size
     mesh = topology_mesh(topology, _mesh(stage, ways))
     states = _states(_compiled(config, what), mesh, stage, ways, 256)
-    assert states.sent is not None  # as of every TPU
+    assert states.sent is not None  # it is known for every TPU
     return states, ways, states.sent / states.parameters
 
 
 def _error(states, stage, ways):
-    """How far from the formula, of it."""
+    """The relative difference between the bytes per parameter and the formula."""
     return abs(states.held / states.parameters / bytes_per_parameter(stage, ways, *MIXED) - 1)
 
 
