@@ -14,8 +14,9 @@ class SamplingConfig:
     """How `generate` chooses tokens and when it stops.
 
     ``max_new_tokens``: the most new tokens for each prompt. ``temperature`` divides the logits; 0
-    selects the likeliest token. ``top_k``, ``top_p``, ``min_p``: see `filter_logits`; None: not
-    used. ``stop_tokens``: ids that end a row. ``seed``: the same seed gives the same tokens.
+    selects the likeliest token, with any filters. ``top_k``, ``top_p``, ``min_p``: see
+    `filter_logits`; None: not used. ``stop_tokens``: ids that end a row. ``seed``: the same seed
+    gives the same tokens.
     """
 
     max_new_tokens: int = 128
