@@ -140,7 +140,7 @@ def test_units_listed_run_apart_and_are_the_whole(ablate, capsys):
         (["run", "branch/wyde"], "did you mean 'branch/wide'?"),
         (["run", "branch/wide", "--scale=cpuu"], "did you mean 'cpu'?"),
         (["run", "branch/wide", "--arms=wid"], "did you mean 'wide'?"),
-        (["run", "branch/wide", "--seeds=a"], "--seeds=a: must be numbers"),
+        (["run", "branch/wide", "--seeds=a"], "--seeds=a: must be comma-separated"),
         (["run", "branch/wide", "--seeds=-1"], "seeds=[-1]"),
         (["run", "branch/wide", "--profile=a:b"], "--profile=a:b: must be FIRST:END, e.g. 10:15"),
         (["run", "branch/wide", "--profile=3"], "--profile=3: must be FIRST:END"),

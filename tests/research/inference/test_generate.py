@@ -140,9 +140,9 @@ def test_a_new_length_in_the_same_bucket_or_a_new_seed_compiles_nothing():
     module = sys.modules[generate.__module__]
     model, config = make("rotary"), SamplingConfig(max_new_tokens=NEW)
     generate(model, [[1, 2, 3]], config)
-    before = module._fill._cache_size(), module._decode._cache_size()
+    before = module._prefill._cache_size(), module._decode._cache_size()
     generate(model, [list(range(9))], dataclasses.replace(config, seed=7))
-    assert (module._fill._cache_size(), module._decode._cache_size()) == before
+    assert (module._prefill._cache_size(), module._decode._cache_size()) == before
 
 
 def test_the_cache_is_donated_and_rolls():
