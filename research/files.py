@@ -54,16 +54,16 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"file={str(path)!r}: not JSON: {error}") from None
 
 
-def parse_json(text: str, place: Path | str) -> Any:
-    """The content of the JSON ``text`` from ``place``: a file, or a line of one as ``file:number``.
+def parse_json(text: str, origin: Path | str) -> Any:
+    """The content of the JSON ``text`` from ``origin``: a file, or a line of it as ``file:number``.
 
     Raises:
-      ConfigError: it is damaged; names ``place``.
+      ConfigError: it is damaged; names ``origin``.
     """
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"file={str(place)!r}: not JSON: {error}") from None
+        raise ConfigError(f"file={str(origin)!r}: not JSON: {error}") from None
 
 
 def plain(value: Any) -> Any:

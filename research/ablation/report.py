@@ -53,8 +53,15 @@ def results_folder(package: str = "experiments") -> Path:
 
 
 def records(root: Path) -> list[dict[str, Any]]:
-    """All records of runs below ``root``, sorted by name and scale."""
-    paths = [path for path in root.rglob("*.json") if "plans" not in path.relative_to(root).parts]
+    """All records of runs below ``root``, sorted by name and scale.
+
+    Hidden files, which a killed process left half written, are ignored.
+    """
+    paths = [
+        path
+        for path in root.rglob("*.json")
+        if "plans" not in path.relative_to(root).parts and not path.name.startswith(".")
+    ]
     loaded = [dict(read_json(path), path=path) for path in paths]
     return sorted(loaded, key=lambda record: (record["experiment"], record["scale"]))
 
