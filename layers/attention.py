@@ -256,7 +256,7 @@ class Attention(nnx.Module):
             options["alibi_slopes_h"] = alibi.slopes(self.config.num_heads)
         if self.sinks is not None:
             options["sinks_h"] = read(self.sinks, self.sinks.dtype, deferred=True)
-        if tap.wants("attention.weights"):
+        if tap.is_used("attention.weights"):
             y = observed_attention(q, k, v, mask, tap, **options)
         else:
             y = sharded_attention(

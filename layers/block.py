@@ -16,7 +16,7 @@ from layers.mamba2 import Mamba2
 from layers.mlp import Mlp
 from layers.moe import Moe
 from layers.norm import Norm
-from layers.rwkv import ChannelMix, Place
+from layers.rwkv import ChannelMix, Depth
 from layers.rwkv4 import Rwkv4
 from layers.rwkv7 import Rwkv7
 
@@ -31,7 +31,7 @@ class BlockState(NamedTuple):
 class Block(nnx.Module):
     """A mixer and a feed-forward layer, each with its norms and residual connection.
 
-    ``at``: the index of the layer in the stack; initial values of RWKV depend on it.
+    ``depth``: the index of the layer in the stack; initial values of RWKV depend on it.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Block(nnx.Module):
         feed_forward: str,
         *,
         rngs: nnx.Rngs,
-        at: Place = Place(),  # noqa: B008
+        depth: Depth = Depth(),  # noqa: B008
     ):
         options = dict(rngs=rngs, out_scale=1 / math.sqrt(2 * config.num_layers), **dtypes(config))
-        self.mixer: Any = _make_mixer(config, mixer, at, options)
-        self.mlp: Any = _make_feed_forward(config, feed_forward, at, options)
+        self.mixer: Any = _make_mixer(config, mixer, depth, options)
+        self.mlp: Any = _make_feed_forward(config, feed_forward, depth, options)
         self.norm_position = config.norm_position
         self.parallel = config.parallel_residual
         has_mlp, position = self.mlp is not None, config.norm_position
@@ -134,7 +134,7 @@ class Block(nnx.Module):
         return x + (y + z)
 
 
-def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
+def _make_mixer(config: DecoderConfig, kind: str, depth: Depth, options: dict[str, Any]):
     if kind in ("attention", "sliding"):
         sliding = config.sliding_rotary if kind == "sliding" else None
         rotary = sliding or config.rotary
@@ -161,12 +161,12 @@ def _make_mixer(config: DecoderConfig, kind: str, at: Place, options: dict[str, 
     if kind == "mamba2":
         return Mamba2(config.part("mamba"), config.width, norm_eps=config.norm_eps, **options)
     if kind == "rwkv4":
-        return Rwkv4(config.part("rwkv"), config.width, at=at, **options)
+        return Rwkv4(config.part("rwkv"), config.width, depth=depth, **options)
     first = config.pattern.index("rwkv7")
-    return Rwkv7(config.part("rwkv"), config.width, at=at, first_layer=first, **options)
+    return Rwkv7(config.part("rwkv"), config.width, depth=depth, first_layer=first, **options)
 
 
-def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dict[str, Any]):
+def _make_feed_forward(config: DecoderConfig, kind: str, depth: Depth, options: dict[str, Any]):
     if kind == "none":
         return None
     if kind == "mlp":
@@ -174,7 +174,7 @@ def _make_feed_forward(config: DecoderConfig, kind: str, at: Place, options: dic
     if kind == "moe":
         return Moe(config.part("moe"), config.width, **options)
     hidden = config.part("mlp").width
-    return ChannelMix(hidden, config.width, gated=kind == "rwkv4", at=at, **options)
+    return ChannelMix(hidden, config.width, gated=kind == "rwkv4", depth=depth, **options)
 
 
 def dtypes(config: DecoderConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from layers.hooks import Hooks, Tap, stacked
 from layers.linear import Linear
 from layers.moe import Moe, RouterStats, rebalance
 from layers.pipeline import pipeline, stages
-from layers.rwkv import Place
+from layers.rwkv import Depth
 from layers.sharding import all_but_gathered, reshard
 from layers.weights import gathers
 from pallas_kernels.mask import CAUSAL, Mask
@@ -82,8 +82,8 @@ class Decoder(nnx.Module):
 
         def stack(p, mixer, feed_forward):
             def make(key, repeat):
-                at = Place(repeat * len(config.pattern) + p, config.num_layers)
-                return Block(config, mixer, feed_forward, rngs=nnx.Rngs(params=key), at=at)
+                depth = Depth(repeat * len(config.pattern) + p, config.num_layers)
+                return Block(config, mixer, feed_forward, rngs=nnx.Rngs(params=key), depth=depth)
 
             keys = jax.random.split(rngs.params(), config.repeats)
             per_circuit, repeats = config.repeats // config.circuits, jnp.arange(config.repeats)

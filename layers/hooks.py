@@ -104,7 +104,7 @@ class Tap:
         self._seen = set() if seen is None else seen  # names that were reached
         self.captured: dict[str, jax.Array] = {}
 
-    def wants(self, name: str) -> bool:
+    def is_used(self, name: str) -> bool:
         """Whether ``name`` is captured or edited; if not, the caller need not compute it."""
         self._seen.add(name)
         return self._captures(name) is not None or name in self._hooks.edit

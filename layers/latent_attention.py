@@ -186,7 +186,7 @@ def _attend(q, k, v, mask: Mask, *, tap: Tap, implementation: str | None, scale:
         return jnp.pad(a, ((0, 0),) * 3 + ((0, missing),)) if missing else a
 
     q, k, v = pad(q), pad(k), pad(v)
-    if tap.wants("attention.weights"):
+    if tap.is_used("attention.weights"):
         y = observed_attention(q, k, v, mask, tap, scale=scale)
     else:
         y = sharded_attention(q, k, v, mask, implementation=implementation, scale=scale)

@@ -117,7 +117,7 @@ class Moe(nnx.Module):
         dropless = config.capacity_factor is None
         # the slots of an expert are counted over all tokens of a sequence
         row = ("batch", "time" if dropless else None, None)
-        expert_tap = tap if tap.wants("experts.hidden") else None
+        expert_tap = tap if tap.is_used("experts.hidden") else None
         on_mesh = expert_tap is not None and spec() is not None
         check(not on_mesh, "hooks", "experts.hidden", "is not supported on a mesh")
 

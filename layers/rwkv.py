@@ -43,7 +43,7 @@ class RwkvConfig:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
 
-class Place(NamedTuple):
+class Depth(NamedTuple):
     """The index of a layer in the stack, on which initial shifts and decays depend."""
 
     layer: jax.Array | int = 0  # may be traced
@@ -85,15 +85,15 @@ class ChannelMix(nnx.Module):
         *,
         rngs: nnx.Rngs,
         gated: bool,
-        at: Place = Place(),  # noqa: B008
+        depth: Depth = Depth(),  # noqa: B008
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.width, self.gated, self.dtype = width, gated, dtype
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        token_share = ramp(width) ** at.remaining
-        initial = token_share if gated else 1 - ramp(width) ** (at.remaining**4)
+        token_share = ramp(width) ** depth.remaining
+        initial = token_share if gated else 1 - ramp(width) ** (depth.remaining**4)
         self.mix_key = vector(initial, "norm", param_dtype)
         self.mix_receptance = vector(token_share, "norm", param_dtype) if gated else None
         hidden_axes = ("batch", None, "mlp")

@@ -10,7 +10,7 @@ from flax import nnx
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
-from layers.rwkv import Place, RwkvConfig, ramp, vector
+from layers.rwkv import Depth, RwkvConfig, ramp, vector
 from layers.sharding import per_device, reshard
 from layers.weights import read
 from pallas_kernels.wkv import EMPTY, wkv4
@@ -42,19 +42,19 @@ class Rwkv4(nnx.Module):
         width: int,
         *,
         rngs: nnx.Rngs,
-        at: Place = Place(),  # noqa: B008
+        depth: Depth = Depth(),  # noqa: B008
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.width, self.dtype, self.implementation = width, dtype, config.implementation
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        token_share = ramp(width) ** at.remaining
+        token_share = ramp(width) ** depth.remaining
         self.mix_key = vector(token_share, "norm", param_dtype)
-        self.mix_value = vector(token_share + 0.3 * at.height, "norm", param_dtype)
-        self.mix_receptance = vector(ramp(width) ** (0.5 * at.remaining), "norm", param_dtype)
+        self.mix_value = vector(token_share + 0.3 * depth.height, "norm", param_dtype)
+        self.mix_receptance = vector(ramp(width) ** (0.5 * depth.remaining), "norm", param_dtype)
         spread = jnp.arange(width) / max(width - 1, 1)
-        decay = -5 + 8 * spread ** (0.7 + 1.3 * at.height)
+        decay = -5 + 8 * spread ** (0.7 + 1.3 * depth.height)
         self.decay = vector(decay, "channels", param_dtype)
         zigzag = ((jnp.arange(width) + 1) % 3 - 1) * 0.5
         self.bonus = vector(jnp.log(0.3) + zigzag, "channels", param_dtype)

@@ -11,7 +11,7 @@ from layers.config import check
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
-from layers.rwkv import Place, RwkvConfig, ramp, vector
+from layers.rwkv import Depth, RwkvConfig, ramp, vector
 from layers.sharding import per_device, reshard
 from layers.weights import read
 from pallas_kernels.wkv import wkv7
@@ -82,7 +82,7 @@ class Rwkv7(nnx.Module):
         width: int,
         *,
         rngs: nnx.Rngs,
-        at: Place = Place(),  # noqa: B008
+        depth: Depth = Depth(),  # noqa: B008
         first_layer: int = 0,
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
@@ -97,7 +97,7 @@ class Rwkv7(nnx.Module):
         powers = dict(receptance=0.2, decay=0.9, key=0.7, value=0.7, rate=0.9, gate=0.2)
         self.mixes = nnx.Dict(
             {
-                name: vector(1 - ramp(width) ** (power * at.remaining), "norm", param_dtype)
+                name: vector(1 - ramp(width) ** (power * depth.remaining), "norm", param_dtype)
                 for name, power in powers.items()
             }
         )
@@ -114,7 +114,7 @@ class Rwkv7(nnx.Module):
             return LowRank(width, rank, h, rngs=rngs, inner=inner, bias=bias, **dtypes)
 
         spread = jnp.arange(width) / max(width - 1, 1)
-        decay = -6.5 + 5 * spread ** (0.85 + jnp.sqrt(at.height))
+        decay = -6.5 + 5 * spread ** (0.85 + jnp.sqrt(depth.height))
         self.decay = low_rank(config.decay_rank, jnp.tanh, decay)
         self.rate = low_rank(config.rate_rank, _identity, jnp.zeros(width))
         self.residual = low_rank(config.value_rank, _identity, jnp.ones(width))

@@ -255,7 +255,7 @@ def whole(a_blhc, block: int):
 def forward(spec: Spec, sizes: Mapping[str, int], *arrays):
     """``y_bthc, lse_bht``; ``arrays`` as in `reference.attention`."""
     q_bthc, k_bskc, _, _, slopes, _ = arrays
-    two_kernels = sizes["kernels"] > 1 and gpu_hopper.serves(q_bthc, k_bskc, slopes)
+    two_kernels = sizes["kernels"] > 1 and gpu_hopper.supports(q_bthc, k_bskc, slopes)
     if two_kernels:
         sizes = dict(query=gpu_hopper.QUERY, key=gpu_hopper.KEY)
     call = Call.of(spec, sizes, *arrays)

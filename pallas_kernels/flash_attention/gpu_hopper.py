@@ -32,7 +32,7 @@ QUERY = ROWS * GROUPS
 KEY, STAGES = 128, 2
 
 
-def serves(q_bthc, k_bskc, slopes) -> bool:
+def supports(q_bthc, k_bskc, slopes) -> bool:
     """Whether the kernel supports this call, and the call is long enough for full blocks."""
     long_enough = q_bthc.shape[1] >= QUERY and k_bskc.shape[1] >= KEY
     is_16_bit = q_bthc.dtype in (jnp.bfloat16, jnp.float16)

@@ -1,7 +1,7 @@
 """One row per tensor: its name and layout in the checkpoint, its path and layout in the Decoder.
 
-A row serves both directions: ``pattern`` is an einops expression from the checkpoint's layout to
-the Decoder's; from right to left it is the inverse.
+A row is used in both directions: ``pattern`` is an einops expression from the checkpoint's layout
+to the Decoder's; from right to left it is the inverse.
 """
 
 import dataclasses

@@ -13,13 +13,13 @@ from layers.hooks import NAMES, Capture, Hooks, Tap, stacked
 def test_a_tap_without_hooks_is_the_identity():
     tap, x = Tap(), jnp.ones(3)
     assert tap("residual", x) is x
-    assert not tap.captured and not tap.wants("residual")
+    assert not tap.captured and not tap.is_used("residual")
 
 
 def test_edits_come_before_captures_and_know_their_layer():
     hooks = Hooks(capture=("residual",), edit={"residual": lambda x, layer: x * layer})
     tap = Tap(hooks, 3)
-    assert tap.wants("residual") and not tap.wants("final")
+    assert tap.is_used("residual") and not tap.is_used("final")
     assert float(tap("residual", jnp.ones(()))) == 3
     assert float(tap.captured["residual"]) == 3
 
@@ -50,7 +50,7 @@ def test_a_layer_that_is_not_chosen_is_not_kept():
     for tap in kept:
         tap("residual", jnp.ones(()))
     assert [bool(tap.captured) for tap in kept] == [False, True, False]
-    assert [tap.wants("residual") for tap in kept] == [False, True, False]
+    assert [tap.is_used("residual") for tap in kept] == [False, True, False]
     seen = {"residual"}
     assert stacked(hooks, {"residual": {1: jnp.ones(2)}}, seen)["residual"].shape == (1, 2)
     with pytest.raises(ConfigError, match=r"^capture.layers=1: .* 'residual' are \[0, 2\]$"):
