@@ -22,7 +22,7 @@ demo: $(VENV)/.core
 	@echo; echo "The picture: runs/demo/figure.png"
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow and not soak and not gpu"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow and not soak and not gpu"
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow

@@ -123,7 +123,9 @@ def wait_for_step(process, step):
     raise AssertionError(process.stderr.read()[-2000:])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_process_saves(uninterrupted_process, tmp_path, number):
     workdir = tmp_path / "run"
     process = start(tmp_path, workdir)
