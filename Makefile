@@ -16,7 +16,7 @@ WORKERS ?= 2
 .PHONY: demo test test-slow soak test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
-	$(VENV)/bin/ablate run architecture/gqa --arms=mha,gqa --workdir=runs/demo
+	$(VENV)/bin/ablate run architecture/gqa --arms=mha,gqa --seeds=0,1 --workdir=runs/demo
 	@echo; echo "A text by the model with grouped queries:"
 	@$(VENV)/bin/ablate generate runs/demo/gqa/seed0 --prompt="def " --temperature=0.5
 	@echo; echo "The picture: runs/demo/figure.png"
