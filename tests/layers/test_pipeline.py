@@ -39,7 +39,9 @@ def make(circuits: int, **changes) -> Decoder:
 
 def test_circuits_change_neither_logits_nor_taps_nor_what_is_cached():
     one, three = make(1), make(3)
-    hooks = Hooks(capture=("residual",))
+    # an edit of each layer by its index, which goes on counting in the next circuit
+    edit = {"mixer.output": lambda x, layer: x * (1 + 0.1 * layer)}
+    hooks = Hooks(capture=("residual",), edit=edit)
     want, got = (jax.jit(lambda m: m(TOKENS, hooks=hooks))(m) for m in (one, three))
     np.testing.assert_allclose(got.logits_btv, want.logits_btv, atol=1e-5)
     np.testing.assert_allclose(got.taps["residual"], want.taps["residual"], atol=1e-5)
@@ -48,7 +50,7 @@ def test_circuits_change_neither_logits_nor_taps_nor_what_is_cached():
     state, parts = three.init_state(2, 6), []
     for part in (slice(0, 4), slice(4, 6)):
         positions = jnp.arange(6)[None, part]
-        output = three(TOKENS[:, part], positions, state=state)
+        output = three(TOKENS[:, part], positions, state=state, hooks=Hooks(edit=edit))
         state = output.state
         parts.append(output.logits_btv)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), want.logits_btv, atol=1e-5)

@@ -175,6 +175,7 @@ def test_the_verbs_in_their_dtypes(rngs):
     layer = Linear("btd,df->btf", (4, 6), ("embed", "mlp"), (None,) * 3, rngs=rngs)
     leaf, x = scaled(layer).weight, jnp.ones((1, 2, 4))
     plain = layer.weight
+    assert read(plain, jnp.bfloat16).dtype == jnp.bfloat16
     assert read(leaf, jnp.bfloat16).dtype == jnp.bfloat16
     options = dict(dtype=jnp.float32, out_axes=(None,) * 3)
     np.testing.assert_allclose(
