@@ -21,7 +21,7 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
       param_dtype: default: that of config.json (or of the file's embedding), or float32.
 
     Raises:
-      ConfigError: an error of `research.models.load`, or ``to`` exists and is not empty.
+      ConfigError: an error of `research.models.load`, or ``to`` is neither absent nor empty.
     """
     check_new(to)
     hf, _ = open_model(source)
@@ -51,7 +51,7 @@ def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> N
 
     Raises:
       ConfigError: ``source`` has no model, or was not imported and no ``family`` is named; the
-        family does not support the model; ``to`` exists and is not empty.
+        family does not support the model; ``to`` is neither absent nor empty.
     """
     check_new(to)
     origin = source / ORIGIN
