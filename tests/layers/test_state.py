@@ -101,21 +101,19 @@ def test_any_chunking_is_the_parallel_form(mixer, sizes, row):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-@functools.partial(jax.jit, static_argnames="sizes")
-def gradients(layer, x, positions, segments, sizes):
+@functools.partial(jax.jit, static_argnames="by_token")
+def gradients(layer, x, positions, segments, by_token):
     def f(layer, x):
-        if sizes is None:
+        if not by_token:
             y, _ = call(layer, x, positions, segments, None)
-        elif sizes == "tokens":  # scanned, to compile one step
+        else:  # scanned, to compile one step
 
             def step(state, inputs):
                 y, state = call(layer, *(a[:, None] for a in inputs), state)
                 return state, y[:, 0]
 
-            by_token = tuple(jnp.moveaxis(a, 1, 0) for a in (x, positions, segments))
-            y = jnp.moveaxis(jax.lax.scan(step, layer.init_state(2, T), by_token)[1], 0, 1)
-        else:
-            y = in_chunks(layer, x, positions, segments, sizes)
+            tokens = tuple(jnp.moveaxis(a, 1, 0) for a in (x, positions, segments))
+            y = jnp.moveaxis(jax.lax.scan(step, layer.init_state(2, T), tokens)[1], 0, 1)
         return jnp.vdot(y, COTANGENT)
 
     return jax.grad(f, argnums=(0, 1))(layer, x)
@@ -123,12 +121,11 @@ def gradients(layer, x, positions, segments, sizes):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_gradients_through_the_state_are_the_parallel_forms(mixer):
-    """By tokens and by uneven chunks; in inputs (so through cached keys) and parameters."""
+    """By tokens; in inputs (so through cached keys) and parameters. By chunks: test_mixers.py."""
     layer, (positions, segments) = make(mixer), rows("ragged and packed")
-    want = gradients(layer, X, positions, segments, None)
-    for sizes in ("tokens", (4, 5)):
-        got = gradients(layer, X, positions, segments, sizes)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    want = gradients(layer, X, positions, segments, False)
+    got = gradients(layer, X, positions, segments, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("mixer", ["rotary", "rolling"])

@@ -84,7 +84,7 @@ def tiny(draw, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data(), shard_bytes=st.integers(1, 5000))
 def test_any_small_model_survives_the_round_trip(family, data, shard_bytes, tmp_path_factory):
     config = decoder_config(data.draw(tiny(family)))

@@ -186,6 +186,7 @@ def test_a_tpu_holds_of_activations_what_remat_says():
     assert 1.2 * deep[0] < deep[1], deep
 
 
+@pytest.mark.slow
 def test_8bit_moments_are_a_quarter_and_the_update_makes_no_others():
     model = dataclasses.replace(MODEL, width=512, mlp=MlpConfig(2048), remat="full", scan=True)
     full, packed = (

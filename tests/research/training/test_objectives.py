@@ -153,7 +153,6 @@ rows = batch.__wrapped__()
 policy, reference = make(0), make(1)
 MESHES = (
     (dict(data=2, fsdp=2, tensor=2), 2, 4),
-    (dict(data=2, fsdp=4), 3, 2),
     (dict(data=1, fsdp=4, sequence=2), 1, 2),
 )
 for objective, meshes in ((Preference(), MESHES), (NextToken(0.1), MESHES[:1])):
