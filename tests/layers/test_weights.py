@@ -202,7 +202,6 @@ from tests.layers.test_weights import make, scaled, value_and_gradient
 for name, sizes in (
     ("attention", dict(data=1, fsdp=2, tensor=2, sequence=2)),
     ("experts", dict(data=1, fsdp=2, expert=2, tensor=2)),
-    ("mamba", dict(data=1, fsdp=2, tensor=4)),
 ):
     model = scaled(make(name))
     (want, logits), gradients = value_and_gradient(model)

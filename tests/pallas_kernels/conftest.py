@@ -20,6 +20,8 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+# The oldest and the newest; the others are among the slow tests.
+GENERATIONS = ["v5e", "tpu7x", *(pytest.param(t, marks=pytest.mark.slow) for t in ("v5p", "v6e"))]
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 

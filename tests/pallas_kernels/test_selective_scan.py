@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels.exp2 import exp2
 from pallas_kernels.selective_scan import selective_scan
 from tests.pallas_kernels.conftest import (
-    TPUS,
+    GENERATIONS,
     compile_for_gpu,
     compile_for_tpu,
     interpreted,
@@ -294,7 +294,7 @@ def test_at_length_on_a_gpu(n, gpu):
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", TPUS)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles_for_tpus(generation):
     """Chosen by the platform it is lowered for, forward and backward."""
     mesh = topology_mesh(generation, (1,), ("data",))

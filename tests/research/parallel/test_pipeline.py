@@ -114,7 +114,6 @@ CASES = {
         (dict(stage=2, data=2, fsdp=2), dict(microbatches=4)),
         (dict(stage=4, tensor=2), dict(microbatches=8, remat="full")),
         (dict(stage=2, sequence=2, tensor=2), dict(microbatches=2, circuits=2)),
-        (dict(stage=2, data=4), dict(microbatches=4, circuits=2)),
     ))]""",
     "others": """[
         (RING, ((dict(stage=2, sequence=2, data=2), dict(microbatches=4)),)),

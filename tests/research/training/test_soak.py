@@ -1,6 +1,6 @@
 """A run that is killed again and again, also in the middle of a save, ends as one left alone.
 
-``make soak`` kills it 50 times; the default run twice.
+``make soak`` kills it 50 times; the slow tests 3 times.
 """
 
 import contextlib
@@ -66,7 +66,13 @@ def assert_every_second_is_charged(workdir, at_least_lost):
     assert spent["seconds_lost"] > at_least_lost
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 30), pytest.param(50, 800, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "kills, steps",
+    [
+        pytest.param(3, 40, marks=pytest.mark.slow),
+        pytest.param(50, 800, marks=pytest.mark.soak),
+    ],
+)
 def test_killed_at_any_moment(tmp_path, kills, steps):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(here=str(__file__).rpartition("/")[0]))

@@ -175,8 +175,7 @@ def same(a, b, atol=2e-5):
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         np.testing.assert_allclose(jax.device_get(x), jax.device_get(y), atol=atol)
 alone = run(1).model
-for stage in (1, 2):
-    same(run(4, data=2, fsdp=2, zero=stage).model, alone)
+same(run(4, data=2, fsdp=2, zero=1).model, alone)
 # begun on one mesh, and gone on with on another
 try:
     run(4, "run", stop_at(2), data=1, fsdp=4)
