@@ -5,6 +5,7 @@ resumes with the other layout gets them rearranged.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 from layers.config import ConfigError
 from layers.decoder import DecoderConfig
 from layers.stack import rearranged
+from research.parallel.processes import barrier
 from research.training import trainable
 from research.training.checkpoint import Checkpoints
 from research.training.state import TrainState
@@ -52,6 +54,10 @@ class SavedState:
         """Save the parameters that are not trained, if any; called once, at the start of a run."""
         _, fixed = trainable.split(state.model, self._patterns)
         if jax.tree.leaves(fixed):
+            # of a start that ended before its first checkpoint, maybe with another ``init``
+            if jax.process_index() == 0:
+                shutil.rmtree(self._workdir / FIXED, ignore_errors=True)
+            barrier()
             checkpoints = Checkpoints(self._workdir / FIXED, keep=1)
             try:
                 checkpoints.save(0, {"model": fixed}, {"layout": _layout(self._model)}, None)

@@ -62,6 +62,15 @@ class TrainState:
         model = trainable.join(params, fixed)
         return TrainState(model, to_stored_sharding(moments), self.step + 1, self.key)
 
+    def rebalance(
+        self, counts_le: jax.Array, patterns: Sequence[str] = trainable.ALL
+    ) -> "TrainState":
+        """The state after `Decoder.rebalance`; only biases that ``patterns`` match change."""
+        _, fixed = trainable.split(self.model, patterns)
+        self.model.rebalance(counts_le)
+        params, _ = trainable.split(self.model, patterns)
+        return dataclasses.replace(self, model=trainable.join(params, fixed))
+
 
 def abstract_state(
     model: DecoderConfig | ModelConfig,

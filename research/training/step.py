@@ -151,7 +151,7 @@ def make_step(
         metrics["weight"] = denominator
         state = state.apply(gradients, optimizer, stage, patterns)
         if router_metrics.CHOICES in sums:
-            state.model.rebalance(sums[router_metrics.CHOICES])
+            state = state.rebalance(sums[router_metrics.CHOICES], patterns)
         return state, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from layers.config import ConfigError
 from layers.decoder import Decoder
+from layers.routing import MoeConfig
 from layers.stack import unstacked
 from layers.weights import flat
 from research.training import Preempted, TrainingConfig, load_model, train
@@ -134,6 +135,33 @@ def test_patterns_that_match_nothing_are_refused(patterns, message):
 def test_a_pattern_may_match_across_slashes():
     model = jax.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0)))
     check_patterns(model, ("*weight",))
+
+
+def test_a_start_without_a_checkpoint_leaves_nothing_behind(tmp_path):
+    """What is not trained is that of the start whose checkpoints there are."""
+
+    def stop(step, steps, metrics):
+        raise KeyboardInterrupt  # before the first checkpoint
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop)
+    model = run(tmp_path, init=lambda fresh: jax.tree.map(lambda a: a + 1, fresh)).model
+    for a, b in zip(*map(jax.tree.leaves, (load_model(tmp_path), model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_router_that_is_not_trained_keeps_its_biases(tmp_path):
+    """Loads move biases without a gradient; what is saved once must not move."""
+    moe = MoeConfig(4, 16, router="sigmoid", bias_rate=0.1)
+    model = dataclasses.replace(MODEL, mlp=None, feed_forward=("moe",), moe=moe)
+    biases = {}
+    for pattern in ("*/mixer/*", "*"):
+        options = dict(trainable=(pattern,), progress=quiet, workdir=tmp_path / str(len(pattern)))
+        trained = train(model, DATA, TRAINING, **options).model
+        biases[pattern] = np.asarray(trained.mixtures[0].bias[...])
+        loaded = load_model(options["workdir"])
+        np.testing.assert_array_equal(loaded.mixtures[0].bias[...], biases[pattern])
+    assert not np.any(biases["*/mixer/*"]) and np.any(biases["*"])
 
 
 def test_another_choice_is_another_run(finished):
