@@ -37,7 +37,7 @@ def evaluate(
     if isinstance(data, DataConfig):
         name, held_out_batches = data.source, held_out(data, batches)
     else:
-        check_held_out(data, batches)
+        check_held_out(data, "batches", batches)
         name, held_out_batches = data.name, data.held_out(batches)  # type: ignore[attr-defined]
     total: Any = 0.0
     totals: dict[str, Any] = {}

@@ -98,7 +98,7 @@ def train(
     if data is None:
         assert source is not None
         size: Any = dict(batch_size=source.batch_size)
-        check_held_out(source, training.eval_batches)
+        check_held_out(source, "training.eval_batches", training.eval_batches)
     else:
         size = dict(batch_size=data.batch_size, sequence_length=data.sequence_length)
         size |= dict(vocabulary=vocabulary_size(data))

@@ -88,12 +88,12 @@ def _dataset(data: DataConfig, **options: Any) -> Iterable[Mapping[str, np.ndarr
     return make_dataset(data, process_index=index, process_count=count, **options)
 
 
-def check_held_out(source: Source, batches: int) -> None:
+def check_held_out(source: Source, field: str, batches: int) -> None:
     """Raise `ConfigError` for ``batches`` > 0 of a source that has no held-out batches."""
     supported = batches == 0 or hasattr(source, "held_out")
     check(
         supported,
-        "training.eval_batches",
+        field,
         batches,
         f"must be 0: {source.name} has no held-out batches",
     )

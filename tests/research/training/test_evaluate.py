@@ -6,9 +6,11 @@ import pytest
 from flax import nnx
 
 from layers.attention import AttentionConfig
+from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.training import evaluate
+from tests.research.training.test_source import OnPolicy
 
 MODEL = DecoderConfig(16, 8, 1, attention=AttentionConfig(2), mlp=MlpConfig(12), scan=False)
 
@@ -29,6 +31,11 @@ class Uneven:
                 segment_ids=np.ones((2, 8), np.int32),
                 weights=(rng.random((2, 8)) < share).astype(np.float32),
             )
+
+
+def test_a_source_without_held_out_batches_is_refused():
+    with pytest.raises(ConfigError, match="^batches=2: must be 0: toy has no held-out batches"):
+        evaluate(None, OnPolicy(), batches=2)
 
 
 def test_every_label_weighs_the_same():
