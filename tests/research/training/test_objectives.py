@@ -198,6 +198,24 @@ def test_an_objective_is_trained_evaluated_and_logged(tmp_path):
         NextToken(-1)
 
 
+def test_a_run_reads_its_reference(policy, reference):
+    """A policy that is its own reference has margins of 0, so a loss of log 2; others have not."""
+    data = DataConfig(
+        source="synthetic", sequence_length=8, batch_size=4,
+        synthetic=SyntheticConfig(task="copy", vocab_size=16),
+    )  # fmt: skip
+    still = OptimizerConfig(learning_rate=1e-9)
+    training = TrainingConfig(1, still, gradient_accumulation=2, eval_batches=1)
+    options = dict(objective=Preference(), init=lambda fresh: policy, progress=lambda *_: None)
+    same, other = (
+        train(MODEL, data, training, frozen=jax.tree.map(jnp.copy, frozen), **options).metrics
+        for frozen in (policy, reference)
+    )
+    for name in ("loss", "eval_loss"):
+        assert same[name] == pytest.approx(np.log(2), rel=1e-6)
+        assert abs(other[name] - np.log(2)) > 1e-3
+
+
 @pytest.mark.parametrize(
     "batch_size, parts, message",
     [
