@@ -1,6 +1,6 @@
 # make demo   set up; train two arms of one ablation to verdicts, a picture and a text
 # make test   set up and pass the tests
-# make soak   kill a run 50 times, also in the middle of a save: 6 minutes on 2 cores
+# make soak   kill a run 50 times, also in the middle of a save
 # make check  lint and types
 # make test-gpu          the kernels on this machine's NVIDIA GPU
 # make test-gpu-compile  compile them for an H100; no GPU is needed

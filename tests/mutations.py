@@ -1,6 +1,6 @@
 """Plant faults one at a time, and see that the tests find them: a test of the default tests.
 
-    python tests/mutations.py              # all of them: about half an hour on 2 cores
+    python tests/mutations.py              # all of them
     python tests/mutations.py mask-window-one-further moe-capacity-rounds-down
     python tests/mutations.py --list       # check the table, and print it
     python tests/mutations.py --without    # the same tests without a fault: all must pass

@@ -100,7 +100,7 @@ def interval95(values: Sequence[float], method: str = "t") -> tuple[float, float
 
     ``t``: mean ± t₀.₉₇₅(n−1)·s/√n. ``bootstrap``: percentiles of 9,999 resampled means.
     """
-    from scipy import stats  # takes 0.5 s: not part of `ablate --help`
+    from scipy import stats  # slow to import: not part of `ablate --help`
 
     sample = np.asarray(values, np.float64)
     check(sample.ndim == 1 and len(sample) > 1, "values", values, "must be two or more numbers")
