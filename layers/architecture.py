@@ -6,7 +6,15 @@ from typing import Any
 import jax
 
 from layers.attention import AttentionConfig
-from layers.config import EXECUTION, PRECISION, TRAINING, ConfigError, check, check_choice
+from layers.config import (
+    EXECUTION,
+    PRECISION,
+    TRAINING,
+    ConfigError,
+    check,
+    check_choice,
+    check_types,
+)
 from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
@@ -124,6 +132,7 @@ class DecoderConfig:
     param_dtype: str = dataclasses.field(default="float32", metadata=PRECISION)  # of storage
 
     def __post_init__(self):
+        check_types(self)
         for name in ("vocab_size", "width", "num_layers", "circuits", "norm_eps", "init_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         for name in ("max_length", "embedding_scale", "logit_cap", "microbatches", "outputs"):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from layers import alibi
-from layers.config import EXECUTION, check, check_choice
+from layers.config import EXECUTION, check, check_choice, check_types
 from layers.context import Context
 from layers.context_parallel import CONTEXTS, sharded_attention
 from layers.hooks import Tap
@@ -117,6 +117,7 @@ class AttentionConfig:
     context: str = dataclasses.field(default="gather", metadata=EXECUTION)
 
     def __post_init__(self):
+        check_types(self)
         check_choice("context", self.context, CONTEXTS)
         check(self.num_heads > 0, "num_heads", self.num_heads, "must be > 0")
         check(

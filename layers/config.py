@@ -1,11 +1,13 @@
 """Configurations: frozen dataclasses that are made from mappings and check their fields.
 
-The ``__post_init__`` of every configuration calls `check`. Only `from_mapping` makes dataclasses
-from ``ml_collections`` values or parsed JSON; it reports unknown names and wrong types, in one
-form, before anything compiles.
+The ``__post_init__`` of every configuration calls `check_types`, then `check`. Only `from_mapping`
+makes dataclasses from ``ml_collections`` values or parsed JSON; it reports unknown and missing
+names. Errors have one form and are raised before anything compiles.
 """
 
 import dataclasses
+import functools
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,8 @@ T = TypeVar("T")
 EXECUTION = {"decides": "execution"}  # execution-only: may change when a run is resumed
 PRECISION = {"decides": "precision"}  # dtypes
 TRAINING = {"decides": "training"}  # initial values, and losses that only training has
+
+_LARGEST_FLOAT = int(sys.float_info.max)
 
 
 def decides(config: Any, *kinds: Mapping[str, str]) -> Iterator[str]:
@@ -48,6 +52,24 @@ def check_choice(field: str, value: Any, choices: typing.Iterable[str]) -> None:
         raise ConfigError(f"{field}={value!r}: must be {one_of(value, choices)}")
 
 
+def check_types(config: Any) -> None:
+    """Raise `ConfigError` unless every field of ``config`` has a value of its annotated type.
+
+    ``config``: a frozen dataclass, in its ``__post_init__``. An int in a float field becomes a
+    float, a list a tuple and a mapping the annotated dataclass. A bool is not an int here, floats
+    are finite, and integers have at most 64 bits.
+    """
+    for name, hint in _hints(type(config)).items():
+        object.__setattr__(config, name, _convert(hint, getattr(config, name), name))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The name of each field of a dataclass → its annotated type."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     """Build the dataclass ``cls`` from ``mapping``, recursing into nested dataclasses.
 
@@ -63,7 +85,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
     if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
         raise ConfigError(f"{path or cls.__name__}={mapping!r}: must be a mapping of fields")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {}
     for name, value in mapping.items():
         if name not in fields:
@@ -80,41 +102,47 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as type ``hint`` (converts int → float and list → tuple), or a `ConfigError`."""
+    """``value`` as type ``hint`` (see `check_types`), or a `ConfigError`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
         options = [a for a in args if a is not type(None)]
-        for option in options[:-1]:
+        if value is None and len(options) < len(args):
+            return None
+        if len(options) == 1:
+            return _convert(options[0], value, path)
+        for option in options:
             try:
                 return _convert(option, value, path)
             except ConfigError:
                 continue
-        if len(options) == 1:
-            return _convert(options[0], value, path)
-        try:
-            return _convert(options[-1], value, path)
-        except ConfigError:
-            raise ConfigError(f"{path}={value!r}: must be {_spell(hint)}") from None
+        raise _wrong_type(hint, value, path)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         return from_mapping(hint, value, path)  # type: ignore[type-var]
+    if hint is Any:
+        return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path}={value!r}: must be a list")
-        item = args[0] if args else Any
-        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-    if origin in (dict, Mapping) or hint is Any:
-        return dict(value) if origin in (dict, Mapping) else value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        check(isinstance(value, (list, tuple)), path, value, "must be a list")
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, Mapping):
+        check(hasattr(value, "items"), path, value, "must be a mapping")
+        return dict(value)
+    is_bool = isinstance(value, bool)  # in Python a bool is an int, but `steps=True` is a mistake
+    if hint is float and isinstance(value, (int, float)) and not is_bool:
+        check(abs(value) <= _LARGEST_FLOAT, path, value, "must be a finite number")
         return float(value)
-    expected = origin or hint
-    # in Python a bool is an int, but `steps=True` is a mistake
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{path}={value!r}: must be {_spell(hint)}, not {type(value).__name__}")
+    if not isinstance(value, origin or hint) or (is_bool and hint is not bool):
+        raise _wrong_type(hint, value, path)
+    if hint is int:
+        check(-(2**63) <= value < 2**63, path, value, "must be an integer of at most 64 bits")
     return value
+
+
+def _wrong_type(hint: Any, value: Any, path: str) -> ConfigError:
+    return ConfigError(
+        f"{path}={value!r}: must be of type {_spell(hint)}, not {type(value).__name__}"
+    )
 
 
 def _spell(hint: Any) -> str:

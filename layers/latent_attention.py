@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.attention import observed_attention
-from layers.config import EXECUTION, check, check_choice
+from layers.config import EXECUTION, check, check_choice, check_types
 from layers.context import Context
 from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
@@ -55,6 +55,7 @@ class LatentConfig:
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
+        check_types(self)
         for name in ("num_heads", "rank", "head_dim", "value_dim"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         for name in ("query_rank", "scale", "norm_eps"):

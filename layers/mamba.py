@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.config import EXECUTION, TRAINING, check, check_choice
+from layers.config import EXECUTION, TRAINING, check, check_choice, check_types
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
@@ -56,6 +56,7 @@ class MambaConfig:
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
+        check_types(self)
         for name in ("state", "expand", "convolution", "delta_min", "head_dim", "groups"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         low = self.delta_min

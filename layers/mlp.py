@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.config import check, check_choice
+from layers.config import check, check_choice, check_types
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 
@@ -40,6 +40,7 @@ class MlpConfig:
     bias: bool = False
 
     def __post_init__(self):
+        check_types(self)
         check(self.width > 0, "width", self.width, "must be > 0")
         check_choice("activation", self.activation, ACTIVATIONS)
 

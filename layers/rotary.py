@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from layers.config import check, check_choice
+from layers.config import check, check_choice, check_types
 
 SCALINGS = ("linear", "llama3", "yarn")
 
@@ -38,6 +38,7 @@ class RotaryScaling:
     magnitude: float | None = None
 
     def __post_init__(self):
+        check_types(self)
         check_choice("kind", self.kind, SCALINGS)
         for name in ("factor", "low_turns", "original_length"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
@@ -99,6 +100,7 @@ class RotaryConfig:
     scaling: RotaryScaling | None = None
 
     def __post_init__(self):
+        check_types(self)
         check(self.base > 1, "base", self.base, "must be > 1")
         check(0 < self.fraction <= 1, "fraction", self.fraction, "must be in (0, 1]")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.config import TRAINING, check, check_choice
+from layers.config import TRAINING, check, check_choice, check_types
 from layers.mlp import ACTIVATIONS
 
 ROUTERS = ("softmax", "choice_softmax", "noisy", "expert_choice", "sigmoid")
@@ -53,6 +53,7 @@ class MoeConfig:
     jitter: float = dataclasses.field(default=0.0, metadata=TRAINING)
 
     def __post_init__(self):
+        check_types(self)
         for name in ("num_experts", "width", "groups", "scale"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         for name in ("shared_experts", "balance_weight", "z_weight", "bias_rate"):

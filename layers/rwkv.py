@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.config import EXECUTION, check, check_choice
+from layers.config import EXECUTION, check, check_choice, check_types
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before
@@ -37,6 +37,7 @@ class RwkvConfig:
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
+        check_types(self)
         for name in ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         if self.implementation is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from layers.config import check
+from layers.config import check, check_types
 from layers.context_parallel import sharded_attention
 from pallas_kernels.mask import Mask
 from research.ablation.measure import median_times, temporary_bytes
@@ -35,6 +35,7 @@ class AttentionOp:
     implementation: str | None = None
 
     def __post_init__(self):
+        check_types(self)
         for name in ("heads", "head_dim"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
 

@@ -1,10 +1,9 @@
 """The data of a run and how it becomes batches, as one frozen dataclass."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from layers.config import ConfigError, check, check_choice
+from layers.config import ConfigError, check, check_choice, check_types
 from research.data.synthetic import TASKS, generate
 
 SOURCES = ("stdlib", "files", "hf", "synthetic")
@@ -30,14 +29,9 @@ class SyntheticConfig:
     validation_examples: int = 512
 
     def __post_init__(self):
+        check_types(self)
         check_choice("task", self.task, TASKS)
         check(self.vocab_size >= 4, "vocab_size", self.vocab_size, "must be at least 4")
-        check(
-            isinstance(self.parameters, Mapping),
-            "parameters",
-            self.parameters,
-            "must be a mapping of the task's parameters",
-        )
         check(
             self.examples is None or self.examples >= 1,
             "examples",
@@ -99,6 +93,7 @@ class DataConfig:
     synthetic: SyntheticConfig = SyntheticConfig()
 
     def __post_init__(self):
+        check_types(self)
         check_choice("source", self.source, SOURCES)
         check_choice("packing", self.packing, PACKINGS)
         check(
@@ -114,13 +109,6 @@ class DataConfig:
             "must be in [0, 1)",
         )
         check(bool(self.text_field), "text_field", self.text_field, "must name a field")
-        for field in ("paths", "validation_paths"):
-            check(
-                not isinstance(getattr(self, field), str),
-                field,
-                getattr(self, field),
-                "must be a tuple of paths, not one string",
-            )
         if self.source == "files":
             check(
                 len(self.paths) >= 1,

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from layers.config import check
+from layers.config import check, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_types(self)
         check(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be > 0")
-        temperature = self.temperature
-        check(0 <= temperature < float("inf"), "temperature", temperature, "must be finite and ≥ 0")
+        check(self.temperature >= 0, "temperature", self.temperature, "must be ≥ 0")
         check(self.top_k is None or self.top_k > 0, "top_k", self.top_k, "must be > 0 or None")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)

@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from layers.config import ConfigError, check
+from layers.config import ConfigError, check, check_types
 
 # in this order: the first axes go across hosts, where there are several
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
@@ -36,6 +36,7 @@ class MeshConfig:
     offload: bool = False
 
     def __post_init__(self):
+        check_types(self)
         check(self.zero in (None, 1, 2, 3), "zero", self.zero, "must be 1, 2 or 3")
         for name in AXES:
             size = getattr(self, name)

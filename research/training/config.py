@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from layers.config import ConfigError, check
+from layers.config import ConfigError, check, check_types
 from research.training.optimizers import OptimizerConfig, make_schedule
 
 
@@ -28,6 +28,7 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self):
+        check_types(self)
         for name in (
             "steps",
             "gradient_accumulation",
@@ -37,6 +38,7 @@ class TrainingConfig:
             "log_every",
         ):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        check(self.steps < 2**31, "steps", self.steps, "must be < 2**31")
         check(self.z_loss >= 0, "z_loss", self.z_loss, "must be ≥ 0")
         check(self.eval_batches >= 0, "eval_batches", self.eval_batches, "must be ≥ 0")
         try:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.config import check
+from layers.config import check, check_types
 from research.training.router_metrics import router_loss, router_metrics, router_sums
 
 Batch = Mapping[str, jax.Array]
@@ -71,6 +71,7 @@ class NextToken(Objective):
     z_loss: float = 0.0
 
     def __post_init__(self):
+        check_types(self)
         check(self.z_loss >= 0, "z_loss", self.z_loss, "must be ≥ 0")
 
     def __call__(self, model, batch, key=None, frozen=None) -> Sums:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layers.config import check, check_choice
+from layers.config import check, check_choice, check_types
 from layers.weights import map_named
 from research.training.factored import scale_by_factored_rms, sides
 from research.training.moments import with_8bit_moments
@@ -46,6 +46,7 @@ class OptimizerConfig:
     moments: str = "full"
 
     def __post_init__(self):
+        check_types(self)
         check_choice("name", self.name, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("moments", self.moments, MOMENTS)

@@ -36,21 +36,25 @@ def test_converts_int_to_float_list_to_tuple_and_none():
         (dict(widht=8), "model.widht=8: no such field; did you mean 'width'?"),
         (dict(attention=dict(num_heads=2, wndow=4)),
          "model.attention.wndow=4: no such field; did you mean 'window'?"),
-        (dict(width="8"), "model.width='8': must be int, not str"),
-        (dict(width=8.0), "model.width=8.0: must be int, not float"),
-        (dict(num_layers=True), "model.num_layers=True: must be int, not bool"),
-        (dict(norm_eps=True), "model.norm_eps=True: must be float, not bool"),
-        (dict(scan=1), "model.scan=1: must be bool, not int"),
-        (dict(width=None), "model.width=None: must be int, not NoneType"),
+        (dict(width="8"), "model.width='8': must be of type int, not str"),
+        (dict(width=8.0), "model.width=8.0: must be of type int, not float"),
+        (dict(num_layers=True), "model.num_layers=True: must be of type int, not bool"),
+        (dict(norm_eps=True), "model.norm_eps=True: must be of type float, not bool"),
+        (dict(scan=1), "model.scan=1: must be of type bool, not int"),
+        (dict(width=None), "model.width=None: must be of type int, not NoneType"),
         (dict(pattern="attention"), "model.pattern='attention': must be a list"),
-        (dict(pattern=["attention", 3]), "model.pattern[1]=3: must be str, not int"),
+        (dict(pattern=["attention", 3]), "model.pattern[1]=3: must be of type str, not int"),
         (dict(attention=4), "model.attention=4: must be a mapping of fields"),
         (dict(attention=dict()), "model.attention.num_heads: required, of type int"),
         (dict(attention=dict(num_heads=2, window=2.5)),
-         "model.attention.window=2.5: must be int, not float"),
+         "model.attention.window=2.5: must be of type int, not float"),
         (dict(width=-8), "model.width=-8: must be > 0"),
         (dict(mlp=dict(width=-1)), "model.mlp.width=-1: must be > 0"),
-        (dict(norm_eps=float("nan")), "model.norm_eps=nan: must be > 0"),
+        (dict(norm_eps=float("nan")), "model.norm_eps=nan: must be a finite number"),
+        (dict(norm_eps=1e999), "model.norm_eps=inf: must be a finite number"),
+        (dict(norm_eps=10**400), f"model.norm_eps={10**400}: must be a finite number"),
+        (dict(width=2**63), f"model.width={2**63}: must be an integer of at most 64 bits"),
+        (dict(mlp=object), "model.mlp=<class 'object'>: must be a mapping of fields"),
         (dict(max_length=0), "model.max_length=0: must be > 0 or None"),
         (dict(position="rotry"),
          "model.position='rotry': must be one of rotary, alibi, learned, sinusoidal, none "
@@ -106,3 +110,35 @@ def test_a_choice_suggests_a_near_miss_only():
     check_choice("x", "a", ("a", "b"))
     with pytest.raises(ConfigError, match="^x='zebra': must be one of a, b$"):
         check_choice("x", "zebra", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (DecoderConfig, dict(GOOD, num_layers=2.0),
+         "num_layers=2.0: must be of type int, not float"),
+        (DecoderConfig, dict(GOOD, num_layers=True),
+         "num_layers=True: must be of type int, not bool"),
+        (DecoderConfig, dict(GOOD, mlp=100), "mlp=100: must be a mapping of fields"),
+        (DecoderConfig, dict(GOOD, mlp=AttentionConfig(2)), "mlp=AttentionConfig"),
+        (DecoderConfig, dict(GOOD, pattern="attention"), "pattern='attention': must be a list"),
+        (AttentionConfig, dict(num_heads=2, window="4"),
+         "window='4': must be of type int, not str"),
+        (AttentionConfig, dict(num_heads=2, scale=float("inf")),
+         "scale=inf: must be a finite number"),
+        (MlpConfig, dict(width=8, bias=1), "bias=1: must be of type bool, not int"),
+        (MlpConfig, dict(width=8, activation=None),
+         "activation=None: must be of type str, not NoneType"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_is_built_directly_checks_its_types(cls, fields, message):
+    with pytest.raises(ConfigError) as raised:
+        cls(**fields)
+    assert str(raised.value).startswith(message)
+
+
+def test_a_configuration_that_is_built_directly_converts_like_a_mapping():
+    fields: dict = dict(GOOD, norm_eps=1, pattern=["attention", "attention"])
+    config = DecoderConfig(**fields)
+    assert config == from_mapping(DecoderConfig, fields)
+    assert isinstance(config.norm_eps, float) and isinstance(config.pattern, tuple)

@@ -249,7 +249,7 @@ def test_config_from_a_mapping_names_the_path():
         ({"prefetch": -1}, "prefetch=-1"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1.0: must be in \[0, 1\)"),
         ({"source": "files"}, r"paths=\(\): "),
-        ({"source": "files", "paths": "a.txt"}, "paths='a.txt': must be a tuple"),
+        ({"source": "files", "paths": "a.txt"}, "paths='a.txt': must be a list"),
         ({"source": "hf", "paths": ("a", "b")}, r"paths=\('a', 'b'\): .*exactly one"),
         ({"paths": ("a",)}, "reads no paths"),
         ({"validation_paths": ("a",)}, "validation_paths=.*only source='files'"),

@@ -87,9 +87,9 @@ def test_equal_rows_draw_apart_and_keys_matter():
     ("options", "message"),
     [
         (dict(max_new_tokens=0), "max_new_tokens=0: must be > 0"),
-        (dict(temperature=-0.1), "temperature=-0.1: must be finite and ≥ 0"),
-        (dict(temperature=float("nan")), "temperature=nan: must be finite and ≥ 0"),
-        (dict(temperature=float("inf")), "temperature=inf: must be finite and ≥ 0"),
+        (dict(temperature=-0.1), "temperature=-0.1: must be ≥ 0"),
+        (dict(temperature=float("nan")), "temperature=nan: must be a finite number"),
+        (dict(temperature=float("inf")), "temperature=inf: must be a finite number"),
         (dict(top_k=0), "top_k=0: must be > 0 or None"),
         (dict(top_p=0.0), "top_p=0.0: must be in (0, 1] or None"),
         (dict(top_p=1.1), "top_p=1.1: must be in (0, 1] or None"),
