@@ -194,7 +194,7 @@ def test_an_objective_is_trained_evaluated_and_logged(tmp_path):
         train(MODEL, data, training, objective=NextToken(0.2), **quiet, workdir=tmp_path)
     with pytest.raises(ConfigError, match="training.z_loss=0.1: must be 0 with an objective"):
         train(MODEL, data, weighted, objective=NextToken(), **quiet)
-    with pytest.raises(ConfigError, match="z_loss=-1: must be ≥ 0"):
+    with pytest.raises(ConfigError, match="z_loss=-1.0: must be ≥ 0"):
         NextToken(-1)
 
 

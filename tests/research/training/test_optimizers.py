@@ -148,7 +148,7 @@ def test_adamw_and_clipping_against_torch(model):
         (dict(name="adam"), "name='adam': must be one of adamw"),
         (dict(schedule="cos"), "schedule='cos': must be one of cosine"),
         (dict(learning_rate=0.0), "learning_rate=0.0: must be > 0"),
-        (dict(learning_rate=float("nan")), "learning_rate=nan: must be > 0"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan: must be a finite number"),
         (dict(warmup_steps=-1), "warmup_steps=-1: must be ≥ 0"),
         (dict(final_fraction=1.1), "final_fraction=1.1: must be in"),
         (dict(decay_fraction=-0.1), "decay_fraction=-0.1: must be in"),
