@@ -28,6 +28,7 @@ from layers.weights import dense, flat
 from research.files import check_new, new_directory
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
+from research.models.fields import Fields
 from research.models.load import read_object
 from research.models.pth import SUFFIX, write_pth
 from research.models.table import Target, targets, to_theirs
@@ -96,7 +97,7 @@ def copy_companions(source: Path, to: Path) -> None:
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
     """The config.json of ``config``, after checking that reading it gives ``config`` again."""
     described = {**source, **family.write(config)}
-    read_back = _normalised(family.read(described))
+    read_back = _normalised(family.read(Fields(described)))
     # the weights do not depend on the length
     unchecked = {*decides(config, EXECUTION, PRECISION, TRAINING), "max_length"}
     for field, value in _normalised(config).items():

@@ -12,6 +12,8 @@ from research.models.families.llama import LLAMAS
 from research.models.families.mamba import MAMBAS
 from research.models.families.mixture import MIXTURES
 from research.models.families.rwkv import RWKVS
+from research.models.families.unused import refuse_other_functions, warn_of_the_rest
+from research.models.fields import Fields, short
 
 __all__ = ["FAMILIES", "Family", "decoder_config", "family_of"]
 
@@ -26,24 +28,38 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     Raises:
       ConfigError: an unsupported architecture; the message names it and the supported ones.
     """
-    named = (hf.get("architectures") or [None])[0]
+    fields = Fields(hf)
+    named = fields.texts("architectures", [], null=[])
+    if len(named) > 1:
+        fields.refuse("architectures", named, "must name one")
+    kind = fields.text("model_type", None)
     for family in FAMILIES.values():
-        if named == family.architecture or (
-            named is None and hf.get("model_type") == family.model_type
-        ):
+        if named and named[0] == family.architecture:
+            if kind not in (None, family.model_type):
+                requirement = f"must be {family.model_type} for architectures={named}"
+                fields.refuse("model_type", kind, requirement)
+            return family
+        if not named and kind == family.model_type:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ConfigError(f"architecture={named or hf.get('model_type')!r}: must be one of {supported}")
+    name = short(named[0] if named else kind)
+    raise ConfigError(f"architecture={name}: must be one of {supported}")
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
     """The `DecoderConfig` of a config.json.
 
+    Warns, in one line, of fields that are not applied: those that only change training, such as
+    dropout, and those that nobody knows.
+
     Raises:
-      ConfigError: an unsupported architecture or feature, or a missing field; the message names it.
+      ConfigError: an unsupported architecture or feature, or a field that is missing or has a wrong
+        type or value; the message names it.
     """
-    family = family_of(hf)
-    try:
-        return family.read(hf)
-    except KeyError as missing:
-        raise ConfigError(f"config.json: {missing.args[0]} is missing") from None
+    family, fields = family_of(hf), Fields(hf)
+    for name in ("architectures", "model_type"):
+        fields.unused(name)
+    refuse_other_functions(fields)
+    config = family.read(fields)
+    warn_of_the_rest(fields, family.unused, family.architecture)
+    return config

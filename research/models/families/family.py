@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from layers.config import check, check_choice
+from layers.config import check_choice
 from layers.decoder import DecoderConfig
 from layers.rotary import SCALINGS, RotaryConfig, RotaryScaling, yarn_growth
+from research.models.fields import REQUIRED, Fields
 from research.models.table import Row
 
 Kind = TypeVar("Kind")
+MOST_LAYERS = 10_000  # a list of the layers is made before a tensor is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Family:
       beyond: the beginning of a layer's names, up to its number. Layers after the last are not
         loaded (DeepSeek's predict further tokens).
       absent: tensors that are not used and that a checkpoint may lack; a missing one becomes 0.
+      unused: fields of config.json that `read` does not read → why they change nothing, besides
+        those of `research.models.families.unused.EVERYWHERE`.
     """
 
     architecture: str
     model_type: str
-    read: Callable[[Mapping[str, Any]], DecoderConfig]
+    read: Callable[[Fields], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
     rows: tuple[Row, ...]
     prefix: str = "model."
@@ -38,6 +42,7 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     beyond: str | None = None
     absent: tuple[str, ...] = ()
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def head(self) -> str:
@@ -45,69 +50,109 @@ class Family:
         return next(row.name for row in self.rows if row.paths == ("head/weight",))
 
 
-def supported(hf: Mapping[str, Any], where: str = "", **only: Any) -> None:
-    """Raise `ConfigError` unless each field of ``only`` is absent from ``hf`` or has that value."""
-    for name, value in only.items():
-        actual = hf.get(name, value)
-        check(actual == value, where + name, actual, f"must be {_json(value)}")
-
-
-def _json(value: Any) -> str:
-    spelt = {None: "null", True: "true", False: "false"}
-    return spelt[value] if value is None or isinstance(value, bool) else str(value)
-
-
 def head_channels(config: DecoderConfig) -> int:
     """The model's channels per head."""
     return config.part("attention").channels(config.width)
 
 
-def read_rotary(hf: Mapping[str, Any], **defaults: float) -> RotaryConfig:
-    """``rope_parameters`` (transformers ≥ 5), or the older ``rope_theta`` and ``rope_scaling``."""
-    rope: dict[str, Any] = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, **defaults}
-    rope |= {name: hf[name] for name in rope if name in hf}
-    rope |= rope_fields(hf)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    check_choice("rope_parameters.rope_type", kind, ("default", *SCALINGS))
+def read_layers(fields: Fields, name: str = "num_hidden_layers") -> int:
+    """The number of layers."""
+    return fields.integer(name, at_most=MOST_LAYERS)
+
+
+def read_rotary(
+    fields: Fields,
+    rope: Fields | None = None,
+    *,
+    theta: float = 10_000.0,
+    theta_name: str = "rope_theta",
+    fraction_name: str = "partial_rotary_factor",
+    fraction: float | None = None,
+    kinds: Sequence[str] = ("default", *SCALINGS),
+) -> RotaryConfig:
+    """The rotation that ``rope`` describes; default: `rope_fields`.
+
+    Args:
+      fields: of the whole file; older files have some of rope's fields there.
+      theta, fraction: defaults. ``fraction=None``: all channels rotate, and another fraction is
+        refused: transformers would ignore it.
+      theta_name, fraction_name: names of these two in older files.
+      kinds: allowed values of ``rope_type``.
+    """
+    rope = rope_fields(fields) if rope is None else rope
+    base = _older(fields, rope, theta_name, "rope_theta", theta, above=1)
+    if fraction is None:
+        fields.only(partial_rotary_factor=1.0)
+        rope.only(partial_rotary_factor=1.0)
+    share = _older(
+        fields, rope, fraction_name, "partial_rotary_factor", fraction or 1.0, above=0
+    )  # fmt: skip
+    rope.same("type", "rope_type")
+    kind = rope.text("rope_type" if "rope_type" in rope else "type", "default", choices=kinds)
     scaling = None
     if kind == "linear":
-        scaling = RotaryScaling("linear", float(rope["factor"]))
+        scaling = RotaryScaling("linear", rope.number("factor", above=0))
     elif kind == "llama3":
         scaling = RotaryScaling(
             "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            rope["original_max_position_embeddings"],
+            rope.number("factor", above=0),
+            rope.number("low_freq_factor", above=0),
+            rope.number("high_freq_factor", above=0),
+            _original_length(fields, rope),
         )
     elif kind == "yarn":
-        supported(rope, "rope_parameters.", truncate=True)
-        factor = float(rope["factor"])
-        magnitude = rope.get("attention_factor")
-        weight, overall = float(rope.get("mscale") or 0), read_mscale(hf)
+        rope.only(truncate=True)
+        factor = rope.number("factor", above=0)
+        magnitude = rope.number("attention_factor", None, above=0)
+        weight, overall = rope.number("mscale", 0.0, null=0.0, at_least=0), read_mscale(rope)
         if magnitude is None and weight and overall:
             magnitude = yarn_growth(factor, weight) / yarn_growth(factor, overall)
         scaling = RotaryScaling(
             "yarn",
             factor,
-            float(rope.get("beta_slow") or 1),
-            float(rope.get("beta_fast") or 32),
-            rope["original_max_position_embeddings"],
+            rope.number("beta_slow", 1.0, null=1.0, above=0),
+            rope.number("beta_fast", 32.0, null=32.0, above=0),
+            _original_length(fields, rope),
             magnitude,
         )
-    return RotaryConfig(
-        float(rope["rope_theta"]), float(rope["partial_rotary_factor"]), scaling=scaling
-    )
+    return RotaryConfig(base, share, scaling=scaling)
 
 
-def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of a config.json; ``rope_parameters`` (newer) override ``rope_scaling``."""
-    return {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+def _older(
+    fields: Fields, rope: Fields, older: str, newer: str, default: float, *, above: float
+) -> float:
+    """``rope``'s field ``newer``, or ``older`` of the file; both must agree if both are given."""
+    outside = fields.number(older, default, above=above)
+    inside = rope.number(newer, outside, above=above)
+    if older in fields and inside != outside:
+        fields.refuse(older, outside, f"must be that of {newer} in rope_parameters, {inside}")
+    return inside
 
 
-def read_mscale(hf: Mapping[str, Any]) -> float:
+def _original_length(fields: Fields, rope: Fields) -> int:
+    length = fields.integer("max_position_embeddings", None)
+    return rope.integer("original_max_position_embeddings", REQUIRED if length is None else length)
+
+
+def rope_fields(fields: Fields, newer: Fields | None = None) -> Fields:
+    """The rotary fields: ``newer`` (``rope_parameters``, transformers ≥ 5) or ``rope_scaling``.
+
+    Of both, transformers reads the older one; a file in which they differ is refused.
+    """
+    newer = fields.object("rope_parameters") if newer is None else newer
+    older = fields.object("rope_scaling")
+    if not newer:
+        return older
+    if older:
+        if older.values != newer.values:
+            fields.refuse("rope_scaling", older.values, "must be equal to rope_parameters")
+        older.read_all()
+    return newer
+
+
+def read_mscale(rope: Fields) -> float:
     """The weight of YaRN's temperature in the factor of the whole score; 0 if there is none."""
-    return float(rope_fields(hf).get("mscale_all_dim") or 0)
+    return rope.number("mscale_all_dim", 0.0, null=0.0, at_least=0)
 
 
 def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:

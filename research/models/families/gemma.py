@@ -1,7 +1,6 @@
 """Gemma 2 and 3 (text): norms on both sides, full layers among sliding ones, scaled embeddings."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layers.attention import AttentionConfig
@@ -12,10 +11,11 @@ from research.models.families.family import (
     Family,
     head_channels,
     layer_types,
+    read_layers,
     read_pattern,
     read_rotary,
+    rope_fields,
     rope_parameters,
-    supported,
     write_rotary,
 )
 from research.models.families.llama import (
@@ -26,51 +26,57 @@ from research.models.families.llama import (
     PROJECTION_ROWS,
     norm_rows,
 )
+from research.models.fields import Fields
 
 
 def _read(
-    hf: Mapping[str, Any],
-    kinds: Sequence[str],
+    fields: Fields,
+    period: int,
     rotary: RotaryConfig,
     sliding_rotary: RotaryConfig | None = None,
-    qk_norm: bool = False,
+    logit_cap: float | None = None,
+    **attention: Any,
 ) -> DecoderConfig:
-    """``kinds``: the type of each layer, if config.json does not list them."""
-    supported(hf, hidden_activation="gelu_pytorch_tanh")
+    """``period``: every such layer is full, if config.json does not list the layers' types.
+
+    ``logit_cap``: the default. ``attention``: further fields of the `AttentionConfig`.
+    """
+    fields.only(hidden_activation="gelu_pytorch_tanh")
     # null and false both mean causal attention
-    supported({"use_bidirectional_attention": bool(hf.get("use_bidirectional_attention"))},
-              use_bidirectional_attention=False)  # fmt: skip
-    channels = hf.get("head_dim", 256)
-    scalar = hf.get("query_pre_attn_scalar", 256)
-    bias = bool(hf.get("attention_bias", False))
-    pattern = read_pattern(hf.get("layer_types") or kinds)
+    if fields.flag("use_bidirectional_attention", None):
+        fields.refuse("use_bidirectional_attention", True, "must be false")
+    layers, width = read_layers(fields), fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    bias = fields.flag("attention_bias", False)
+    listed = fields.texts("layer_types", None, count=layers)
+    pattern = read_pattern(listed or _every(period, layers))
     slides = "sliding" in pattern
+    window = fields.integer("sliding_window", 4096, null=None)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
+        vocab_size=fields.integer("vocab_size"),
+        width=width,
+        num_layers=layers,
         attention=AttentionConfig(
-            num_heads=hf["num_attention_heads"],
-            num_kv_heads=hf["num_key_value_heads"],
-            head_dim=channels,
-            window=hf.get("sliding_window", 4096) if slides else None,
-            soft_cap=hf.get("attn_logit_softcapping"),
-            qk_norm=qk_norm,
+            num_heads=heads,
+            num_kv_heads=fields.integer("num_key_value_heads"),
+            head_dim=fields.integer("head_dim", 256),
+            window=window if slides else None,
             qkv_bias=bias,
             out_bias=bias,
-            scale=scalar**-0.5,
+            scale=fields.number("query_pre_attn_scalar", 256, above=0) ** -0.5,
+            **attention,
         ),
-        mlp=MlpConfig(hf["intermediate_size"], "geglu_tanh"),
+        mlp=MlpConfig(fields.integer("intermediate_size"), "geglu_tanh"),
         pattern=pattern,
         rotary=rotary,
         sliding_rotary=sliding_rotary if slides else None,
         norm="rmsnorm_1p",
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0),
         norm_position="both",
-        embedding_scale=hf["hidden_size"] ** 0.5,
-        logit_cap=hf.get("final_logit_softcapping"),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
-        max_length=hf.get("max_position_embeddings"),
+        embedding_scale=width**0.5,
+        logit_cap=fields.number("final_logit_softcapping", logit_cap, null=None, above=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        max_length=fields.integer("max_position_embeddings", None),
     )
 
 
@@ -100,31 +106,35 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _every(hf: Mapping[str, Any], period: int) -> list[str]:
+def _every(period: int, layers: int) -> list[str]:
     """Layer types: every ``period``-th layer is full, the others slide."""
     return [
         "sliding_attention" if layer % period else "full_attention"
-        for layer in range(1, hf["num_hidden_layers"] + 1)
+        for layer in range(1, layers + 1)
     ]
 
 
-def _read_gemma2(hf: Mapping[str, Any]) -> DecoderConfig:
-    hf = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **hf}
-    return _read(hf, _every(hf, 2), read_rotary(hf))
+def _read_gemma2(fields: Fields) -> DecoderConfig:
+    cap = fields.number("attn_logit_softcapping", 50.0, null=None, above=0)
+    return _read(fields, 2, read_rotary(fields), logit_cap=30.0, soft_cap=cap)
 
 
 def _write_gemma2(config: DecoderConfig) -> dict[str, Any]:
     return {**_write(config), **write_rotary(config.rotary)}
 
 
-def _read_gemma3(hf: Mapping[str, Any]) -> DecoderConfig:
+def _read_gemma3(fields: Fields) -> DecoderConfig:
+    # transformers has the field and does not apply it
+    fields.only(attn_logit_softcapping=None)
     # transformers ≥ 5 has one table per layer type; before, scaling applied to full layers only
-    tables = hf.get("rope_parameters") or {}
-    full = read_rotary({**hf, "rope_parameters": tables.get("full_attention")}, rope_theta=1e6)
-    local = {"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
-    sliding = read_rotary({**local, "rope_parameters": tables.get("sliding_attention")})
-    kinds = _every(hf, hf.get("sliding_window_pattern", 6))
-    return _read(hf, kinds, full, sliding, qk_norm=True)
+    tables = fields.object("rope_parameters")
+    full = read_rotary(fields, rope_fields(fields, tables.object("full_attention")), theta=1e6)
+    sliding = read_rotary(
+        fields, tables.object("sliding_attention"), theta_name="rope_local_base_freq"
+    )
+    period = fields.integer("sliding_window_pattern", 6)
+    fields.only(_sliding_window_pattern=period)
+    return _read(fields, period, full, sliding, qk_norm=True)
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
@@ -154,7 +164,10 @@ _GEMMA_ROWS = (
     *HEAD_NORM_ROWS,
 )
 
+_UNUSED = {"hidden_act": "transformers reads hidden_activation"}
 GEMMAS = (
-    Family("Gemma2ForCausalLM", "gemma2", _read_gemma2, _write_gemma2, _GEMMA_ROWS),
-    Family("Gemma3ForCausalLM", "gemma3_text", _read_gemma3, _write_gemma3, _GEMMA_ROWS),
+    Family("Gemma2ForCausalLM", "gemma2", _read_gemma2, _write_gemma2, _GEMMA_ROWS, unused=_UNUSED),
+    Family(
+        "Gemma3ForCausalLM", "gemma3_text", _read_gemma3, _write_gemma3, _GEMMA_ROWS, unused=_UNUSED
+    ),
 )

@@ -1,6 +1,5 @@
 """The GPT family: GPT-2, GPT-NeoX, BLOOM and MPT, each with its own fused query, key, value."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from layers.attention import AttentionConfig
@@ -8,24 +7,25 @@ from layers.config import check, check_choice
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.models.families.family import (
+    MOST_LAYERS,
     Family,
     affine,
     head_channels,
     parts,
+    read_layers,
     read_rotary,
-    supported,
     write_rotary,
 )
+from research.models.families.unused import EVERYWHERE, refuse_other_functions
+from research.models.fields import Fields
 from research.models.table import Row
 
 # activation in config.json → the Decoder's; of several names the first one is written
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
 
 
-def _read_activation(hf: Mapping[str, Any], field: str, default: str) -> str:
-    name = hf.get(field, default)
-    check_choice(field, name, _ACTIVATIONS)
-    return _ACTIVATIONS[name]
+def _read_activation(fields: Fields, name: str, default: str) -> str:
+    return _ACTIVATIONS[fields.text(name, default, choices=_ACTIVATIONS)]
 
 
 def _write_activation(config: DecoderConfig) -> str:
@@ -42,22 +42,22 @@ def _heads(heads: int, width: int, bias: bool, scale: float | None = None) -> At
     )
 
 
-def _read_gpt2(hf: Mapping[str, Any]) -> DecoderConfig:
-    supported(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    width = hf["n_embd"]
-    activation = _read_activation(hf, "activation_function", "gelu_new")
+def _read_gpt2(fields: Fields) -> DecoderConfig:
+    fields.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    width = fields.integer("n_embd")
+    activation = _read_activation(fields, "activation_function", "gelu_new")
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         width=width,
-        num_layers=hf["n_layer"],
-        attention=_heads(hf["n_head"], width, bias=True),
-        mlp=MlpConfig(hf.get("n_inner") or 4 * width, activation, bias=True),
+        num_layers=read_layers(fields, "n_layer"),
+        attention=_heads(fields.integer("n_head"), width, bias=True),
+        mlp=MlpConfig(fields.integer("n_inner", 4 * width, null=4 * width), activation, bias=True),
         position="learned",
-        max_length=hf["n_positions"],
+        max_length=fields.integer("n_positions"),
         norm="layernorm",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0),
         norm_bias=True,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
     )
 
 
@@ -103,30 +103,32 @@ _GPT2_ROWS = (
 )
 
 
-def _read_neox(hf: Mapping[str, Any]) -> DecoderConfig:
-    width, bias = hf["hidden_size"], bool(hf.get("attention_bias", True))
-    parallel = bool(hf.get("use_parallel_residual", True))
+def _read_neox(fields: Fields) -> DecoderConfig:
+    width, bias = fields.integer("hidden_size"), fields.flag("attention_bias", True)
+    parallel = fields.flag("use_parallel_residual", True)
     rotary = read_rotary(
-        hf,
-        rope_theta=hf.get("rotary_emb_base", 10_000),
-        partial_rotary_factor=hf.get("rotary_pct", 0.25),
+        fields, theta_name="rotary_emb_base", fraction_name="rotary_pct", fraction=0.25
     )
+    # transformers does not read these outside rope_parameters
+    fields.only(rope_theta=rotary.base, partial_rotary_factor=rotary.fraction)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         width=width,
-        num_layers=hf["num_hidden_layers"],
-        attention=_heads(hf["num_attention_heads"], width, bias),
+        num_layers=read_layers(fields),
+        attention=_heads(fields.integer("num_attention_heads"), width, bias),
         mlp=MlpConfig(
-            hf["intermediate_size"], _read_activation(hf, "hidden_act", "gelu"), bias=True
+            fields.integer("intermediate_size"),
+            _read_activation(fields, "hidden_act", "gelu"),
+            bias=True,
         ),
         rotary=rotary,
         norm="layernorm",
-        norm_eps=float(hf.get("layer_norm_eps", 1e-5)),
+        norm_eps=fields.number("layer_norm_eps", 1e-5, above=0),
         norm_bias=True,
         parallel_residual=parallel,
         shared_norm=not parallel,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        max_length=hf.get("max_position_embeddings"),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        max_length=fields.integer("max_position_embeddings", None),
     )
 
 
@@ -183,25 +185,31 @@ _NEOX_ROWS = (
 )
 
 
-def _read_bloom(hf: Mapping[str, Any]) -> DecoderConfig:
-    supported(hf, apply_residual_connection_post_layernorm=False)
+def _read_bloom(fields: Fields) -> DecoderConfig:
+    fields.only(apply_residual_connection_post_layernorm=False)
     # both names are on the Hub, the second one in the largest model
-    width = hf["n_embed"] if "n_embed" in hf else hf["hidden_size"]
-    heads = hf["n_head"] if "n_head" in hf else hf["num_attention_heads"]
-    layers = hf["n_layer"] if "n_layer" in hf else hf["num_hidden_layers"]
+    names = (("n_embed", "hidden_size"), ("n_head", "num_attention_heads"))
+    width, heads = (_either(fields, *pair) for pair in names)
+    layers = _either(fields, "n_layer", "num_hidden_layers", at_most=MOST_LAYERS)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=layers,
         attention=_heads(heads, width, bias=True),
         mlp=MlpConfig(4 * width, "gelu_tanh", bias=True),
         position="alibi",
         norm="layernorm",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0),
         norm_bias=True,
         embedding_norm=True,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
     )
+
+
+def _either(fields: Fields, name: str, other: str, **limits: int) -> int:
+    """The integer with one of two names, or with both."""
+    fields.same(name, other)
+    return fields.integer(name if name in fields else other, **limits)
 
 
 def _write_bloom(config: DecoderConfig) -> dict[str, Any]:
@@ -224,33 +232,37 @@ _BLOOM_ROWS = (
 )
 
 
-def _read_mpt(hf: Mapping[str, Any]) -> DecoderConfig:
-    attention = hf.get("attn_config") or {}
-    supported(hf, no_bias=True, logit_scale=None, expansion_ratio=4)
-    supported(
-        attention,
-        "attn_config.",
+def _read_mpt(fields: Fields) -> DecoderConfig:
+    attention = fields.object("attn_config")
+    refuse_other_functions(attention)
+    fields.only(no_bias=True, logit_scale=None, expansion_ratio=4)
+    # "low_precision" is that of autocast: the same function
+    norms = ("low_precision_layernorm", "layernorm")
+    fields.text("norm_type", norms[0], choices=norms)
+    attention.only(
         alibi=True,
         alibi_bias_max=8,
         attn_type="multihead_attention",
         clip_qkv=None,
         prefix_lm=False,
         qk_ln=False,
+        attn_uses_sequence_id=False,
     )
-    width, heads = hf["d_model"], hf["n_heads"]
+    width, heads = fields.integer("d_model"), fields.integer("n_heads")
     # for other numbers MPT orders the slopes differently from Press 2022
     check(heads & (heads - 1) == 0, "n_heads", heads, "must be a power of two")
+    scale = attention.number("softmax_scale", None, above=0)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         width=width,
-        num_layers=hf["n_layers"],
-        attention=_heads(heads, width, bias=False, scale=attention.get("softmax_scale")),
+        num_layers=read_layers(fields, "n_layers"),
+        attention=_heads(heads, width, bias=False, scale=scale),
         mlp=MlpConfig(4 * width, "gelu"),
         position="alibi",
         norm="layernorm",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
-        max_length=hf.get("max_seq_len"),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        max_length=fields.integer("max_seq_len", None),
     )
 
 
@@ -289,6 +301,43 @@ _MPT_ROWS = (
     Row(_BLOCK + "ffn.down_proj.weight", "d f -> f d", ("mlp/down/weight",)),
 )
 
+_SAME = "computes the same function in another way"
+_GPT2_UNUSED = {
+    "n_ctx": "n_positions, in older files",
+    "reorder_and_upcast_attn": _SAME,
+    **dict.fromkeys(
+        (
+            "summary_type",
+            "summary_use_proj",
+            "summary_activation",
+            "summary_proj_to_labels",
+            "summary_first_dropout",
+        ),
+        "for another task than the next token",
+    ),
+}
+_BLOOM_UNUSED = {
+    **dict.fromkeys(
+        ("slow_but_exact", "masked_softmax_fusion", "bias_dropout_fusion", "skip_bias_add",
+         "skip_bias_add_qkv", "attention_softmax_in_fp32"),
+        _SAME,
+    ),
+    "seq_length": "the length in training; ALiBi has no limit",
+    "offset_alibi": "of the authors' own code",
+    "n_inner": "transformers reads the width alone",
+}  # fmt: skip
+_MPT_UNUSED = {
+    "learned_pos_emb": "transformers does not read it; ALiBi replaces it",
+    "embedding_fraction": "the gradient of embeddings",
+    "init_device": "initial weights, which the checkpoint replaces",
+    "init_config": "initial weights, which the checkpoint replaces",
+    # transformers writes the object as a configuration of its own
+    **{f"attn_config.{name}": why for name, why in EVERYWHERE.items()},
+    **dict.fromkeys(("attn_config.architectures", "attn_config.model_type"), "those of the file"),
+    "attn_config.attn_impl": _SAME,
+    "verbose": "of the authors' own code",
+}
+
 GPTS = (
     Family(
         "GPT2LMHeadModel",
@@ -298,6 +347,7 @@ GPTS = (
         _GPT2_ROWS,
         prefix="transformer.",
         ignored=(".attn.bias", ".attn.masked_bias"),
+        unused=_GPT2_UNUSED,
     ),
     Family(
         "GPTNeoXForCausalLM",
@@ -310,7 +360,21 @@ GPTS = (
         renamed={"lm_head.weight": "embed_out.weight"},
     ),
     Family(
-        "BloomForCausalLM", "bloom", _read_bloom, _write_bloom, _BLOOM_ROWS, prefix="transformer."
+        "BloomForCausalLM",
+        "bloom",
+        _read_bloom,
+        _write_bloom,
+        _BLOOM_ROWS,
+        prefix="transformer.",
+        unused=_BLOOM_UNUSED,
     ),
-    Family("MptForCausalLM", "mpt", _read_mpt, _write_mpt, _MPT_ROWS, prefix="transformer."),
+    Family(
+        "MptForCausalLM",
+        "mpt",
+        _read_mpt,
+        _write_mpt,
+        _MPT_ROWS,
+        prefix="transformer.",
+        unused=_MPT_UNUSED,
+    ),
 )

@@ -1,51 +1,78 @@
 """Llama and similar models: Mistral, Qwen 2 and 3, OLMo 2, Phi-3."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from layers.attention import AttentionConfig
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
+from layers.rotary import RotaryConfig
 from research.models.families.family import (
     Family,
     head_channels,
     layer_types,
     parts,
+    read_layers,
     read_pattern,
     read_rotary,
-    supported,
     write_rotary,
 )
+from research.models.fields import Fields
 from research.models.table import Row
 
 
-def _read_llama(
-    hf: Mapping[str, Any], pattern: tuple[str, ...] = ("attention",), **attention: Any
+def read_llama(
+    fields: Fields,
+    *,
+    pattern: tuple[str, ...] = ("attention",),
+    window: int | None = None,
+    rotary: RotaryConfig | None = None,
+    eps: float = 1e-6,
+    head_dim: int | None = None,
+    bias: bool | None = None,
+    mlp_bias: bool | None = None,
+    **attention: Any,
 ) -> DecoderConfig:
-    """``attention``: fields of the `AttentionConfig` that the family fixes."""
-    supported(hf, hidden_act="silu")
-    heads = hf["num_attention_heads"]
-    bias = bool(hf.get("attention_bias", False))
+    """The configuration of a Llama-like model.
+
+    Args:
+      rotary: default: `read_rotary`.
+      eps, head_dim: defaults; ``head_dim=None``: heads divide the width.
+      bias, mlp_bias: as the family fixes them; None: read ``attention_bias``, ``mlp_bias``.
+      attention: further fields of the `AttentionConfig` that the family fixes.
+    """
+    fields.only(hidden_act="silu")
+    width = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    channels = fields.integer("head_dim", head_dim, null=None)
+    if channels is None:
+        if width % heads:
+            fields.refuse("num_attention_heads", heads, f"must divide hidden_size={width}")
+        channels = width // heads
+    bias = fields.flag("attention_bias", False) if bias is None else bias
     sizes = dict(
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        window=hf["sliding_window"] if "sliding" in pattern else None,
+        num_kv_heads=fields.integer("num_key_value_heads", heads, null=heads),
+        head_dim=channels,
+        window=window,
         qkv_bias=bias,
         out_bias=bias,
     )
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
+        vocab_size=fields.integer("vocab_size"),
+        width=width,
+        num_layers=read_layers(fields),
         attention=AttentionConfig(**{**sizes, **attention}),
-        mlp=MlpConfig(hf["intermediate_size"], "swiglu", bias=bool(hf.get("mlp_bias", False))),
+        mlp=MlpConfig(
+            fields.integer("intermediate_size"),
+            "swiglu",
+            bias=fields.flag("mlp_bias", False) if mlp_bias is None else mlp_bias,
+        ),
         pattern=pattern,
-        rotary=read_rotary(hf),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        max_length=hf.get("max_position_embeddings"),
+        rotary=read_rotary(fields) if rotary is None else rotary,
+        norm_eps=fields.number("rms_norm_eps", eps, above=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        max_length=fields.integer("max_position_embeddings", None),
     )
 
 
@@ -77,15 +104,20 @@ def _window(config: DecoderConfig) -> int | None:
     return config.part("attention").window if "sliding" in config.pattern else None
 
 
-def read_windowed(hf: Mapping[str, Any], **attention: Any) -> DecoderConfig:
-    """A Llama-like config in which all layers have a sliding window, or none has one."""
-    pattern = ("attention",) if hf["sliding_window"] is None else ("sliding",)
-    return _read_llama({**hf, "attention_bias": False, "mlp_bias": False}, pattern, **attention)
+def read_windowed(fields: Fields, *, window: int | None = None, **options: Any) -> DecoderConfig:
+    """A Llama-like config in which all layers have a sliding window, or none has one.
+
+    ``window``: the default; null is no window.
+    """
+    window = fields.integer("sliding_window", window, null=None)
+    pattern = ("attention",) if window is None else ("sliding",)
+    return read_llama(
+        fields, pattern=pattern, window=window, bias=False, mlp_bias=False, **options
+    )  # fmt: skip
 
 
-def _read_mistral(hf: Mapping[str, Any]) -> DecoderConfig:
-    # in transformers a missing window is 4096, and null is no window
-    return read_windowed({"sliding_window": 4096, **hf})
+def _read_mistral(fields: Fields) -> DecoderConfig:
+    return read_windowed(fields, window=4096)
 
 
 def write_windowed(config: DecoderConfig) -> dict[str, Any]:
@@ -93,28 +125,34 @@ def write_windowed(config: DecoderConfig) -> dict[str, Any]:
     return {**written, "sliding_window": _window(config)}
 
 
-def _qwen_pattern(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The mixers of the layers: sliding as listed, or from layer ``max_window_layers`` on."""
-    if not hf.get("use_sliding_window", False) or hf.get("sliding_window", 4096) is None:
-        full = ["full_attention"] * hf["num_hidden_layers"]
-        supported({"layer_types": hf.get("layer_types") or full}, layer_types=full)
-        return ("attention",)
-    full = hf.get("max_window_layers", 28)
-    listed = hf.get("layer_types") or [
-        "sliding_attention" if layer >= full else "full_attention"
-        for layer in range(hf["num_hidden_layers"])
-    ]
-    return read_pattern(listed)
+def _read_qwen(fields: Fields, **options: Any) -> DecoderConfig:
+    """The layers that slide are listed, or they are those from ``max_window_layers`` on."""
+    layers = read_layers(fields)
+    listed = fields.texts("layer_types", None, count=layers)
+    window = fields.integer("sliding_window", 4096, null=None)
+    full = fields.integer("max_window_layers", 28, at_least=0)
+    if not fields.flag("use_sliding_window", False) or window is None:
+        if listed is not None and set(listed) != {"full_attention"}:
+            fields.refuse("layer_types", listed, "must be full_attention without a sliding window")
+        pattern = ("attention",)
+    else:
+        pattern = read_pattern(
+            listed
+            or [
+                "sliding_attention" if layer >= full else "full_attention"
+                for layer in range(layers)
+            ]
+        )
+    window = window if "sliding" in pattern else None
+    return read_llama(fields, pattern=pattern, window=window, mlp_bias=False, **options)
 
 
-def _read_qwen2(hf: Mapping[str, Any]) -> DecoderConfig:
-    hf = {"sliding_window": 4096, **hf, "mlp_bias": False}
-    return _read_llama(hf, _qwen_pattern(hf), qkv_bias=True, out_bias=False)
+def _read_qwen2(fields: Fields) -> DecoderConfig:
+    return _read_qwen(fields, bias=True, out_bias=False)
 
 
-def _read_qwen3(hf: Mapping[str, Any]) -> DecoderConfig:
-    hf = {"sliding_window": 4096, "head_dim": 128, **hf, "mlp_bias": False}
-    return _read_llama(hf, _qwen_pattern(hf), qk_norm=True)
+def _read_qwen3(fields: Fields) -> DecoderConfig:
+    return _read_qwen(fields, head_dim=128, qk_norm=True)
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
@@ -133,9 +171,10 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
     return written
 
 
-def _read_olmo2(hf: Mapping[str, Any]) -> DecoderConfig:
-    hf = {"rms_norm_eps": 1e-5, **hf, "mlp_bias": False}
-    config = _read_llama(hf, qk_norm=True, qk_norm_across_heads=True)
+def _read_olmo2(fields: Fields) -> DecoderConfig:
+    config = read_llama(
+        fields, eps=1e-5, mlp_bias=False, qk_norm=True, qk_norm_across_heads=True
+    )  # fmt: skip
     return dataclasses.replace(config, norm_position="output")
 
 
@@ -143,8 +182,9 @@ def _write_olmo2(config: DecoderConfig) -> dict[str, Any]:
     return _write_without(config, "mlp_bias")
 
 
-def _read_phi3(hf: Mapping[str, Any]) -> DecoderConfig:
-    return read_windowed({"rms_norm_eps": 1e-5, "sliding_window": None, **hf})
+def _read_phi3(fields: Fields) -> DecoderConfig:
+    rotary = read_rotary(fields, fraction=1.0, kinds=("default",))
+    return read_windowed(fields, rotary=rotary, eps=1e-5)
 
 
 LAYER = "model.layers.{l}."
@@ -222,11 +262,30 @@ _PHI3_ROWS = (
     *DOWN_ROWS,
 )
 
+# fields of Llama that other families lack, and that their files may have
+NO_BIAS = {
+    "attention_bias": "the projections have no biases; a tensor of one is refused",
+    "mlp_bias": "the MLP has no biases; a tensor of one is refused",
+}
+_PHI3_UNUSED = {
+    **NO_BIAS,
+    "original_max_position_embeddings": "of longrope, which is refused",
+}
+
 LLAMAS = (
-    Family("LlamaForCausalLM", "llama", _read_llama, _write_llama, _LLAMA_ROWS),
-    Family("MistralForCausalLM", "mistral", _read_mistral, write_windowed, _LLAMA_ROWS),
-    Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2, _LLAMA_ROWS),
-    Family("Qwen3ForCausalLM", "qwen3", _read_qwen3, _write_qwen3, _LLAMA_ROWS + HEAD_NORM_ROWS),
-    Family("Olmo2ForCausalLM", "olmo2", _read_olmo2, _write_olmo2, _OLMO2_ROWS),
-    Family("Phi3ForCausalLM", "phi3", _read_phi3, write_windowed, _PHI3_ROWS),
+    Family("LlamaForCausalLM", "llama", read_llama, _write_llama, _LLAMA_ROWS),
+    Family(
+        "MistralForCausalLM", "mistral", _read_mistral, write_windowed, _LLAMA_ROWS, unused=NO_BIAS
+    ),
+    Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2, _LLAMA_ROWS, unused=NO_BIAS),
+    Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _read_qwen3,
+        _write_qwen3,
+        _LLAMA_ROWS + HEAD_NORM_ROWS,
+        unused=NO_BIAS,
+    ),
+    Family("Olmo2ForCausalLM", "olmo2", _read_olmo2, _write_olmo2, _OLMO2_ROWS, unused=NO_BIAS),
+    Family("Phi3ForCausalLM", "phi3", _read_phi3, write_windowed, _PHI3_ROWS, unused=_PHI3_UNUSED),
 )

@@ -1,38 +1,37 @@
 """Mamba and Mamba-2: a stack of mixers without feed-forward layers."""
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 from layers.decoder import DecoderConfig
 from layers.mamba import MambaConfig
 from layers.mamba2 import CONVOLVED
-from research.models.families.family import Family, parts, supported
+from research.models.families.family import Family, parts, read_layers
+from research.models.fields import Fields
 from research.models.table import Row
 
-_ANY_STEP = [0.0, float("inf")]
 
-
-def _read(hf: Mapping[str, Any], kind: str, tied: bool, **sizes: Any) -> DecoderConfig:
+def _read(fields: Fields, kind: str, tied: bool, **sizes: Any) -> DecoderConfig:
     """``kind`` and ``sizes`` are the mixer's; ``tied`` is the default of tie_word_embeddings."""
-    supported(hf, hidden_act="silu")
+    fields.only(hidden_act="silu")
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
+        vocab_size=fields.integer("vocab_size"),
+        width=fields.integer("hidden_size"),
+        num_layers=read_layers(fields),
         mamba=MambaConfig(
-            expand=hf.get("expand", 2),
-            convolution=hf.get("conv_kernel", 4),
-            bias=bool(hf.get("use_bias", False)),
-            convolution_bias=bool(hf.get("use_conv_bias", True)),
-            delta_min=float(hf.get("time_step_min", 0.001)),
-            delta_max=float(hf.get("time_step_max", 0.1)),
+            expand=fields.integer("expand", 2),
+            convolution=fields.integer("conv_kernel", 4),
+            bias=fields.flag("use_bias", False),
+            convolution_bias=fields.flag("use_conv_bias", True),
+            delta_min=fields.number("time_step_min", 0.001, above=0),
+            delta_max=fields.number("time_step_max", 0.1, above=0),
             **sizes,
         ),
         pattern=(kind,),
         feed_forward=("none",),
         position="none",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", tied)),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", tied),
     )
 
 
@@ -55,12 +54,14 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_mamba(hf: Mapping[str, Any]) -> DecoderConfig:
-    width, rank = hf["hidden_size"], hf.get("time_step_rank", "auto")
-    inner = hf.get("expand", 2) * width
-    supported(hf, intermediate_size=inner)
-    rank = MambaConfig().rank(width) if rank == "auto" else rank
-    return _read(hf, "mamba", True, state=hf.get("state_size", 16), delta_rank=rank)
+def _read_mamba(fields: Fields) -> DecoderConfig:
+    width = fields.integer("hidden_size")
+    fields.only(intermediate_size=fields.integer("expand", 2) * width)
+    rank = MambaConfig().rank(width)
+    if fields.unused("time_step_rank") != "auto":
+        rank = fields.integer("time_step_rank", rank)
+    state = fields.integer("state_size", 16)
+    return _read(fields, "mamba", True, state=state, delta_rank=rank)
 
 
 def _write_mamba(config: DecoderConfig) -> dict[str, Any]:
@@ -72,24 +73,27 @@ def _write_mamba(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_mamba2(hf: Mapping[str, Any]) -> DecoderConfig:
-    # JSON has no infinity: transformers ≥ 5 writes {"__float__": "Infinity"}
-    limit = [
-        float(step["__float__"] if isinstance(step, Mapping) else step)
-        for step in hf.get("time_step_limit", _ANY_STEP)
-    ]
-    supported({"time_step_limit": limit}, time_step_limit=_ANY_STEP)
-    supported(hf, rms_norm=True)
+def _read_mamba2(fields: Fields) -> DecoderConfig:
+    limit = fields.items("time_step_limit", [0.0, math.inf])
+    if [_float(step) for step in limit] != [0.0, math.inf]:
+        fields.refuse("time_step_limit", limit, "must be [0.0, Infinity]")
+    fields.only(rms_norm=True)
     config = _read(
-        hf,
+        fields,
         "mamba2",
         False,
-        state=hf.get("state_size", 128),
-        head_dim=hf.get("head_dim", 64),
-        groups=hf.get("n_groups", 8),
+        state=fields.integer("state_size", 128),
+        head_dim=fields.integer("head_dim", 64),
+        groups=fields.integer("n_groups", 8),
     )
-    supported(hf, num_heads=config.part("mamba").heads(config.width))
+    fields.only(num_heads=config.part("mamba").heads(config.width))
     return config
+
+
+def _float(value: Any) -> Any:
+    """``value``; JSON has no infinity, and transformers ≥ 5 writes {"__float__": "Infinity"}."""
+    infinite = value in ({"__float__": "Infinity"}, "Infinity")
+    return math.inf if infinite else value
 
 
 def _write_mamba2(config: DecoderConfig) -> dict[str, Any]:
@@ -143,9 +147,40 @@ _MAMBA2_ROWS = (
     Row(_MIXER + "norm.weight", "i -> i", ("mixer/norm_scale",)),
 )
 
+_INITIAL = "an initial weight, which the checkpoint replaces"
+_AUTHORS = "the authors' own name; transformers reads another one"
+_UNUSED = {
+    "time_step_floor": _INITIAL,
+    "rescale_prenorm_residual": _INITIAL,
+    "residual_in_fp32": "precision: the Decoder's dtype decides",
+    **dict.fromkeys(("d_model", "d_inner", "n_layer", "ssm_cfg"), _AUTHORS),
+    "pad_vocab_size_multiple": "vocab_size is already padded",
+}
+_MAMBA_UNUSED = {
+    **_UNUSED,
+    "time_step_scale": _INITIAL,
+    "time_step_init_scheme": _INITIAL,
+    "use_mambapy": "computes the same function in another way",
+    "use_associative_scan": "computes the same function in another way",
+    "rms_norm": _AUTHORS,
+}
+_MAMBA2_UNUSED = {
+    **_UNUSED,
+    "time_step_rank": "of Mamba; Mamba-2 has none",
+    "chunk_size": "computes the same function in chunks of another size",
+    "intermediate_size": "transformers derives it from expand",
+}
+
 MAMBAS = (
     Family(
-        "MambaForCausalLM", "mamba", _read_mamba, _write_mamba, _MAMBA_ROWS, "backbone.", ignored=()
+        "MambaForCausalLM",
+        "mamba",
+        _read_mamba,
+        _write_mamba,
+        _MAMBA_ROWS,
+        "backbone.",
+        ignored=(),
+        unused=_MAMBA_UNUSED,
     ),
     Family(
         "Mamba2ForCausalLM",
@@ -155,5 +190,6 @@ MAMBAS = (
         _MAMBA2_ROWS,
         "backbone.",
         ignored=(),
+        unused=_MAMBA2_UNUSED,
     ),
 )

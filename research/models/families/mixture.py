@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from layers.decoder import DecoderConfig
@@ -13,33 +12,39 @@ from layers.routing import MoeConfig
 from research.models.families.family import (
     Family,
     parts,
+    read_layers,
     read_mscale,
     read_rotary,
+    rope_fields,
     shortest,
-    supported,
     write_rotary,
 )
 from research.models.families.llama import (
     LAYER,
     MLP_ROWS,
     MODEL_ROWS,
+    NO_BIAS,
     OUT_ROWS,
     PRE_NORM_ROWS,
     PROJECTION_ROWS,
     read_windowed,
     write_windowed,
 )
+from research.models.fields import Fields
 from research.models.table import Row
 
 
-def _read_mixtral(hf: Mapping[str, Any]) -> DecoderConfig:
-    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
-    config = read_windowed({**defaults, **hf})
+def _read_mixtral(fields: Fields) -> DecoderConfig:
+    config = read_windowed(fields, rotary=read_rotary(fields, theta=1e6), eps=1e-5)
+    top_k = fields.integer("num_experts_per_tok", 2)
+    weight = fields.number("router_aux_loss_coef", 0.001, at_least=0)
     moe = MoeConfig(
-        hf.get("num_local_experts", 8),
+        fields.integer("num_local_experts", 8),
         config.part("mlp").width,
-        top_k=hf.get("num_experts_per_tok", 2),
+        top_k=top_k,
         router="choice_softmax",
+        balance_weight=weight * _balance_sums(top_k, config.num_layers),
+        jitter=fields.number("router_jitter_noise", 0.0, at_least=0, below=1),
     )
     return dataclasses.replace(config, mlp=None, moe=moe, feed_forward=("moe",))
 
@@ -48,59 +53,76 @@ def _write_mixtral(config: DecoderConfig) -> dict[str, Any]:
     moe = config.part("moe")
     # the experts' width has the field name of a Llama's hidden layer
     written = write_windowed(dataclasses.replace(config, mlp=MlpConfig(moe.width)))
-    return {**written, "num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
+    weight = moe.balance_weight / _balance_sums(moe.top_k, config.num_layers)
+    return {
+        **written,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        # without the rounding error of the product
+        "router_aux_loss_coef": float(f"{weight:.12g}"),
+        "router_jitter_noise": moe.jitter,
+    }
 
 
-def _read_deepseek(hf: Mapping[str, Any]) -> DecoderConfig:
-    heads = hf["num_attention_heads"]
-    supported(
-        hf, hidden_act="silu", num_key_value_heads=heads, scoring_func="sigmoid",
-        topk_method="noaux_tc", moe_layer_freq=1, quantization_config=None,
-    )  # fmt: skip
-    rotary = read_rotary(hf)
-    supported({"partial_rotary_factor": rotary.fraction}, partial_rotary_factor=1.0)
-    interleaved = bool(hf.get("rope_interleave", True))
-    channels, rotary_channels = hf["qk_nope_head_dim"], hf["qk_rope_head_dim"]
+def _balance_sums(top_k: int, layers: int) -> float:
+    """The balance loss of transformers, in units of the sum of ours over layers.
+
+    Loads that are even have a loss of ``top_k`` there, in the mean of all layers, and here of 1 in
+    each layer.
+    """
+    return top_k / layers
+
+
+def _read_deepseek(fields: Fields) -> DecoderConfig:
+    fields.only(hidden_act="silu", scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    heads = fields.integer("num_attention_heads")
+    if fields.integer("num_key_value_heads", heads, null=heads) != heads:
+        fields.only(num_key_value_heads=heads)
+    rotary = read_rotary(fields)
+    channels = fields.integer("qk_nope_head_dim")
+    rotary_channels = fields.integer("qk_rope_head_dim")
     growth = 1.0
     if rotary.scaling is not None:
-        growth = yarn_growth(rotary.scaling.factor, read_mscale(hf))
-    layers = hf["num_hidden_layers"]
-    dense = min(hf.get("first_k_dense_replace", 3), layers)
+        growth = yarn_growth(rotary.scaling.factor, read_mscale(rope_fields(fields)))
+    layers = read_layers(fields)
+    dense = min(fields.integer("first_k_dense_replace", 3, at_least=0), layers)
     feed_forward = shortest(("mlp",) * dense + ("moe",) * (layers - dense))
+    interleaved = fields.flag("rope_interleave", True)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
+        vocab_size=fields.integer("vocab_size"),
+        width=fields.integer("hidden_size"),
         num_layers=layers,
         latent=LatentConfig(
             heads,
-            rank=hf["kv_lora_rank"],
+            rank=fields.integer("kv_lora_rank"),
             head_dim=channels,
             rotary_dim=rotary_channels,
-            value_dim=hf["v_head_dim"],
-            query_rank=hf.get("q_lora_rank", 1536),
-            bias=bool(hf.get("attention_bias", False)),
+            value_dim=fields.integer("v_head_dim"),
+            query_rank=fields.integer("q_lora_rank", 1536, null=None),
+            bias=fields.flag("attention_bias", False),
             scale=(channels + rotary_channels) ** -0.5 * growth * growth,
             # fixed: it does not follow rms_norm_eps
             norm_eps=1e-6,
         ),
-        mlp=MlpConfig(hf["intermediate_size"]),
+        mlp=MlpConfig(fields.integer("intermediate_size")),
         moe=MoeConfig(
-            hf["n_routed_experts"],
-            hf["moe_intermediate_size"],
-            top_k=hf.get("num_experts_per_tok", 8),
+            fields.integer("n_routed_experts"),
+            fields.integer("moe_intermediate_size"),
+            top_k=fields.integer("num_experts_per_tok", 8),
             router="sigmoid",
-            normalize=bool(hf.get("norm_topk_prob", True)),
-            scale=float(hf.get("routed_scaling_factor", 2.5)),
-            groups=hf.get("n_group", 8),
-            top_groups=hf.get("topk_group", 4),
-            shared_experts=hf.get("n_shared_experts", 1),
+            normalize=fields.flag("norm_topk_prob", True),
+            scale=fields.number("routed_scaling_factor", 2.5, above=0),
+            groups=fields.integer("n_group", 8),
+            top_groups=fields.integer("topk_group", 4),
+            shared_experts=fields.integer("n_shared_experts", 1, at_least=0),
+            balance_weight=fields.number("aux_loss_alpha", 0.0, at_least=0),
         ),
         pattern=("latent",) * len(feed_forward),
         feed_forward=feed_forward,
         rotary=dataclasses.replace(rotary, interleaved=interleaved),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        max_length=hf.get("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        max_length=fields.integer("max_position_embeddings", None),
     )
 
 
@@ -129,6 +151,7 @@ def _write_deepseek(config: DecoderConfig) -> dict[str, Any]:
         "routed_scaling_factor": moe.scale,
         "n_group": moe.groups,
         "topk_group": moe.top_groups,
+        "aux_loss_alpha": moe.balance_weight,
         "first_k_dense_replace": (*kinds, "moe").index("moe"),
         "num_nextn_predict_layers": 0,
         "hidden_act": "silu",
@@ -212,8 +235,23 @@ _DEEPSEEK_ROWS = (
     Row(_SHARED + "down_proj.weight", "d f -> f d", ("mlp/shared/down/weight",)),
 )
 
+_DEEPSEEK_UNUSED = {
+    "head_dim": "transformers derives it from qk_rope_head_dim",
+    "qk_head_dim": "transformers derives it from the other two",
+    "num_nextn_predict_layers": "layers that predict further tokens are not loaded",
+    "num_mtp_layers": "the same",
+    "ep_size": "how many devices the experts were sharded over",
+}
+
 MIXTURES = (
-    Family("MixtralForCausalLM", "mixtral", _read_mixtral, _write_mixtral, _MIXTRAL_ROWS),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        _read_mixtral,
+        _write_mixtral,
+        _MIXTRAL_ROWS,
+        unused=NO_BIAS,
+    ),
     Family(
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
@@ -221,5 +259,6 @@ MIXTURES = (
         _write_deepseek,
         _DEEPSEEK_ROWS,
         beyond="model.layers.",
+        unused=_DEEPSEEK_UNUSED,
     ),
 )

@@ -1,26 +1,27 @@
 """RWKV-4 with the names of transformers, and RWKV-7 with the names of its authors' files."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
-from research.models.families.family import Family, affine, supported
+from research.models.families.family import Family, affine, read_layers
+from research.models.fields import Fields
 from research.models.table import Row
 
 
-def _read_rwkv4(hf: Mapping[str, Any]) -> DecoderConfig:
-    width = hf["hidden_size"]
+def _read_rwkv4(fields: Fields) -> DecoderConfig:
+    width = fields.integer("hidden_size")
     # the last norm of transformers always has this ε
-    supported(hf, layer_norm_epsilon=1e-5)
-    if hf.get("attention_hidden_size") is not None:
-        supported(hf, attention_hidden_size=width)
+    fields.only(layer_norm_epsilon=1e-5)
+    if "attention_hidden_size" in fields:
+        fields.only(attention_hidden_size=width)
+    fields.unused("attention_hidden_size")
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=fields.integer("vocab_size"),
         width=width,
-        num_layers=hf["num_hidden_layers"],
-        mlp=MlpConfig(hf.get("intermediate_size") or 4 * width),
+        num_layers=read_layers(fields),
+        mlp=MlpConfig(fields.integer("intermediate_size", 4 * width, null=4 * width)),
         rwkv=RwkvConfig(),
         pattern=("rwkv4",),
         feed_forward=("rwkv4",),
@@ -29,8 +30,8 @@ def _read_rwkv4(hf: Mapping[str, Any]) -> DecoderConfig:
         norm_eps=1e-5,
         norm_bias=True,
         embedding_norm=True,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        max_length=hf.get("context_length"),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        max_length=fields.integer("context_length", None),
     )
 
 
@@ -49,13 +50,15 @@ def _write_rwkv4(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_rwkv7(hf: Mapping[str, Any]) -> DecoderConfig:
+def _read_rwkv7(fields: Fields) -> DecoderConfig:
+    # the authors' files have an embedding and a head
+    fields.only(tie_word_embeddings=False)
     return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        num_layers=hf["num_hidden_layers"],
-        mlp=MlpConfig(hf["intermediate_size"]),
-        rwkv=RwkvConfig(**{size: hf[size] for size in _SIZES}),
+        vocab_size=fields.integer("vocab_size"),
+        width=fields.integer("hidden_size"),
+        num_layers=read_layers(fields),
+        mlp=MlpConfig(fields.integer("intermediate_size")),
+        rwkv=RwkvConfig(**{size: fields.integer(size) for size in _SIZES}),
         pattern=("rwkv7",),
         feed_forward=("rwkv7",),
         position="none",
@@ -143,8 +146,21 @@ _RWKV7_ROWS = (
     Row(_FEED + "value.weight", "d f -> f d", ("mlp/value/weight",)),
 )
 
+_RWKV4_UNUSED = {
+    "rescale_every": "halves activations for float16; norms undo it, except for their ε",
+}
+
 RWKVS = (
-    Family("RwkvForCausalLM", "rwkv", _read_rwkv4, _write_rwkv4, _RWKV4_ROWS, "rwkv.", ignored=()),
+    Family(
+        "RwkvForCausalLM",
+        "rwkv",
+        _read_rwkv4,
+        _write_rwkv4,
+        _RWKV4_ROWS,
+        "rwkv.",
+        ignored=(),
+        unused=_RWKV4_UNUSED,
+    ),
     Family(
         "RWKV_x070",
         "rwkv7",

@@ -19,7 +19,10 @@ GEMMA = dict(
     LLAMA, head_dim=6, query_pre_attn_scalar=9, sliding_window=5, attn_logit_softcapping=2.0,
     final_logit_softcapping=3.0,
 )  # fmt: skip
-GPT2 = dict(vocab_size=62, n_positions=64, n_embd=16, n_layer=2, n_head=4, eos_token_id=None)
+GPT2 = dict(
+    vocab_size=62, n_positions=64, n_embd=16, n_layer=2, n_head=4, eos_token_id=None,
+    attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+)  # fmt: skip
 ENDLESS = dict(bos_token_id=None, eos_token_id=None)
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,

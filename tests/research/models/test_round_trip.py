@@ -1,5 +1,7 @@
 """What is read is what was written: any configuration, dtype, naming and mesh."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -28,13 +30,13 @@ def tiny(draw, family):
     own_width = family in ("gpt2", "gpt_neox", "bloom", "mpt", "rwkv7")
     width = heads * channels if own_width else 6
     listed = family in ("qwen2", "qwen3", "gemma2", "gemma3_text")
-    partial = channels == 4 and family != "deepseek_v3"
+    partial = channels == 4 and family in ("phi3", "gpt_neox")
     scaled = family in ("llama", "mixtral", "deepseek_v3")
     heads_kept = heads if family == "deepseek_v3" else kv_heads
     return dict(
         architectures=[FAMILIES[family].architecture],
         vocab_size=11,
-        tie_word_embeddings=draw(st.booleans()),
+        tie_word_embeddings=family != "rwkv7" and draw(st.booleans()),
         **dict.fromkeys(("hidden_size", "n_embd", "d_model"), width),
         **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), layers),
         **dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), heads),
@@ -67,14 +69,16 @@ def tiny(draw, family):
         attention_bias=bias,
         mlp_bias=bias,
         use_parallel_residual=bias,
-        partial_rotary_factor=draw(st.sampled_from([0.5, 1.0])) if partial else 1.0,
+        **dict.fromkeys(
+            ("partial_rotary_factor", "rotary_pct"),
+            draw(st.sampled_from([0.5, 1.0])) if partial else 1.0,
+        ),
         **(dict(rope_scaling=dict(
             rope_type="yarn", factor=draw(st.sampled_from([2.0, 40.0])),
             original_max_position_embeddings=8, mscale=draw(st.sampled_from([0.5, 1.0])),
             mscale_all_dim=draw(st.sampled_from([0.0, 0.707, 1.0])),
         )) if scaled and draw(st.booleans()) else {}),
-        rotary_pct=1.0,
-        rope_theta=draw(st.sampled_from([1e4, 5e5])),
+        **dict.fromkeys(("rope_theta", "rotary_emb_base"), draw(st.sampled_from([1e4, 5e5]))),
         use_sliding_window=True,
         sliding_window=draw(st.integers(1, 9)),
         query_pre_attn_scalar=draw(st.integers(1, 300)),
@@ -87,7 +91,9 @@ def tiny(draw, family):
 @settings(max_examples=4, deadline=None)
 @given(data=st.data(), shard_bytes=st.integers(1, 5000))
 def test_any_small_model_survives_the_round_trip(family, data, shard_bytes, tmp_path_factory):
-    config = decoder_config(data.draw(tiny(family)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fields of other families
+        config = decoder_config(data.draw(tiny(family)))
     rng = np.random.default_rng(0)
     # shapes alone: nothing is initialised, nothing computed
     model = jax.tree.map(
