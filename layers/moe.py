@@ -1,9 +1,12 @@
 """Mixtures of experts: a router (`layers.routing`) and the experts' products.
 
-Tokens are sent to experts in one of two ways. With a capacity: by one-hot products into
-``[e, capacity]`` slots for each sequence (GShard, 2006.16668). Without: they are sorted by expert
-and multiplied by `grouped_matmul`, and none is dropped (MegaBlocks, 2211.15841). Where experts are
-sharded, tokens are exchanged by all-to-all.
+Tokens are sent to experts in one of two ways. With a capacity of each row: by one-hot products into
+``[e, capacity]`` slots (GShard, 2006.16668). Else: they are sorted by expert and multiplied by
+`grouped_matmul` (MegaBlocks, 2211.15841); those beyond the capacity of a segment, if there is one,
+are of no expert. Where experts are sharded, tokens are exchanged by all-to-all.
+
+A capacity counts the tokens of a whole row or segment. Generation does not know the later ones, so
+in a call with a state no token is dropped.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from layers.routing import (
     choose_experts,
     choose_tokens,
     scores,
+    within_capacity,
     z_loss,
 )
 from layers.sharding import mesh_axis, per_device, reshard, spec
@@ -48,6 +52,16 @@ class RouterStats:
     counts_e: jax.Array
     asked: jax.Array
     dropped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoeState:
+    """The state of a mixture, which stores nothing: with it, no token is dropped."""
+
+    def rewind(self, count_b: jax.Array) -> "MoeState":
+        """This state."""
+        return self
 
 
 class RouterBias(nnx.Variable):
@@ -104,24 +118,29 @@ class Moe(nnx.Module):
             else None
         )
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> None:
-        """None: this layer has no state."""
+    def init_state(self, batch: int, max_length: int, dtype=None) -> MoeState:
+        """The state of a call that drops no token."""
+        return MoeState()
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """The layer's output, and the context with a `RouterStats`; padding has no experts."""
         config, tap, positions = self.config, context.tap, context.mask.q_positions_bt
         valid_bt = jnp.asarray(True) if positions is None else positions >= 0
         valid_bt = reshard(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
+        segments_bt = context.mask.q_segments_bt
+        if segments_bt is not None:
+            segments_bt = jnp.broadcast_to(segments_bt, x_btd.shape[:2])
         logits_bte = tap("router.logits", self._logits(x_btd, context.key))
         scores_bte = scores(config, logits_bte)
-        dropless = config.capacity_factor is None
-        # the slots of an expert are counted over all tokens of a sequence
+        dropless = config.capacity_factor is None or context.state is not None
+        by_slots = not dropless and config.capacity_group == "row"
+        # a capacity is counted over all tokens of a row
         row = ("batch", "time" if dropless else None, None)
         expert_tap = tap if tap.is_used("experts.hidden") else None
         on_mesh = expert_tap is not None and spec() is not None
         check(not on_mesh, "hooks", "experts.hidden", "is not supported on a mesh")
 
-        def run_shards(x_btd, scores_bte, valid_bt, bias_e, *weights):
+        def run_shards(x_btd, scores_bte, valid_bt, segments_bt, bias_e, *weights):
             if config.router == "expert_choice":
                 dispatch, combine = choose_tokens(config, scores_bte, valid_bt)
                 chosen_bte = jnp.any(dispatch, axis=-1)
@@ -130,9 +149,13 @@ class Moe(nnx.Module):
                 weights_btk, experts_btk = choose_experts(config, scores_bte, bias_e)
                 hot = experts_btk[..., None] == jnp.arange(config.num_experts)
                 chosen_bte = jnp.any(hot, axis=2) & valid_bt[..., None]
-                if dropless:
-                    y = self._sorted(x_btd, weights_btk, experts_btk, valid_bt, weights, expert_tap)
-                    return y, chosen_bte, jnp.zeros(valid_bt.shape, jnp.int32)
+                if not by_slots:
+                    kept_btk = jnp.broadcast_to(valid_bt[..., None], experts_btk.shape)
+                    if not dropless:
+                        kept_btk = within_capacity(config, experts_btk, valid_bt, segments_bt)
+                    y = self._sorted(x_btd, weights_btk, experts_btk, kept_btk, weights, expert_tap)
+                    lost_btk = valid_bt[..., None] & ~kept_btk
+                    return y, chosen_bte, jnp.sum(lost_btk, axis=-1, dtype=jnp.int32)
                 dispatch, combine = assign(config, weights_btk, experts_btk, valid_bt)
                 lost_bt = jnp.sum(chosen_bte, axis=-1) - jnp.sum(dispatch, axis=(2, 3))
             y = self._by_slots(x_btd, dispatch, combine, weights, expert_tap)
@@ -146,8 +169,8 @@ class Moe(nnx.Module):
         hidden = ("experts", None, "mlp")
         y_btd, chosen_bte, lost_bt = per_device(
             run_shards,
-            (x_btd.astype(self.dtype), scores_bte, valid_bt, bias, *weights),
-            (row, row, row[:2], (None,), hidden, hidden, ("experts", "mlp", None)),
+            (x_btd.astype(self.dtype), scores_bte, valid_bt, segments_bt, bias, *weights),
+            (row, row, row[:2], row[:2], (None,), hidden, hidden, ("experts", "mlp", None)),
             [row, row, row[:2]],
         )
         y_btd = reshard(y_btd, "batch", "time", None)
@@ -201,12 +224,12 @@ class Moe(nnx.Module):
         y_btd = jnp.einsum("btec,becd->btd", combine_btec, y_becd.astype(jnp.float32))
         return _sum_hidden(y_btd).astype(self.dtype)
 
-    def _sorted(self, x_btd, weights_btk, experts_btk, valid_bt, weights, tap):
+    def _sorted(self, x_btd, weights_btk, experts_btk, kept_btk, weights, tap):
         """The experts' outputs with tokens sorted by expert: each expert has consecutive rows."""
         b, t, k = experts_btk.shape
         x_md = jnp.repeat(x_btd.reshape(b * t, -1), k, axis=0)
-        # padding has the index after the last expert, which is in no group
-        experts_m = jnp.where(valid_bt[..., None], experts_btk, self.config.num_experts).reshape(-1)
+        # what is not kept has the index after the last expert, which is in no group
+        experts_m = jnp.where(kept_btk, experts_btk, self.config.num_experts).reshape(-1)
         axis = mesh_axis("experts")
 
         def observe(h_mf):  # as [b, t, k, f] and back
@@ -217,7 +240,7 @@ class Moe(nnx.Module):
         else:
             y_md = _exchanged(x_md, experts_m, weights, self.config, axis)
         y_btkd = y_md.reshape(b, t, k, -1).astype(jnp.float32)
-        weights_btk = weights_btk * valid_bt[..., None]
+        weights_btk = weights_btk * kept_btk
         return _sum_hidden(jnp.einsum("btk,btkd->btd", weights_btk, y_btkd)).astype(self.dtype)
 
 

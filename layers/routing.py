@@ -2,6 +2,12 @@
 
 Tokens choose experts (`choose_experts`) or experts choose tokens (`choose_tokens`). `balance_loss`
 keeps the loads of experts even, and `z_loss` keeps logits small. All is computed in float32.
+
+With a capacity, an expert takes only so many tokens of a group, in order of time
+(`within_capacity`, `assign`). So the content of a token does not change the experts of earlier
+tokens; only the number of tokens in the group does, by the capacity. GShard (2006.16668,
+Algorithm 1) gives all first choices before any second, so that later tokens take the slots of
+earlier ones.
 """
 
 import dataclasses
@@ -15,6 +21,7 @@ from layers.config import TRAINING, check, check_choice, check_types
 from layers.mlp import ACTIVATIONS
 
 ROUTERS = ("softmax", "choice_softmax", "noisy", "expert_choice", "sigmoid")
+CAPACITY_GROUPS = ("segment", "row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +38,14 @@ class MoeConfig:
     its change in each step.
     ``groups``: of experts; only experts of the best ``top_groups`` groups are chosen. ``scale``
     multiplies the weights. ``capacity_factor``: an expert takes at most that times its even share
-    of each sequence, and other tokens are dropped; None: no token is dropped. ``shared_experts``:
-    the number of further experts, which take every token. ``balance_weight``, ``z_weight``: of the
-    losses. ``jitter``: in training, router inputs are multiplied by uniform numbers in 1 ± jitter.
+    of the tokens of each group, and other tokens are dropped; None: no token is dropped. In
+    generation none is. ``capacity_group``: ``segment``: a packed document has the experts that it
+    has alone. ``row``: all segments of a row share a capacity, as in GShard (2006.16668, §3.1), so
+    that an expert's slots have a static number: sharded experts then receive fewer rows. Earlier
+    documents of the row change which tokens of a later one are dropped. ``expert_choice`` requires
+    it. ``shared_experts``: the number of further experts, which take every token.
+    ``balance_weight``, ``z_weight``: of the losses. ``jitter``: in training, router inputs are
+    multiplied by uniform numbers in 1 ± jitter.
     """
 
     num_experts: int
@@ -46,6 +58,7 @@ class MoeConfig:
     groups: int = 1
     top_groups: int = 1
     capacity_factor: float | None = None
+    capacity_group: str = "segment"
     shared_experts: int = 0
     balance_weight: float = dataclasses.field(default=0.0, metadata=TRAINING)
     z_weight: float = dataclasses.field(default=0.0, metadata=TRAINING)
@@ -80,13 +93,14 @@ class MoeConfig:
         check(0 <= self.jitter < 1, "jitter", self.jitter, "must be in [0, 1)")
         factor = self.capacity_factor
         check(factor is None or factor > 0, "capacity_factor", factor, "must be > 0 or None")
+        group = self.capacity_group
+        check_choice("capacity_group", group, CAPACITY_GROUPS)
+        by_row = group == "row"
+        check(not by_row or factor is not None, "capacity_group", group, "requires capacity_factor")
         if self.router == "expert_choice":
-            check(
-                factor is not None,
-                "capacity_factor",
-                factor,
-                "is required by router='expert_choice'",
-            )
+            required = "by router='expert_choice'"
+            check(factor is not None, "capacity_factor", factor, f"is required {required}")
+            check(by_row, "capacity_group", group, f"must be 'row', required {required}")
             balance = self.balance_weight
             check(balance == 0, "balance_weight", balance, "must be 0 with router='expert_choice'")
 
@@ -99,7 +113,7 @@ class MoeConfig:
         return self.top_k
 
     def capacity(self, tokens: int | np.ndarray) -> Any:
-        """How many tokens of a sequence of ``tokens`` an expert takes: at least 1, at most all."""
+        """How many of a group of ``tokens`` an expert takes: at least 1, at most all."""
         assert self.capacity_factor is not None
         even = self.capacity_factor * np.asarray(tokens) * self.top_k / self.num_experts
         return np.minimum(np.maximum(1, np.ceil(even)), tokens).astype(np.int32)
@@ -135,37 +149,75 @@ def choose_experts(
     return weights_btk * config.scale, experts_btk
 
 
-def capacities(config: MoeConfig, valid_bt: jax.Array) -> tuple[int, jax.Array]:
-    """How many tokens an expert takes at most, of any row and of each ``[b]`` less its padding."""
+def capacities(config: MoeConfig, time: int, tokens: jax.Array) -> jax.Array:
+    """The capacity of groups of ``tokens`` (any shape, each in 0 … ``time``)."""
+    return jnp.asarray(config.capacity(np.arange(time + 1)))[tokens]
+
+
+def _chosen(config: MoeConfig, experts_btk: jax.Array, valid_bt: jax.Array):
+    """``(hot_btke, chosen_bte, earlier_bte)``: each choice, all of a token, and of earlier tokens.
+
+    ``earlier_bte`` counts those tokens of the row before each token that chose the expert.
+    """
+    hot_btke = (experts_btk[..., None] == jnp.arange(config.num_experts)) & valid_bt[
+        ..., None, None
+    ]
+    chosen_bte = jnp.any(hot_btke, axis=2)
+    return hot_btke, chosen_bte, jnp.cumsum(chosen_bte, axis=1, dtype=jnp.int32) - chosen_bte
+
+
+def within_capacity(
+    config: MoeConfig, experts_btk: jax.Array, valid_bt: jax.Array, segments_bt: jax.Array | None
+) -> jax.Array:
+    """``[b, t, k]``: whether the expert takes the token, being among the first of its segment.
+
+    A segment's tokens are consecutive, but for padding between them.
+    """
     t = valid_bt.shape[1]
-    capacity_by_count = jnp.asarray(config.capacity(np.arange(t + 1)))
-    return int(config.capacity(t)), capacity_by_count[jnp.sum(valid_bt, axis=1)]
+    hot_btke, _, earlier_bte = _chosen(config, experts_btk, valid_bt)
+    count_bt = jnp.cumsum(valid_bt, axis=1, dtype=jnp.int32) - valid_bt
+    total_b1 = jnp.sum(valid_bt, axis=1, dtype=jnp.int32)[:, None]
+    if segments_bt is None:
+        rank_bte, size_bt = earlier_bte, total_b1
+    else:
+        last_bt = jax.lax.cummax(jnp.where(valid_bt, jnp.arange(t), -1), axis=1)
+        last_bt = jnp.pad(last_bt, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]  # before t
+        last_segment_bt = jnp.take_along_axis(segments_bt, jnp.maximum(last_bt, 0), axis=1)
+        first_bt = valid_bt & ((last_bt < 0) | (segments_bt != last_segment_bt))
+        # counts never decrease along time: their value at a segment's first token is a maximum
+        begin_bt = jax.lax.cummax(jnp.where(first_bt, count_bt, 0), axis=1)
+        end_bt = jax.lax.cummin(jnp.where(first_bt, count_bt, total_b1), axis=1, reverse=True)
+        size_bt = jnp.concatenate((end_bt[:, 1:], total_b1), axis=1) - begin_bt
+        at_begin = jnp.where(first_bt[..., None], earlier_bte, 0)
+        rank_bte = earlier_bte - jax.lax.cummax(at_begin, axis=1)
+    fits_bte = rank_bte < capacities(config, t, size_bt)[..., None]
+    return jnp.any(hot_btke & fits_bte[:, :, None], axis=-1)
 
 
 def assign(
     config: MoeConfig, weights_btk: jax.Array, experts_btk: jax.Array, valid_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``(dispatch_btec, combine_btec)``: a slot of each chosen expert, while slots are free.
-
-    All first choices come before all second choices; among these, earlier tokens come first.
-    """
-    (b, t, k), e = experts_btk.shape, config.num_experts
-    capacity, capacity_b = capacities(config, valid_bt)
-    hot_btke = (experts_btk[..., None] == jnp.arange(e)) & valid_bt[..., None, None]
-    order = jnp.moveaxis(hot_btke, 2, 1).reshape(b, k * t, e).astype(jnp.int32)
-    slot = jnp.moveaxis((jnp.cumsum(order, axis=1) - 1).reshape(b, k, t, e), 1, 2)
-    hot_btke &= slot < capacity_b[:, None, None, None]
-    at_btkec = hot_btke[..., None] & (slot[..., None] == jnp.arange(capacity))
-    combine = jnp.sum(at_btkec * weights_btk[..., None, None], axis=2)
-    return jnp.any(at_btkec, axis=2), combine
+    """``(dispatch_btec, combine_btec)``: a slot of each chosen expert, while the row has any."""
+    t = valid_bt.shape[1]
+    hot_btke, chosen_bte, slot_bte = _chosen(config, experts_btk, valid_bt)
+    capacity_b = capacities(config, t, jnp.sum(valid_bt, axis=1))
+    taken_bte = chosen_bte & (slot_bte < capacity_b[:, None, None])
+    slots = jnp.arange(int(config.capacity(t)))
+    dispatch_btec = taken_bte[..., None] & (slot_bte[..., None] == slots)
+    weights_bte = jnp.sum(hot_btke * weights_btk[..., None], axis=2)
+    return dispatch_btec, dispatch_btec * weights_bte[..., None]
 
 
 def choose_tokens(
     config: MoeConfig, scores_bte: jax.Array, valid_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``(dispatch_btec, combine_btec)``: each expert takes the tokens of a row it scores best."""
+    """``(dispatch_btec, combine_btec)``: each expert takes the tokens of a row it scores best.
+
+    Whether it takes a token depends on all others of the row, later ones too (2202.09368, §3.2).
+    """
     t = scores_bte.shape[1]
-    capacity, capacity_b = capacities(config, valid_bt)
+    capacity = int(config.capacity(t))
+    capacity_b = capacities(config, t, jnp.sum(valid_bt, axis=1))
     choice_bet = jnp.swapaxes(jnp.where(valid_bt[..., None], scores_bte, -1.0), 1, 2)
     _, tokens_bec = jax.lax.top_k(jax.lax.stop_gradient(choice_bet), capacity)
     chosen_btec = tokens_bec[:, None] == jnp.arange(t)[:, None, None]

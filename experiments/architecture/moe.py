@@ -10,7 +10,10 @@ nothing; DeepSeek-V3 (arXiv:2412.19437, §2.1.2) balances by a bias instead of a
 
 Here every MLP of a decoder is replaced by 8 experts. A token uses one expert as wide as the dense
 MLP, or two of half that width, so its FLOPs are those of the dense model (without the router).
-Capacities are per sequence, as on the paper's devices, not per batch.
+A capacity counts the tokens of a row, where the paper's counts those of a device. Slots are given
+in order of time, so that the content of a token does not change the experts of earlier ones. The
+documents that are packed into a row share its capacity, so a document's tokens are dropped
+depending on the documents before it (``capacity_group="segment"`` would count each apart).
 
     ablate run architecture/moe --scale=smoke    # a few steps, no findings
     ablate run architecture/moe                  # cpu: 2 cores; time in `ablate list`
@@ -60,6 +63,7 @@ def get_config(scale):
         activation=mlp.activation,
         normalize=False,
         capacity_factor=1.25,
+        capacity_group="row",
         balance_weight=0.01,
         jitter=0.01,
     )
@@ -69,12 +73,16 @@ def get_config(scale):
 
 
 MIXTURE = {"model.feed_forward": ("moe",)}
-TOP_2 = {
+DROPLESS = {
     **MIXTURE,
+    "model.moe.capacity_factor": None,
+    "model.moe.capacity_group": "segment",
+}
+TOP_2 = {
+    **DROPLESS,
     "model.moe.top_k": 2,
     "model.moe.width": lambda config: config.model.mlp.width // 2,
     "model.moe.router": "choice_softmax",
-    "model.moe.capacity_factor": None,
     "model.moe.jitter": 0.0,
 }
 
@@ -84,7 +92,7 @@ ARMS = (
     Arm("switch_unbalanced", {**MIXTURE, "model.moe.balance_weight": 0.0}),
     Arm("switch_capacity_1", {**MIXTURE, "model.moe.capacity_factor": 1.0}),
     Arm("switch_capacity_2", {**MIXTURE, "model.moe.capacity_factor": 2.0}),
-    Arm("switch_dropless", {**MIXTURE, "model.moe.capacity_factor": None}),
+    Arm("switch_dropless", DROPLESS),
     Arm("top_2", TOP_2),
     Arm(
         "top_2_bias",

@@ -20,6 +20,7 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
+from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from layers.stack import unstacked
 from layers.state import rewind
@@ -55,13 +56,24 @@ STACKS = {
         pattern=("attention", "rwkv7"), feed_forward=("mlp", "none"), attention=ATTENTION, rwkv=RWKV
     ),
 }
+# further feed-forward layers that look back, or whose tokens compete
+MIXTURES = {
+    name: dict(pattern=("attention",), attention=ATTENTION, feed_forward=("moe",), moe=moe)
+    for name, moe in {
+        "dropless": MoeConfig(4, 8),
+        "segment, top 1": MoeConfig(4, 8, top_k=1, normalize=False, capacity_factor=1.0),
+        "segment, top 2": MoeConfig(4, 8, capacity_factor=0.7),
+        "row, top 1": MoeConfig(4, 8, top_k=1, capacity_factor=1.0, capacity_group="row"),
+        "row, top 2": MoeConfig(4, 8, capacity_factor=0.7, capacity_group="row"),
+    }.items()
+}
 TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 11)
 
 
 @functools.cache
 def make(name):
-    options = {"position": "none", **STACKS[name]}
-    config = DecoderConfig(11, 16, 2 * len(STACKS[name]["pattern"]), mlp=MlpConfig(24), **options)
+    options = {"position": "none", **(STACKS | MIXTURES)[name]}
+    config = DecoderConfig(11, 16, 2 * len(options["pattern"]), mlp=MlpConfig(24), **options)
 
     @jax.jit
     def moved():
@@ -119,14 +131,57 @@ def test_parallel_is_recurrent_is_chunked(name):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_packed_documents_are_the_documents_alone(name):
-    model = make(name)
-    packed = jnp.concatenate((TOKENS[:1, :3], TOKENS[1:, :3]), axis=1)
-    positions, segments = jnp.array([[0, 1, 2, 0, 1, 2]]), jnp.array([[1, 1, 1, 2, 2, 2]])
-    got = read(model, packed, positions, segments).logits_btv[0]
-    alone = jax.jit(lambda m, tokens: m(tokens).logits_btv)(model, TOKENS[:, :3])
-    np.testing.assert_allclose(got, alone.reshape(6, -1), atol=2e-5)
+@jax.jit
+def of_weighted(model, tokens, positions, segments, weights):
+    """Logits, and the gradients of a function of those of the weighted tokens."""
+
+    def loss(model):
+        logits = model(tokens, positions, segments).logits_btv
+        return jnp.sum(weights[..., None] * jnp.sin(logits)), logits
+
+    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(model)
+    return logits, jax.tree.leaves(grads)
+
+
+@pytest.mark.parametrize("name", [*STACKS, *MIXTURES])
+def test_only_the_past_of_its_document_changes_a_token(name):
+    """Not padding, other documents of the row, later tokens or other rows: values, gradients."""
+    model, is_row = make(name), name.startswith("row")
+    mine, other, n = [3, 7, 7], [7, 7, 2], 3
+    alone = jax.jit(lambda m, tokens: m(tokens).logits_btv)(model, jnp.array([mine]))[0]
+
+    def run(tokens, positions, segments, at, beside):
+        neighbour = jax.random.randint(jax.random.key(beside), (2 * n,), 0, 11)
+        weights = np.zeros((2, 2 * n), np.float32)
+        weights[0, at : at + n] = 1
+        rows = (
+            [tokens, neighbour],
+            [positions, np.full(2 * n, -1) if beside == 1 else np.arange(2 * n)],
+            [segments, np.arange(2 * n) // beside],
+        )
+        rows = (jnp.stack([jnp.array(row, jnp.int32) for row in pair]) for pair in rows)
+        logits, grads = of_weighted(model, *rows, weights)
+        return logits[0, at : at + n], grads
+
+    def is_equal(got, want):
+        np.testing.assert_allclose(got[0], want[0], atol=3e-5)
+        for a, b in zip(got[1], want[1], strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
+
+    count, gap = [0, 1, 2], [-1] * n
+    want = run(mine + [9] * n, count + gap, [0] * 6, 0, 1)
+    np.testing.assert_allclose(want[0], alone, atol=3e-5)
+    assert sum(np.any(a) for a in want[1]) > 0.9 * len(want[1])
+    is_equal(run([8] * n + mine, gap + count, [0] * 6, n, 2), want)
+    is_equal(run([8, *mine, 8, 8], [-1, *count, -1, -1], [0] * 6, 1, 3), want)
+    if not is_row:  # whose documents share a capacity
+        is_equal(run(mine + other, count * 2, [4] * n + [5] * n, 0, 4), want)
+        is_equal(run(other + mine, count * 2, [5] * n + [4] * n, n, 5), want)
+    # a longer segment may have a larger capacity, which must not depend on the later tokens
+    longer = [run(mine + later, range(6), [0] * 6, 0, 2) for later in (other, [0, 1, 10])]
+    is_equal(*longer)
+    if "moe" not in model.config.feed_forward or model.config.moe.capacity_factor is None:
+        is_equal(longer[0], want)
 
 
 @pytest.mark.parametrize("name", STACKS)

@@ -17,7 +17,15 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.hooks import Hooks, Tap
 from layers.mlp import MlpConfig
 from layers.moe import Moe, load_entropy
-from layers.routing import MoeConfig, assign, balance_loss, choose_experts, choose_tokens, z_loss
+from layers.routing import (
+    MoeConfig,
+    assign,
+    balance_loss,
+    choose_experts,
+    choose_tokens,
+    within_capacity,
+    z_loss,
+)
 from layers.stack import rearranged
 
 B, T, D, F, E = 2, 7, 8, 6, 4
@@ -56,6 +64,7 @@ def scattered(weights, experts):
     return out
 
 
+GROUPS = [dict(capacity_group="segment"), dict(capacity_group="row")]
 ROUTED = {
     "softmax": dict(router="softmax", normalize=False),
     "switch": dict(router="softmax", top_k=1, normalize=False),
@@ -87,7 +96,7 @@ def test_each_router_against_numpy(name):
 
 
 def test_expert_choice_against_numpy():
-    moe = make(router="expert_choice", capacity_factor=1.0)
+    moe = make(router="expert_choice", capacity_factor=1.0, capacity_group="row")
     capacity = int(np.ceil(T * 2 / E))
     p = softmax(X.astype(np.float64) @ np.asarray(moe.router.weight[...], np.float64))
     weights = np.zeros_like(p)
@@ -113,18 +122,19 @@ def test_dropless_is_a_capacity_that_drops_nothing_values_and_gradients(router):
         return jnp.sum(jnp.sin(y)) + stats.loss, stats
 
     found = []
-    for capacity in (None, float(E)):
-        moe = make(capacity_factor=capacity, **options)
+    for capacity in (dict(), *({**group, "capacity_factor": float(E)} for group in GROUPS)):
+        moe = make(**capacity, **options)
         (out, stats), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(moe, X)
         assert stats.dropped == 0 and stats.counts_e.sum() == 2 * (T + 4)
         found.append(jax.tree.leaves((out, grads)))
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, *others in zip(*found, strict=True):
+        for b in others:
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_padding_is_neither_routed_nor_counted():
-    for capacity in (None, 1.0):
-        moe = make(capacity_factor=capacity, balance_weight=1.0, z_weight=1.0)
+    for capacity in (dict(), *({**group, "capacity_factor": 1.0} for group in GROUPS)):
+        moe = make(**capacity, balance_weight=1.0, z_weight=1.0)
         positions = POSITIONS.copy()
         positions[:, 5:] = -1
         y, stats = run(moe, X, positions)
@@ -135,12 +145,12 @@ def test_padding_is_neither_routed_nor_counted():
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "expert_choice"])
-@pytest.mark.parametrize("capacity", [0.5, 1.0, None])
-def test_padding_takes_no_capacity(router, capacity):
+@pytest.mark.parametrize("group", ["row", "segment", None])
+def test_padding_takes_no_capacity(router, group):
     """Left, right and between: the tokens go where they go alone."""
-    if router == "expert_choice" and capacity is None:
+    if router == "expert_choice" and group != "row":
         return
-    moe = make(router=router, capacity_factor=capacity)
+    moe = make(router=router, **(dict(capacity_factor=0.5, capacity_group=group) if group else {}))
     alone, stats = run(moe, X[:, :3], POSITIONS[:, :3])
     for places in ((4, 5, 6), (0, 1, 2), (1, 3, 5)):
         positions, x = np.full((B, T), -1), np.full((B, T, D), 3.0, np.float32)
@@ -151,16 +161,16 @@ def test_padding_takes_no_capacity(router, capacity):
         assert padded.dropped == stats.dropped and padded.asked == stats.asked
 
 
-@pytest.mark.parametrize("capacity", [None, 1.0])
+@pytest.mark.parametrize("capacity", [dict(), dict(capacity_factor=1.0, capacity_group="row")])
 def test_taps_see_and_change_the_chosen_experts_hidden_units(capacity):
-    moe = make(router="choice_softmax", capacity_factor=capacity)
+    moe = make(router="choice_softmax", **capacity)
     names = ("router.logits", "experts.hidden")
     tap = Tap(Hooks(capture=names), 0)
     y, _ = moe(X, Context.of_tokens(POSITIONS, tap=tap))
     logits = X @ np.asarray(moe.router.weight[...])
     np.testing.assert_allclose(tap.captured["router.logits"], logits, atol=1e-5)
     h, down = np.asarray(tap.captured["experts.hidden"]), np.asarray(moe.down[...])
-    if capacity is None:
+    if not capacity:
         experts = np.argsort(-logits, -1)[..., :2]
         weights = softmax(np.take_along_axis(logits, experts, -1))
         want = np.einsum("btk,btkf,btkfd->btd", weights, h, down[experts])
@@ -169,23 +179,53 @@ def test_taps_see_and_change_the_chosen_experts_hidden_units(capacity):
     assert not np.any(moe(X, Context.of_tokens(POSITIONS, tap=silent))[0])
 
 
-def test_drops_are_counted_exactly():
-    moe = make(capacity_factor=0.5)
+def kept_in_time(config, experts, valid, segments):
+    """Token by token: an expert takes it unless it has as many of its group as it may take."""
+    by_segment = config.capacity_group == "segment"
+    kept = np.zeros(experts.shape, bool)
+    for b, t, k in np.ndindex(experts.shape):
+        if valid[b, t]:
+            mine = valid[b] & (segments[b] == segments[b, t]) if by_segment else valid[b]
+            even = config.capacity_factor * mine.sum() * config.top_k / config.num_experts
+            earlier = (experts[b, :t] == experts[b, t, k]) & kept[b, :t]
+            kept[b, t, k] = earlier[mine[:t]].sum() < max(1, np.ceil(even))
+    return kept
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_drops_are_counted_exactly(group):
+    moe = make(capacity_factor=0.5, **group)
     logits = X.astype(np.float64) @ np.asarray(moe.router.weight[...], np.float64)
     experts = np.argsort(-logits, -1)[..., :2]
-    weights = softmax(np.take_along_axis(logits, experts, -1))
-    dropped = 0
-    for b in range(B):
-        taken = np.zeros(E, int)
-        for k in range(2):
-            for t in range(T):
-                taken[experts[b, t, k]] += 1
-                if taken[experts[b, t, k]] > np.ceil(0.5 * 2 * T / E):
-                    weights[b, t, k] = 0
-                    dropped += 1
+    kept = kept_in_time(moe.config, experts, POSITIONS >= 0, np.zeros((B, T)))
+    weights = softmax(np.take_along_axis(logits, experts, -1)) * kept
     y, stats = run(moe, X, POSITIONS)
-    assert stats.dropped == dropped > 0
+    assert stats.dropped == np.sum(~kept) > 0 and stats.asked == kept.size
     np.testing.assert_allclose(y, reference(moe, X, scattered(weights, experts)), atol=2e-6)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_experts_take_tokens_in_order_of_time(k, group):
+    rng, rows, t = np.random.default_rng(k), 20, 12
+    experts = np.argsort(rng.normal(size=(rows, t, E)) + [1.5, 0.5, 0, 0], -1)[..., ::-1][..., :k]
+    segments = np.sort(rng.integers(0, 4, (rows, t)), axis=-1)
+    valid, weights = rng.random((rows, t)) < 0.8, rng.random((rows, t, k)).astype(np.float32)
+    config = MoeConfig(E, F, top_k=k, capacity_factor=0.8, **group)
+    want = kept_in_time(config, experts, valid, segments)
+    assert 0.1 < np.mean(want[valid]) < 0.95
+    if config.capacity_group == "segment":
+        got = within_capacity(config, *map(jnp.asarray, (experts, valid, segments)))
+        one = within_capacity(config, jnp.asarray(experts), jnp.asarray(valid), None)
+        want_one = kept_in_time(config, experts, valid, np.zeros_like(segments))
+        np.testing.assert_array_equal(one, want_one)
+    else:
+        dispatch, combine = assign(config, *map(jnp.asarray, (weights, experts, valid)))
+        taken = np.any(dispatch, axis=-1)
+        got = np.take_along_axis(taken, experts, -1)
+        assert np.sum(taken) == np.sum(got)
+        np.testing.assert_array_equal(jnp.sum(combine, -1), scattered(weights * want, experts))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_losses_against_float64_numpy_and_transformers():
@@ -312,7 +352,13 @@ def test_places_are_given_once(t, k, capacity, seed):
         (dict(bias_rate=0.1), "bias_rate=0.1: requires router='sigmoid'"),
         (dict(jitter=1.0), "jitter=1.0: must be in"),
         (dict(capacity_factor=0.0), "capacity_factor=0.0: must be > 0 or None"),
+        (
+            dict(router="expert_choice", capacity_factor=1.0),
+            "capacity_group='segment': must be 'row', required by router='expert_choice'",
+        ),
         (dict(router="expert_choice"), "capacity_factor=None: is required by router="),
+        (dict(capacity_group="row"), "capacity_group='row': requires capacity_factor"),
+        (dict(capacity_group="rows"), "capacity_group='rows': must be one of .* mean 'row'"),
         (dict(z_weight=-1.0), "z_weight=-1.0: must be ≥ 0"),
     ],
 )
@@ -359,7 +405,7 @@ def test_noise_needs_a_key_and_expert_choice_cannot_generate():
         a, b, c = (moe(X, Context.of_tokens(POSITIONS, key=key))[0] for key in keys)
         np.testing.assert_array_equal(b, c)
         assert np.any(a != b)
-    choice = MoeConfig(E, F, router="expert_choice", capacity_factor=1.0)
+    choice = MoeConfig(E, F, router="expert_choice", capacity_factor=1.0, capacity_group="row")
     model = Decoder(dataclasses.replace(DECODER, moe=choice), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="moe.router='expert_choice': does not support gen"):
         model.init_state(1, 4)

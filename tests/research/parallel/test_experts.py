@@ -26,10 +26,14 @@ DATA = DataConfig(source="synthetic", sequence_length=32, batch_size=8,
 DESCENT = OptimizerConfig("sgd", 1.0, "constant", b1=0.0, weight_decay=0.0, clip_norm=None)
 TRAINING = TrainingConfig(steps=2, optimizer=DESCENT)
 batch = next(iter(make_dataset(DATA)))
+batch["segment_ids"] = np.repeat([[1, 2, 3]], [7, 16, 9], axis=1) + np.zeros((8, 1), np.int32)
 KINDS = {
     "dropless": dict(router="sigmoid", bias_rate=0.01),
-    "capacity": dict(router="softmax", capacity_factor=0.8),
-    "experts choose": dict(router="expert_choice", capacity_factor=0.4, balance_weight=0.0),
+    "capacity": dict(router="softmax", capacity_factor=0.8, capacity_group="row"),
+    "capacity of segments": dict(router="softmax", capacity_factor=0.8),
+    "experts choose": dict(
+        router="expert_choice", capacity_factor=0.4, capacity_group="row", balance_weight=0.0
+    ),
 }
 
 
@@ -57,7 +61,7 @@ for kind, options in KINDS.items():
     want, metrics, _, _ = found(options, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert (metrics["router_drop_rate"] > 0.05) == (kind != "dropless"), (kind, metrics)
     meshes = [(dict(data=1, fsdp=2, expert=2, sequence=2), (2, 2, 16, 16))]
-    if kind != "capacity":
+    if kind in ("dropless", "experts choose"):
         meshes.append((dict(data=1, expert=4, tensor=2), (2, 1, 32, 8)))
     for sizes, share in meshes:
         got, _, held, text = found(options, make_mesh(MeshConfig(**sizes)))
