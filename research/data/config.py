@@ -62,7 +62,9 @@ class DataConfig:
       document_separator: splits a plain-text file into documents; empty: a document per file.
       hf_subset, hf_split: the dataset's configuration name and split.
       tokenizer: ``byte`` or the path of a ``tokenizer.json``.
-      bos_token, eos_token: names of these tokens in ``tokenizer.json`` (not used by ``byte``).
+      bos_token, eos_token: the tokens of ``tokenizer.json`` that begin and end a document (not used
+        by ``byte``). None: those that tokenizer_config.json or special_tokens_map.json beside it
+        name; without such files, ``<bos>`` and ``<eos>``. An empty ``bos_token``: none.
       sequence_length: tokens per row; a longer document continues as further segments.
       batch_size: rows per step over all processes.
       packing: ``concat`` cuts the concatenated documents every ``sequence_length`` tokens (no
@@ -83,8 +85,8 @@ class DataConfig:
     hf_subset: str | None = None
     hf_split: str = "train"
     tokenizer: str = "byte"
-    bos_token: str = "<bos>"
-    eos_token: str = "<eos>"
+    bos_token: str | None = None
+    eos_token: str | None = None
     sequence_length: int = 256
     batch_size: int = 8
     packing: str = "concat"

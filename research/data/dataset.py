@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -28,7 +27,7 @@ from research.data.packing import (
     join,
 )
 from research.data.synthetic import generate
-from research.data.tokenizers import load_tokenizer
+from research.data.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 # Rows of an endless dataset: Grain divides the length as a float, which is exact up to this number.
@@ -122,10 +121,20 @@ def make_dataset(
 
 
 def vocabulary_size(config: DataConfig) -> int:
-    """Number of token ids that batches of ``config`` may contain."""
+    """The largest token id that batches of ``config`` may contain, plus 1."""
     if config.source == "synthetic":
         return config.synthetic.vocab_size
-    return load_tokenizer(config.tokenizer, config.bos_token, config.eos_token).vocab_size
+    return tokenizer_of(config).vocab_size
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """The tokenizer of the documents of ``config``.
+
+    Raises:
+      ConfigError: ``config`` has no text, or see `load_tokenizer`.
+    """
+    check(config.source != "synthetic", "source", config.source, "has no text and no tokenizer")
+    return load_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
 
 
 def fingerprint(config: DataConfig) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
             "sha256": digest.hexdigest(),
         }
     loaded = _load_cached(config)
-    tokenizer = load_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
+    tokenizer = tokenizer_of(config)
     record = {
         "source": config.source,
         "sha256": loaded.sha256,
@@ -292,17 +301,14 @@ def _load_cached(config: DataConfig) -> _Loaded:
         prefetch=0,
         synthetic=SyntheticConfig(),
     )
-    files = source_files(config)
-    if config.tokenizer != "byte" and os.path.exists(config.tokenizer):
-        files.append(Path(config.tokenizer))
-    stats = tuple((str(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files)
-    return _load(document_config, stats)
+    stats = [(str(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in source_files(config)]
+    return _load(document_config, (tokenizer_of(config).sha256, *stats))
 
 
 @functools.lru_cache(maxsize=2)
 def _load(config: DataConfig, stats: tuple) -> _Loaded:
     del stats  # only part of the cache's key
-    tokenizer = load_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
+    tokenizer = tokenizer_of(config)
     corpus = read_corpus(config)
     train, validation = (
         join(tokenizer.encode_documents(d), tokenizer.bos, tokenizer.eos, tokenizer.vocab_size)

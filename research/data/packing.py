@@ -1,7 +1,8 @@
 """Packs documents into rows of fixed length, in which no document sees another.
 
-A document is ``bos ids eos``. Its inputs are all tokens but the last, its targets all but the
-first. So every input has a target in its own document, and the last target is ``eos``.
+A document is ``bos ids eos``, or ``ids eos`` if its tokenizer has no bos. Its inputs are all tokens
+but the last, its targets all but the first. So every input has a target in its own document, and
+the last target is ``eos``.
 
 A document longer than a row is cut. The piece after the cut is a segment of its own: it begins at
 position 0 and does not see the piece before. The last target before the cut is the first input
@@ -24,7 +25,7 @@ class TokenizedDocuments:
     """All documents, concatenated in memory.
 
     Attributes:
-      tokens: ``[n]``, unsigned, ``bos ids eos`` of each document in turn.
+      tokens: ``[n]``, unsigned, the documents in turn.
       starts: int64 ``[documents + 1]``: the index in ``tokens`` of each beginning; the last is n.
     """
 
@@ -37,15 +38,21 @@ class TokenizedDocuments:
         return len(self.tokens) - (len(self.starts) - 1)
 
 
-def join(encoded: list[np.ndarray], bos: int, eos: int, vocab_size: int) -> TokenizedDocuments:
-    """Concatenate documents (each an array of ids), with ``bos`` and ``eos`` around each."""
+def join(
+    encoded: list[np.ndarray], bos: int | None, eos: int, vocab_size: int
+) -> TokenizedDocuments:
+    """Concatenate documents (each an array of ids), with ``bos`` (if any) and ``eos`` around each.
+
+    ``vocab_size``: the largest id + 1.
+    """
+    begin = [] if bos is None else [bos]
     starts = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(ids) + 2 for ids in encoded], out=starts[1:])
+    np.cumsum([len(begin) + len(ids) + 1 for ids in encoded], out=starts[1:])
     tokens = np.empty(starts[-1], np.uint16 if vocab_size <= 2**16 else np.uint32)
-    tokens[starts[:-1]] = bos
+    for ids, start, stop in zip(encoded, starts[:-1], starts[1:], strict=True):
+        tokens[start : start + len(begin)] = begin
+        tokens[start + len(begin) : stop - 1] = ids
     tokens[starts[1:] - 1] = eos
-    for ids, start in zip(encoded, starts[:-1], strict=True):
-        tokens[start + 1 : start + 1 + len(ids)] = ids
     return TokenizedDocuments(tokens, starts)
 
 

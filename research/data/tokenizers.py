@@ -9,114 +9,107 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from layers.config import ConfigError, check
+from layers.config import check
+from research.data.tokenizer_file import NAMING, TokenizerFile, special_names
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer; every document becomes ``bos ids eos``."""
+    """The interface of a tokenizer; every document becomes ``bos ids eos``.
+
+    ``bos`` is None if documents begin with their text. ``vocab_size`` is the largest id + 1.
+    """
 
     vocab_size: int
-    bos: int
+    bos: int | None
     eos: int
     sha256: str
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, without special tokens."""
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Ids of ``text``, without ``bos`` and ``eos``.
+
+        Text that spells a special token is ordinary text, or that token if ``special_tokens``.
+        """
         ...
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each UTF-8 document, in the smallest unsigned dtype, without special tokens."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens are left out."""
+    def decode(self, ids: Iterable[int], special_tokens: bool = False) -> str:
+        """The text of ``ids``; special tokens are shown if ``special_tokens``, or left out."""
         ...
 
 
 class ByteTokenizer:
-    """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Requires no file and is lossless."""
+    """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Requires no file and is lossless.
+
+    The special tokens are shown as ``<bos>`` and ``<eos>``; no text is encoded by them.
+    """
 
     vocab_size = 258
     bos = 256
     eos = 257
     sha256 = hashlib.sha256(b"byte 256 257").hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        check(not special_tokens, "special_tokens", True, "bytes spell no special token")
         return list(text.encode())
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         return [np.frombuffer(d, np.uint8) for d in documents]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], special_tokens: bool = False) -> str:
+        shown = {256: b"<bos>", 257: b"<eos>"} if special_tokens else {}
+        pieces = (bytes([i]) if i < 256 else shown.get(i, b"") for i in map(int, ids))
         # generation may stop inside a character: show it, do not raise
-        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
+        return b"".join(pieces).decode(errors="replace")
 
 
-class JsonTokenizer:
-    """A ``tokenizer.json`` through the `tokenizers` library."""
+class JsonTokenizer(TokenizerFile):
+    """A ``tokenizer.json``, and the tokens of it that begin and end a document.
 
-    def __init__(self, path: str, bos_token: str, eos_token: str):
-        try:
-            content = Path(path).read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception for a bad file
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"tokenizer={path!r}: must be 'byte' or a readable tokenizer.json ({reason})"
-            ) from None
-        # truncation or padding saved in the file would silently change documents
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.bos = self._special("bos_token", bos_token)
-        self.eos = self._special("eos_token", eos_token)
-        self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+    ``sha256`` is that of the file and these two tokens.
+    """
 
-    def _special(self, field: str, token: str) -> int:
-        identifier = self._tokenizer.token_to_id(token)
-        added = [t.content for t in self._tokenizer.get_added_tokens_decoder().values()]
-        if identifier is None:
-            allowed = f"must be a token of the tokenizer, e.g. one of {added[:8]}"
-            raise ConfigError(f"{field}={token!r}: {allowed}")
-        return identifier
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        encoded = []
-        for start in range(0, len(documents), 256):  # an Encoding is large: keep few in memory
-            texts = [d.decode() for d in documents[start : start + 256]]
-            batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            encoded += [np.array(e.ids, self._dtype) for e in batch]
-        return encoded
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def __init__(self, path: str, bos_token: str | None, eos_token: str | None):
+        named = special_names(path)
+        bos = named.get("bos_token") if bos_token is None else bos_token
+        eos = named.get("eos_token") if eos_token is None else eos_token
+        super().__init__(path, [name for name in (bos, eos) if name])
+        required = f"{path!r} requires a token that ends a document"
+        check(bool(eos), "eos_token", eos_token, required)
+        self.bos = self.token_id("bos_token", bos) if bos else None
+        self.eos = self.token_id("eos_token", str(eos))
+        self.sha256 = hashlib.sha256(f"{self.sha256} {self.bos} {self.eos}".encode()).hexdigest()
 
 
 def load_tokenizer(
-    name: str, bos_token: str = "<bos>", eos_token: str = "<eos>"
+    name: str, bos_token: str | None = None, eos_token: str | None = None
 ) -> ByteTokenizer | JsonTokenizer:
     """``byte``, or the tokenizer in the ``tokenizer.json`` at path ``name``.
+
+    Args:
+      bos_token, eos_token: see `DataConfig`.
 
     Raises:
       ConfigError: the file cannot be read or parsed, or lacks ``bos_token`` or ``eos_token``.
     """
     if name == "byte":
         return ByteTokenizer()
-    return _load_json(name, bos_token, eos_token, _modified(name))
+    files = (Path(name), *(Path(name).parent / file for file in NAMING))
+    return _load_json(name, bos_token, eos_token, tuple(map(_modified, files)))
 
 
 @functools.lru_cache(maxsize=4)
-def _load_json(path: str, bos: str, eos: str, modified: int) -> JsonTokenizer:
+def _load_json(
+    path: str, bos: str | None, eos: str | None, modified: tuple[int, ...]
+) -> JsonTokenizer:
     del modified  # part of the cache's key: a rewritten file is read again
     return JsonTokenizer(path, bos, eos)
 
 
-def _modified(path: str) -> int:
-    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def train_bpe(
@@ -152,6 +145,10 @@ def train_bpe(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # for other programs: here `encode` adds no token, and documents get both ends
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos_token} $A", special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))]
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer.get_vocab_size()

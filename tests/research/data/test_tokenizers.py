@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layers.config import ConfigError
@@ -28,16 +28,26 @@ def test_bytes_round_trip(text):
     np.testing.assert_array_equal(tokenizer.encode_documents([text.encode()])[0], ids)
 
 
+def test_bytes_show_their_special_tokens():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.decode([256, 97, 257]) == "a"
+    assert tokenizer.decode([256, 97, 257, 258], special_tokens=True) == "<bos>a<eos>"
+    assert 257 not in tokenizer.encode("<eos>")
+    with pytest.raises(ConfigError, match="special_tokens=True: bytes spell no special token"):
+        tokenizer.encode("<eos>", special_tokens=True)
+
+
 def test_bytes_decode_a_cut_character():
     assert load_tokenizer("byte").decode("å".encode()[:1]) == "\ufffd"
 
 
 @given(st.text(st.characters(codec="utf-8")))
+@example("<eos>")
+@example("a<bos> <eos>")
 def test_bpe_round_trip(trained, text):
     tokenizer = load_tokenizer(trained)
     ids = tokenizer.encode(text)
-    if "<bos>" not in text and "<eos>" not in text:
-        assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
+    assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
     np.testing.assert_array_equal(tokenizer.encode_documents([text.encode()])[0], ids)
 
 
@@ -77,6 +87,11 @@ def test_truncation_in_the_file_is_undone(trained, tmp_path):
     assert len(load_tokenizer(str(tmp_path / "short.json")).encode(TEXTS[0])) not in (3, 99)
 
 
+def test_other_programs_begin_a_text_as_a_document_begins(trained):
+    own = tokenizers.Tokenizer.from_file(trained)
+    assert own.encode("the cat").ids == [0, *load_tokenizer(trained).encode("the cat")]
+
+
 def test_one_special_token_may_do_both(tmp_path):
     train_bpe(TEXTS, 270, tmp_path / "t.json", bos_token="<|end|>", eos_token="<|end|>")
     tokenizer = load_tokenizer(str(tmp_path / "t.json"), "<|end|>", "<|end|>")
@@ -86,18 +101,3 @@ def test_one_special_token_may_do_both(tmp_path):
 def test_too_small_a_vocabulary_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="vocab_size=257: must be at least 258"):
         train_bpe(TEXTS, 257, tmp_path / "t.json")
-
-
-@pytest.mark.parametrize("content", [None, "{}", "\xff", "not json"])
-def test_unreadable_tokenizer_is_refused(content, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    if content is not None:
-        path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ConfigError, match="tokenizer='.*': must be 'byte' or a readable") as error:
-        make_dataset(DataConfig(tokenizer=str(path)))
-    assert "\n" not in str(error.value)
-
-
-def test_missing_special_token_is_refused(trained):
-    with pytest.raises(ConfigError, match=r"eos_token='</s>': .*'<bos>', '<eos>'"):
-        load_tokenizer(trained, "<bos>", "</s>")
