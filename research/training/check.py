@@ -84,6 +84,16 @@ def check_run(
     )
 
 
+def check_vocabulary(model: DecoderConfig, vocabulary: int) -> None:
+    """Raise `ConfigError` if ids below ``vocabulary`` (see `vocabulary_size`) have no logit."""
+    check(
+        vocabulary <= model.vocab_size,
+        "model.vocab_size",
+        model.vocab_size,
+        f"must be at least the vocabulary of the data, {vocabulary}",
+    )
+
+
 def _check_decoder(
     model: DecoderConfig,
     training: TrainingConfig,
@@ -95,12 +105,8 @@ def _check_decoder(
     # if the length is not known in advance, any length that the mesh divides
     length = 2 * mesh.shape["sequence"] if sequence_length is None else sequence_length
     validate(model, mesh, batch_size=batch_size, sequence_length=length)
-    check(
-        vocabulary is None or vocabulary <= model.vocab_size,
-        "model.vocab_size",
-        model.vocab_size,
-        f"must be at least the vocabulary of the data, {vocabulary}",
-    )
+    if vocabulary is not None:
+        check_vocabulary(model, vocabulary)
     limit = model.max_length if model.position == "learned" else None
     check(
         limit is None or sequence_length is None or sequence_length <= limit,

@@ -6,8 +6,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from layers.config import check
-from research.data import DataConfig
+from layers.decoder import Decoder
+from research.data import DataConfig, vocabulary_size
 from research.parallel import MeshConfig, make_mesh, shard_batch, use_mesh
+from research.training.check import check_vocabulary
 from research.training.objectives import NextToken, Objective
 from research.training.source import Source, check_held_out, held_out
 from research.training.step import make_eval_step, scalars
@@ -28,13 +30,15 @@ def evaluate(
     experts.
 
     Raises:
-      ConfigError: ``batches`` < 1, a source without held-out batches, or held-out batches without a
-        label.
+      ConfigError: ``batches`` < 1, a source without held-out batches, held-out batches without a
+        label, or data with more ids than ``model`` has.
     """
     check(batches > 0, "batches", batches, "must be > 0")
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     step = make_eval_step(objective)
     if isinstance(data, DataConfig):
+        if isinstance(model, Decoder):
+            check_vocabulary(model.config, vocabulary_size(data))
         name, held_out_batches = data.source, held_out(data, batches)
     else:
         check_held_out(data, "batches", batches)

@@ -11,8 +11,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from layers.config import check
-from layers.decoder import DecoderConfig
+from layers.config import ConfigError, check
+from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, vocabulary_size
 from research.parallel import MeshConfig, make_mesh, shardings, use_mesh
 from research.parallel.processes import fate_shared
@@ -30,7 +30,7 @@ from research.training.saved import SavedState
 from research.training.source import GrainSource, Source, check_held_out
 from research.training.state import TrainState, abstract_state
 from research.training.step import default_objective, make_step
-from research.training.workdir import begin
+from research.training.workdir import begin, differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ def train(
       data: the configuration of the data; None with a ``source``.
       seed: of the initial weights and of the order of the data.
       workdir: the folder for checkpoints, metrics and the environment; None writes nothing.
-      init: maps the freshly initialised model to the one to start from; not called on resume.
+      init: maps the freshly initialised model to the one to start from, of the same configuration;
+        not called on resume.
       objective: what is minimised; None: next token, with ``training.z_loss``.
       source: gives the batches in place of ``data``.
       frozen: trees that the objective reads and that are not trained, see `Objective`. They are
@@ -189,8 +190,21 @@ def _abstract(training, mesh, model, *, stage, patterns, offload) -> TrainState:
 def _initial(model, training, mesh: Mesh, seed: int, init, **strategy) -> TrainState:
     """The state of step 0, in its stored sharding."""
     fresh_model, fresh_state = _begin(model, training, mesh, **strategy)
-    fresh = fresh_model(seed)
-    return fresh_state(fresh if init is None else init(fresh), seed)
+    started = fresh_model(seed)
+    if init is not None:
+        started = init(started)
+        _check_start(started, model)
+    return fresh_state(started, seed)
+
+
+def _check_start(started: Any, model: DecoderConfig | ModelConfig) -> None:
+    """Raise `ConfigError` if ``started``, which init returned, is not a model of ``model``."""
+    if not isinstance(model, DecoderConfig):
+        return
+    check(isinstance(started, Decoder), "init", type(started).__name__, "must return a Decoder")
+    configs = dataclasses.asdict(started.config), dataclasses.asdict(model)
+    for field, other, value in differences(*configs, "model"):
+        raise ConfigError(f"{field}={value!r}: init returns a model with {other!r}")
 
 
 @functools.lru_cache(maxsize=16)

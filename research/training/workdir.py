@@ -113,7 +113,7 @@ def begin(
     path = workdir / "config.json"
     if path.exists():
         previous = read_json(path)
-        for field, old, new in _differences(previous, described):
+        for field, old, new in differences(previous, described):
             if not field.startswith(may_change):
                 raise ConfigError(
                     f"{field}={new!r}: workdir {str(workdir)!r} was begun with {old!r}"
@@ -132,11 +132,12 @@ def begin(
         ) from None
 
 
-def _differences(previous: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(previous: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted field, previous and new value of what differs between two nested dicts."""
     if isinstance(previous, dict) and isinstance(new, dict):
         for name in {**new, **previous}:
             field = f"{path}.{name}" if path else name
-            yield from _differences(previous.get(name), new.get(name), field)
+            yield from differences(previous.get(name), new.get(name), field)
     elif previous != new:
         yield path, previous, new
 

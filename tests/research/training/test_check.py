@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import pytest
+from flax import nnx
 
 from layers.attention import AttentionConfig
 from layers.config import ConfigError
-from layers.decoder import DecoderConfig
+from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.data import DataConfig, SyntheticConfig
 from research.parallel import MeshConfig
@@ -93,3 +95,12 @@ def test_moments_that_the_strategy_does_not_split_are_refused_before_anything_is
     said = refusal(train, MODEL, DATA, packed, workdir=tmp_path / "run")
     assert said.startswith("optimizer.moments='8bit': changes nothing: no weight")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_of_another_configuration_is_refused():
+    other = dataclasses.replace(MODEL, vocab_size=15)
+    start = jax.eval_shape(lambda: Decoder(other, rngs=nnx.Rngs(0)))
+    message = refusal(train, MODEL, DATA, TrainingConfig(steps=1), init=lambda fresh: start)
+    assert message == "model.vocab_size=16: init returns a model with 15"
+    message = refusal(train, MODEL, DATA, TrainingConfig(steps=1), init=lambda fresh: None)
+    assert message == "init='NoneType': must return a Decoder"

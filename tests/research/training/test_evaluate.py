@@ -9,6 +9,7 @@ from layers.attention import AttentionConfig
 from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
+from research.data import DataConfig
 from research.training import evaluate
 from tests.research.training.test_source import OnPolicy
 
@@ -36,6 +37,11 @@ class Uneven:
 def test_a_source_without_held_out_batches_is_refused():
     with pytest.raises(ConfigError, match="^batches=2: must be 0: toy has no held-out batches"):
         evaluate(None, OnPolicy(), batches=2)
+
+
+def test_text_with_more_ids_than_the_model_is_refused():
+    with pytest.raises(ConfigError, match="model.vocab_size=16: must be at least .* data, 258"):
+        evaluate(jax.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0))), DataConfig(), batches=1)
 
 
 def test_every_label_weighs_the_same():
