@@ -7,9 +7,10 @@ from pathlib import Path
 from layers.architecture import DTYPES
 from layers.config import check, check_choice
 from research.files import check_new, new_directory
-from research.models.families import FAMILIES, family_of
-from research.models.load import load, open_model, read_object
-from research.models.save import ORIGIN, copy_companions, save
+from research.models.companions import ORIGIN, copy_companions, family_name
+from research.models.families import FAMILIES
+from research.models.load import load, open_model
+from research.models.save import save
 from research.training import load_model, save_model
 
 
@@ -43,24 +44,25 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
 def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:
     """Convert the model in the workdir ``source`` to a directory ``to`` for transformers.
 
+    The files of its tokenizer are copied (`research.models.companions`).
+
     transformers does not support RWKV-7. For it ``to`` may be a ``.pth`` file, which the `rwkv`
     package loads; a directory can be read by `research.models.load` only.
 
     Args:
-      family: default: the family of the directory that ``source`` was imported from.
+      family: default: that of the directory that ``source`` was imported from, or in which the
+        tokenizer of the run ``source`` was.
 
     Raises:
-      ConfigError: ``source`` has no model, or was not imported and no ``family`` is named; the
-        family does not support the model; ``to`` is neither absent nor empty.
+      ConfigError: ``source`` has no model, or neither it nor ``family`` names a family; the family
+        does not support the model; ``to`` is neither absent nor empty.
     """
     check_new(to)
     origin = source / ORIGIN
-    imported = None
-    if (origin / "config.json").exists():
-        imported = family_of(read_object(origin / "config.json")).model_type
-    family = family or imported
+    family = family or family_name(origin)
     known = ", ".join(FAMILIES)
     check(family is not None, "family", None, f"not an imported model: must be one of {known}")
     assert family is not None
     check_choice("family", family, FAMILIES)
-    save(load_model(source), to, family, source=origin if family == imported else None)
+    described = (origin / "config.json").is_file()
+    save(load_model(source), to, family, source=origin if described else None)

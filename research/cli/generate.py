@@ -32,6 +32,8 @@ def add(commands) -> None:
         "--temperature", metavar="T", default="1", help="0 selects the likeliest token; default: 1"
     )
     parser.add_argument("--seed", metavar="S", default="0", help="seed of sampling; default: 0")
+    what = "read special tokens such as <|im_start|> in the prompt, and show them in the text"
+    parser.add_argument("--special-tokens", action="store_true", help=what)
     parser.set_defaults(command=_generate)
 
 
@@ -48,7 +50,7 @@ def _generate(options) -> int:
     from research.training import load_model
 
     sampling = SamplingConfig(max_new_tokens=count, temperature=temperature, seed=seed)
-    tokenizer = load_prompt_tokenizer(folder)
+    tokenizer = load_prompt_tokenizer(folder, options.special_tokens)
     prompt = tokenizer.encode(options.prompt)
     model = load_model(folder)
     outputs = model.config.outputs

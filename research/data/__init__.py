@@ -2,7 +2,7 @@
 
 from research.data.config import DataConfig, SyntheticConfig
 from research.data.corpora import read_corpus
-from research.data.dataset import fingerprint, make_dataset, vocabulary_size
+from research.data.dataset import fingerprint, make_dataset, tokenizer_of, vocabulary_size
 from research.data.synthetic import TASKS
 from research.data.tokenizers import load_tokenizer, train_bpe
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_tokenizer",
     "make_dataset",
     "read_corpus",
+    "tokenizer_of",
     "train_bpe",
     "vocabulary_size",
 ]

@@ -27,7 +27,7 @@ from research.data.packing import (
     join,
 )
 from research.data.synthetic import generate
-from research.data.tokenizers import Tokenizer, load_tokenizer
+from research.data.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 # Rows of an endless dataset: Grain divides the length as a float, which is exact up to this number.
@@ -127,7 +127,7 @@ def vocabulary_size(config: DataConfig) -> int:
     return tokenizer_of(config).vocab_size
 
 
-def tokenizer_of(config: DataConfig) -> Tokenizer:
+def tokenizer_of(config: DataConfig) -> ByteTokenizer | JsonTokenizer:
     """The tokenizer of the documents of ``config``.
 
     Raises:

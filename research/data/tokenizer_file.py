@@ -113,12 +113,17 @@ def special_names(path: str) -> dict[str, str]:
         content = read_json(file)
         check(isinstance(content, dict), "file", str(file), "must hold an object")
         for field in ("bos_token", "eos_token"):
-            value = content.get(field)
-            value = value.get("content") if isinstance(value, dict) else value
+            value = named_token(content, field)
             if value is not None:
                 check(isinstance(value, str), field, value, f"must be text in {str(file)!r}")
                 named[field] = value
     return named
+
+
+def named_token(content: Mapping[str, Any], field: str) -> Any:
+    """The name in ``field`` of one of `NAMING`, which is text or an object with ``content``."""
+    value = content.get(field)
+    return value.get("content") if isinstance(value, dict) else value
 
 
 def _read(path: str) -> tuple[bytes, tokenizers.Tokenizer]:

@@ -43,11 +43,12 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Requires no file and is lossless.
 
-    The special tokens are shown as ``<bos>`` and ``<eos>``; no text is encoded by them.
+    ``names`` are shown for the special tokens; no text is encoded by these.
     """
 
     vocab_size = 258
-    bos = 256
+    names = ("<bos>", "<eos>")
+    bos: int | None = 256
     eos = 257
     sha256 = hashlib.sha256(b"byte 256 257").hexdigest()
 
@@ -59,10 +60,21 @@ class ByteTokenizer:
         return [np.frombuffer(d, np.uint8) for d in documents]
 
     def decode(self, ids: Iterable[int], special_tokens: bool = False) -> str:
-        shown = {256: b"<bos>", 257: b"<eos>"} if special_tokens else {}
-        pieces = (bytes([i]) if i < 256 else shown.get(i, b"") for i in map(int, ids))
+        shown = dict(zip((self.bos, self.eos), self.names, strict=True)) if special_tokens else {}
+        pieces = (bytes([i]) if i < 256 else shown.get(i, "").encode() for i in map(int, ids))
         # generation may stop inside a character: show it, do not raise
         return b"".join(pieces).decode(errors="replace")
+
+    def save(self, path: Path) -> None:
+        """Write a ``tokenizer.json`` with the same ids, for other programs."""
+        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        others = iter(range(256, 512))  # as in GPT-2, whose alphabet `ByteLevel` has
+        alphabet = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+        model = tokenizers.models.BPE({letter: byte for byte, letter in enumerate(alphabet)}, [])
+        tokenizer = _byte_level(model, use_regex=False)
+        tokenizer.add_special_tokens(list(self.names))
+        _begin_with(tokenizer, self.names[0])
+        tokenizer.save(str(path))
 
 
 class JsonTokenizer(TokenizerFile):
@@ -135,9 +147,7 @@ def train_bpe(
         vocab_size,
         f"must be at least {minimum}: 256 bytes and the special tokens",
     )
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = _byte_level(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=specials,
@@ -145,10 +155,22 @@ def train_bpe(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # for other programs: here `encode` adds no token, and documents get both ends
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{bos_token} $A", special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))]
-    )
+    _begin_with(tokenizer, bos_token)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer.get_vocab_size()
+
+
+def _byte_level(model: tokenizers.models.BPE, use_regex: bool = True) -> tokenizers.Tokenizer:
+    """Merges of bytes; with ``use_regex`` inside the words of GPT-2's pattern."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=use_regex)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _begin_with(tokenizer: tokenizers.Tokenizer, bos: str) -> None:
+    """Let other programs begin a text with ``bos``; `Tokenizer.encode` does not read this."""
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )

@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from layers.config import ConfigError, check, from_mapping
-from research.data import DataConfig, load_tokenizer
+from research.data import DataConfig, tokenizer_of
+from research.data.tokenizer_file import TokenizerFile, special_names
 from research.files import read_json
-from research.models.save import ORIGIN
+from research.models.companions import ORIGIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +39,20 @@ class PromptTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; special tokens are left out."""
+        """The text of ``ids``."""
         return self.to_text(list(ids))
 
 
-def load_prompt_tokenizer(workdir: Path | str) -> PromptTokenizer:
+def load_prompt_tokenizer(workdir: Path | str, special_tokens: bool = False) -> PromptTokenizer:
     """The tokenizer of the run or the imported checkpoint in ``workdir``.
 
     For a run, a prompt begins with the token that begins a document. For an imported checkpoint,
     tokenizer.json defines the beginning, and the configuration names the tokens that end a text.
+
+    Args:
+      special_tokens: the text of a special token, e.g. ``<|im_start|>``, is that token, in prompts
+        and in decoded text. Otherwise it is ordinary text in prompts, and special tokens are left
+        out of decoded text.
 
     Raises:
       ConfigError: ``workdir`` has no tokenizer, or it cannot be read.
@@ -57,33 +61,35 @@ def load_prompt_tokenizer(workdir: Path | str) -> PromptTokenizer:
     path = workdir / "config.json"
     check(path.exists(), "workdir", str(workdir), "must hold the config.json of a run")
     config: Any = read_json(path)
-    if "data" in config:
-        return _from_data(from_mapping(DataConfig, config["data"], "data"))
     origin = workdir / ORIGIN
     exists = (origin / "tokenizer.json").is_file()
-    check(exists, "workdir", str(workdir), f"must hold {ORIGIN}/tokenizer.json")
-    return _from_import(origin)
-
-
-def _from_data(data: DataConfig) -> PromptTokenizer:
+    if "data" not in config:
+        check(exists, "workdir", str(workdir), f"must hold {ORIGIN}/tokenizer.json")
+        return _from_import(origin, special_tokens)
+    data = from_mapping(DataConfig, config["data"], "data")
     check(data.source != "synthetic", "data.source", data.source, "generation requires text")
-    tokenizer = load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
+    if exists and data.tokenizer != "byte":  # as it was when the run began
+        data = dataclasses.replace(data, tokenizer=str(origin / "tokenizer.json"))
+    return _from_data(data, special_tokens)
+
+
+def _from_data(data: DataConfig, special_tokens: bool) -> PromptTokenizer:
+    tokenizer = tokenizer_of(data)
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
     return PromptTokenizer(
-        lambda text: [tokenizer.bos, *tokenizer.encode(text)], tokenizer.decode, (tokenizer.eos,)
+        lambda text: [*bos, *tokenizer.encode(text, special_tokens)],
+        lambda ids: tokenizer.decode(ids, special_tokens),
+        (tokenizer.eos,),
     )
 
 
-def _from_import(origin: Path) -> PromptTokenizer:
-    path = origin / "tokenizer.json"
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a bad file
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"file={str(path)!r}: cannot be read: {reason}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+def _from_import(origin: Path, special_tokens: bool) -> PromptTokenizer:
+    path = str(origin / "tokenizer.json")
+    tokenizer = TokenizerFile(path, tuple(special_names(path).values()))
     return PromptTokenizer(
-        lambda text: tokenizer.encode(text).ids, tokenizer.decode, _stop_tokens(origin)
+        lambda text: [*tokenizer.beginning(text), *tokenizer.encode(text, special_tokens)],
+        lambda ids: tokenizer.decode(ids, special_tokens),
+        _stop_tokens(origin),
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.rwkv import RwkvConfig
 from layers.weights import dense, flat
 from research.files import check_new, new_directory
+from research.models.companions import TOKEN_IDS, copy_companions, family_name
 from research.models.families import FAMILIES, Family
 from research.models.families.family import shortest
 from research.models.fields import Fields
@@ -33,16 +33,8 @@ from research.models.load import read_object
 from research.models.pth import SUFFIX, write_pth
 from research.models.table import Target, targets, to_theirs
 
-# files of a model besides its configuration and weights
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
-# folder of an imported checkpoint with its original config.json and `COMPANIONS`
-ORIGIN = "hugging_face"
 # a Decoder has no special tokens; the defaults of transformers would be those of another model
-_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_NO_TOKENS = dict.fromkeys(TOKEN_IDS)
 
 
 def save(
@@ -60,8 +52,9 @@ def save(
     format, and the whole model is in memory while it is written.
 
     Args:
-      source: the directory that ``model`` was read from: `COMPANIONS` (its tokenizer, …) are
-        copied, and fields of its config.json that do not describe the weights are kept.
+      source: a directory like `ORIGIN`: its `COMPANIONS` (the tokenizer, …) are copied, and fields
+        of its config.json that do not describe the weights are kept: all if it is of ``family``,
+        else the ids of special tokens.
 
     Raises:
       ConfigError: an unknown family, a model that the family does not support (the message names
@@ -74,7 +67,10 @@ def save(
     chosen = FAMILIES[family]
     config = model.config
     parameters = flat(dense(model, jnp.dtype(config.param_dtype)))
-    described = _describe(config, chosen, read_object(source / "config.json") if source else {})
+    kept = read_object(source / "config.json") if source else {}
+    if source and family_name(source) != family:
+        kept = {name: kept.get(name) for name in TOKEN_IDS}
+    described = _describe(config, chosen, kept)
     tensors = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:
         check(family == "rwkv7", "family", family, f"a {SUFFIX} file requires family rwkv7")
@@ -85,13 +81,6 @@ def save(
             copy_companions(source, fresh)
         _write_tensors(fresh, tensors, config, parameters, shard_bytes)
         (fresh / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-
-
-def copy_companions(source: Path, to: Path) -> None:
-    """Copy the `COMPANIONS` that ``source`` has."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, to / name)
 
 
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:

@@ -13,6 +13,7 @@ from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint
 from research.files import read_json, write_text
+from research.models.companions import ORIGIN, write_companions
 from research.parallel import MeshConfig, make_mesh, shardings
 from research.parallel.rules import with_shardings
 from research.training import trainable
@@ -125,6 +126,8 @@ def begin(
         _write(workdir / "environment.json", environment())
         if configuration["data"] is not None:
             _write(workdir / "data.json", fingerprint(configuration["data"]))
+            if configuration["data"].source != "synthetic":
+                write_companions(configuration["data"], workdir / ORIGIN)
         _write(path, described)
     except OSError as error:
         raise ConfigError(

@@ -15,7 +15,7 @@ from research.convert import import_directory
 from research.data import DataConfig, load_tokenizer, train_bpe
 from research.inference import SamplingConfig, generate, load_prompt_tokenizer
 from research.models import save
-from research.models.save import ORIGIN
+from research.models.companions import ORIGIN
 from research.training import TrainingConfig, load_model, save_model, train
 
 SMALL = DecoderConfig(300, 8, 1, attention=AttentionConfig(2), mlp=MlpConfig(12), scan=False)
@@ -137,7 +137,7 @@ def test_a_prompt_without_a_token_is_one_line(imported, capsys, tmp_path):
     assert "prompt='': must give at least one token" in capsys.readouterr().err
     path.write_text("{}")
     assert main(["generate", str(tmp_path / "ours"), "--prompt=a"]) == 2
-    assert "tokenizer.json': cannot be read" in capsys.readouterr().err
+    assert "tokenizer.json': must be 'byte' or a readable" in capsys.readouterr().err
 
 
 def test_a_model_of_rewards_is_refused(run, capsys, tmp_path):
