@@ -19,7 +19,7 @@ from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
 from layers.norm import NORMS
-from layers.rotary import RotaryConfig, rotated_channels
+from layers.rotary import RotaryConfig
 from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 
@@ -243,9 +243,9 @@ class DecoderConfig:
         except ConfigError as error:
             raise ConfigError(f"attention.{error}") from None
         if self.position == "rotary":
-            rotated_channels(channels, self.rotary.fraction)
+            self.rotary.check_channels(channels)
             if self.sliding_rotary is not None:
-                rotated_channels(channels, self.sliding_rotary.fraction)
+                self.sliding_rotary.check_channels(channels)
 
     def part(self, name: str) -> Any:
         """The field ``name`` (``attention``, ``mlp``, …); raises `ConfigError` if it is None."""

@@ -19,7 +19,7 @@ from layers.context_parallel import CONTEXTS, sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
-from layers.rotary import RotaryConfig, rotated_channels
+from layers.rotary import RotaryConfig
 from layers.sharding import per_device
 from layers.state import KVCache
 from layers.weights import read
@@ -181,7 +181,7 @@ class Attention(nnx.Module):
                 config.window is not None, "attention.window", None, "is required by sliding layers"
             )
         if rotary_config is not None:
-            rotated_channels(c, rotary_config.fraction)
+            rotary_config.check_channels(c)
         self.config, self.rotary_config, self.use_alibi = config, rotary_config, use_alibi
         self.window = config.window if sliding else None
         self.head_dim, self.dtype = c, dtype

@@ -21,7 +21,7 @@ from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
-from layers.rotary import RotaryConfig, rotated_channels
+from layers.rotary import RotaryConfig
 from layers.sharding import reshard
 from layers.state import KVCache
 from layers.weights import einsum
@@ -82,7 +82,7 @@ class LatentAttention(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
-        rotated_channels(config.rotary_dim, rotary_config.fraction)
+        rotary_config.check_channels(config.rotary_dim)
         self.config, self.rotary_config, self.dtype = config, rotary_config, dtype
         h, r, q = config.num_heads, config.rank, config.query_rank
         c, p, v = config.head_dim, config.rotary_dim, config.value_dim

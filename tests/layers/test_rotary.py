@@ -93,26 +93,55 @@ def test_scaling_maps_the_frequencies():
     np.testing.assert_allclose(got, rotary(X, NEAR), atol=1e-4)
 
 
+SHORT = tuple(1 + 0.1 * i for i in range(16))
+LONG = tuple(1.5 + i for i in range(16))
+ORIGINAL = {"original_max_position_embeddings": 64}
+LONGROPE = dict(rope_type="longrope", short_factor=[*SHORT], long_factor=[*LONG], **ORIGINAL)
+
+
 @pytest.mark.parametrize(
-    "fields",
+    "fields, length, scaling",
     [
-        dict(rope_type="linear", factor=4.0),
-        dict(
-            rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-            original_max_position_embeddings=64,
+        (dict(rope_type="linear", factor=4.0), None, RotaryScaling("linear", 4.0)),
+        (
+            dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                 **ORIGINAL),
+            None,
+            RotaryScaling("llama3", 8.0, original_length=64),
+        ),
+        *(
+            (dict(rope_type="dynamic", factor=3.0), length,
+             RotaryScaling("dynamic", 3.0, original_length=640, length=length))
+            for length in (None, 7, 640, 641, 5000)
+        ),
+        *(
+            (dict(rope_type="yarn", factor=6.0, truncate=truncate, **ORIGINAL), None,
+             RotaryScaling("yarn", 6.0, 1, 32, 64, truncate=truncate))
+            for truncate in (True, False)
+        ),
+        *(
+            (dict(LONGROPE, **extra), length,
+             RotaryScaling("longrope", extra.get("factor", 10.0), original_length=64,
+                           magnitude=extra.get("attention_factor"), length=length,
+                           short_factors=SHORT, long_factors=LONG))
+            for length, extra in (
+                (None, {}), (64, {}), (65, {}), (640, {"factor": 2.5}), (9, {"factor": 1.0}),
+                (640, {"attention_factor": 1.3}),
+            )
         ),
     ],
 )  # fmt: skip
-def test_scalings_are_those_of_transformers(fields):
+def test_scalings_are_those_of_transformers(fields, length, scaling):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     theirs = transformers.LlamaConfig(
-        hidden_size=32, num_attention_heads=1, rope_parameters=dict(fields, rope_theta=1e4)
-    )
-    want, _ = ROPE_INIT_FUNCTIONS[fields["rope_type"]](theirs, "cpu")
-    ours = RotaryScaling(fields["rope_type"], fields["factor"], original_length=64)
-    np.testing.assert_allclose(ours(frequencies(32, 1e4), 1e4), want.numpy(), rtol=1e-5)
+        hidden_size=32, num_attention_heads=1, max_position_embeddings=640,
+        rope_parameters=dict(fields, rope_theta=1e4),
+    )  # fmt: skip
+    want, growth = ROPE_INIT_FUNCTIONS[fields["rope_type"]](theirs, "cpu", seq_len=length)
+    np.testing.assert_allclose(scaling(frequencies(32, 1e4), 1e4), want.numpy(), rtol=1e-6)
+    assert scaling.growth == pytest.approx(growth, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +173,34 @@ def test_yarn_is_that_of_transformers(length, base, turns, magnitude):
     assert kept[-1] == pytest.approx(1 / 6) and np.all(np.diff(kept) <= 1e-6)
 
 
+def longrope(short, **fields):
+    return RotaryScaling("longrope", short_factors=short, long_factors=(1.0,), **fields)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RotaryScaling("dynamic"), "^kind='dynamic': must be one of linear, llama3, yarn"),
+        (lambda: RotaryScaling("ntk"), "^kind='ntk': must be one of linear, dynamic, llama3"),
         (lambda: RotaryScaling("yarn", magnitude=0.0), "^magnitude=0.0: must be > 0 or None$"),
         (lambda: RotaryScaling(factor=0.0), "^factor=0.0: must be > 0$"),
         (lambda: RotaryScaling(low_turns=4.0), "^high_turns=4.0: must be > low_turns=4.0$"),
+        (lambda: RotaryScaling(length=4), "^length=4: requires kind=dynamic or longrope$"),
+        (lambda: RotaryScaling("dynamic", length=0), "^length=0: must be > 0 or None$"),
+        (lambda: RotaryScaling("dynamic", 0.5), "^factor=0.5: must be ≥ 1 with kind=dynamic$"),
+        (lambda: RotaryScaling("llama3", truncate=False), "^truncate=False: requires kind=yarn$"),
+        (lambda: RotaryScaling("longrope"), r"^short_factors=\(\): is required by kind=longrope$"),
+        (lambda: RotaryScaling(long_factors=(1.0,)), "^long_factors=.*: requires kind=longrope$"),
+        (lambda: longrope((1.0, 2.0)), "^short_factors=.*: must be as many as long_factors$"),
+        (lambda: longrope((0.0,)), r"^short_factors=\(0.0,\): must be > 0$"),
+        (lambda: longrope((1.0,), original_length=1), "^original_length=1: must be > 1 with"),
+        (
+            lambda: RotaryConfig(scaling=longrope((1.0,))).check_channels(8),
+            "^number of short_factors=1: must have 4, one for each pair",
+        ),
+        (
+            lambda: RotaryConfig(scaling=RotaryScaling("dynamic")).check_channels(2),
+            "^kind='dynamic': requires more than 2 channels",
+        ),
         (lambda: RotaryConfig(base=1.0), "^base=1.0: must be > 1$"),
         (lambda: RotaryConfig(fraction=0.0), r"^fraction=0.0: must be in \(0, 1\]$"),
         (lambda: RotaryConfig(fraction=1.5), r"^fraction=1.5: must be in \(0, 1\]$"),
