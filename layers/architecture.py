@@ -93,6 +93,8 @@ class DecoderConfig:
     max_length: int | None = None
     norm: str = "rmsnorm"  # of `NORMS`
     norm_eps: float = 1e-6
+    # Of the norm after the last layer (RWKV-4); None: norm_eps.
+    final_norm_eps: float | None = None
     norm_bias: bool = False
     # "pre" (GPT-2, Llama), "post" (Vaswani 2017), "both" (Gemma 2), or "output": the norm of what
     # a layer adds to the residual (OLMo 2).
@@ -111,6 +113,8 @@ class DecoderConfig:
     outputs: int | None = None
     # Multiplies embeddings (Gemma).
     embedding_scale: float | None = None
+    # Multiplies logits, before logit_cap (MPT).
+    logit_scale: float | None = None
     # cap · tanh(logit / cap) of logits (Gemma 2).
     logit_cap: float | None = None
     # Standard deviation of initial embeddings.
@@ -135,7 +139,8 @@ class DecoderConfig:
         check_types(self)
         for name in ("vocab_size", "width", "num_layers", "circuits", "norm_eps", "init_std"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
-        for name in ("max_length", "embedding_scale", "logit_cap", "microbatches", "outputs"):
+        for name in ("max_length", "embedding_scale", "final_norm_eps", "logit_scale", "logit_cap",
+                     "microbatches", "outputs"):  # fmt: skip
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
         check_choice("position", self.position, POSITIONS)
@@ -164,7 +169,16 @@ class DecoderConfig:
         )
         if self.outputs is not None:
             check(not self.tie_embeddings, "tie_embeddings", True, "must be False with outputs")
-            check(self.logit_cap is None, "logit_cap", self.logit_cap, "must be None with outputs")
+            for name in ("logit_cap", "logit_scale"):
+                value = getattr(self, name)
+                check(value is None, name, value, "must be None with outputs")
+        post = self.norm_position == "post"
+        check(
+            self.final_norm_eps is None or not post,
+            "final_norm_eps",
+            self.final_norm_eps,
+            "requires a norm_position other than 'post': there is no norm after the last layer",
+        )
         check(
             len(self.feed_forward) in (1, len(self.pattern)),
             "feed_forward",
@@ -222,6 +236,11 @@ class DecoderConfig:
         )
         if self.attention is not None:
             self._check_attention(self.attention)
+        for name, kind, value in (
+            ("mamba.delta_limit", "mamba2", self.mamba and self.mamba.delta_limit),
+            ("rwkv.channels", "rwkv4", self.rwkv and self.rwkv.channels),
+        ):
+            check(value is None or kind in self.pattern, name, value, f"requires a {kind!r} layer")
         if self.mamba is not None and "mamba2" in self.pattern:
             try:
                 self.mamba.heads(self.width)
@@ -242,6 +261,12 @@ class DecoderConfig:
             channels = attention.channels(self.width)
         except ConfigError as error:
             raise ConfigError(f"attention.{error}") from None
+        check(
+            self.position == "alibi" or attention.alibi_largest == 8,
+            "attention.alibi_largest",
+            attention.alibi_largest,
+            "requires position='alibi'",
+        )
         if self.position == "rotary":
             self.rotary.check_channels(channels)
             if self.sliding_rotary is not None:

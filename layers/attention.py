@@ -95,9 +95,12 @@ class AttentionConfig:
 
     ``num_kv_heads`` None: as many as ``num_heads``. ``head_dim`` None: width / num_heads.
     ``window``: the number of tokens that a query of a ``"sliding"`` layer sees, itself included.
-    ``soft_cap``, ``sinks``, ``scale``: see `attention_weights`. ``qk_norm``: RMSNorm of queries and
-    keys over each head's channels (Henry 2020; Qwen3); ``qk_norm_across_heads``: over the channels
-    of all heads together (OLMo 2). ``qkv_bias``, ``out_bias``: biases.
+    ``soft_cap``, ``sinks``, ``scale``: see `attention_weights`. ``scale_by_layer``: scores of layer
+    ``i`` are also divided by ``i + 1`` (Mistral-GPT-2). ``alibi_largest``: see `alibi.slopes`.
+    ``qk_norm``: RMSNorm of queries and keys over each head's channels (Henry 2020; Qwen3);
+    ``qk_norm_across_heads``: over the channels of all heads together (OLMo 2);
+    ``qk_layernorm``: LayerNorm instead (MPT). ``qkv_bias``, ``out_bias``: biases. ``clip``:
+    queries, keys and values are clipped to ``[−clip, clip]``, before a norm (MPT).
     ``implementation``: of `pallas_kernels.flash_attention`; None chooses by platform. ``context``:
     the algorithm where time is sharded, one of `layers.context_parallel.CONTEXTS`.
     """
@@ -109,10 +112,14 @@ class AttentionConfig:
     soft_cap: float | None = None
     qk_norm: bool = False
     qk_norm_across_heads: bool = False
+    qk_layernorm: bool = False
     sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
+    scale_by_layer: bool = False
+    alibi_largest: float = 8.0
+    clip: float | None = None
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
     context: str = dataclasses.field(default="gather", metadata=EXECUTION)
 
@@ -127,15 +134,13 @@ class AttentionConfig:
             self.num_kv_heads,
             f"must divide num_heads={self.num_heads}",
         )
-        for name in ("head_dim", "window", "soft_cap", "scale"):
+        for name in ("head_dim", "window", "soft_cap", "scale", "clip"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
-        check(
-            self.qk_norm or not self.qk_norm_across_heads,
-            "qk_norm_across_heads",
-            self.qk_norm_across_heads,
-            "requires qk_norm=True",
-        )
+        check(self.alibi_largest > 0, "alibi_largest", self.alibi_largest, "must be > 0")
+        for name in ("qk_norm_across_heads", "qk_layernorm"):
+            allowed = self.qk_norm or not getattr(self, name)
+            check(allowed, name, getattr(self, name), "requires qk_norm=True")
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
@@ -156,8 +161,8 @@ class Attention(nnx.Module):
     """A sequence mixer: projections, position encoding, `attention`, output projection.
 
     ``sliding``: a query sees ``config.window`` tokens, and the cache is rolling. ``rotary_config``,
-    ``use_alibi``: how positions are encoded. ``qk_norm``: the kind of RMSNorm of queries and keys,
-    if ``config.qk_norm``.
+    ``use_alibi``: how positions are encoded. ``qk_norm``: the kind of norm of queries and keys, if
+    ``config.qk_norm``; ``norm_bias``: whether it has a bias.
     """
 
     def __init__(
@@ -170,6 +175,7 @@ class Attention(nnx.Module):
         rotary_config: RotaryConfig | None = None,
         use_alibi: bool = False,
         qk_norm: str = "rmsnorm",
+        norm_bias: bool = False,
         norm_eps: float = 1e-6,
         out_scale: float = 1.0,
         dtype: jnp.dtype = jnp.float32,
@@ -216,7 +222,8 @@ class Attention(nnx.Module):
         def norm(heads: int, axis: str):
             across = config.qk_norm_across_heads
             shape, axes = ((heads, c), (axis, "head_dim")) if across else ((c,), ("head_dim",))
-            return Norm(qk_norm, shape, eps=norm_eps, axes=axes, param_dtype=param_dtype)
+            options = dict(eps=norm_eps, bias=norm_bias, axes=axes, param_dtype=param_dtype)
+            return Norm(qk_norm, shape, **options)
 
         self.query_norm = norm(h, "heads") if config.qk_norm else None
         self.key_norm = norm(k, "kv_heads") if config.qk_norm else None
@@ -239,6 +246,8 @@ class Attention(nnx.Module):
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
         tap, state, (b, t) = context.tap, context.state, x_btd.shape[:2]
         q, k, v = self.query(x_btd), self.key(x_btd), self.value(x_btd)
+        if (clip := self.config.clip) is not None:
+            q, k, v = (jnp.clip(a, -clip, clip) for a in (q, k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary_config is not None:
@@ -254,7 +263,10 @@ class Attention(nnx.Module):
             k, v = keys.k_bskc.astype(self.dtype), keys.v_bskc.astype(self.dtype)
         options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
         if self.use_alibi:
-            options["alibi_slopes_h"] = alibi.slopes(self.config.num_heads)
+            config = self.config
+            options["alibi_slopes_h"] = alibi.slopes(config.num_heads, config.alibi_largest)
+        if self.config.scale_by_layer:
+            q = (q.astype(jnp.float32) / (context.layer + 1)).astype(q.dtype)
         if self.sinks is not None:
             options["sinks_h"] = read(self.sinks, self.sinks.dtype, deferred=True)
         if tap.is_used("attention.weights"):

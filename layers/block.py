@@ -144,7 +144,7 @@ def _make_mixer(config: DecoderConfig, kind: str, depth: Depth, options: dict[st
             sliding=kind == "sliding",
             rotary_config=rotary if config.position == "rotary" else None,
             use_alibi=config.position == "alibi",
-            qk_norm="rmsnorm_1p" if config.norm == "rmsnorm_1p" else "rmsnorm",
+            **_qk_norm(config),
             norm_eps=config.norm_eps,
             **options,
         )
@@ -166,6 +166,13 @@ def _make_mixer(config: DecoderConfig, kind: str, depth: Depth, options: dict[st
     return Rwkv7(config.part("rwkv"), config.width, depth=depth, first_layer=first, **options)
 
 
+def _qk_norm(config: DecoderConfig) -> dict[str, Any]:
+    """The kind of norm of queries and keys, and whether it has a bias, as arguments."""
+    if config.part("attention").qk_layernorm:
+        return dict(qk_norm="layernorm", norm_bias=config.norm_bias)
+    return dict(qk_norm="rmsnorm_1p" if config.norm == "rmsnorm_1p" else "rmsnorm")
+
+
 def _make_feed_forward(config: DecoderConfig, kind: str, depth: Depth, options: dict[str, Any]):
     if kind == "none":
         return None
@@ -182,12 +189,12 @@ def dtypes(config: DecoderConfig) -> dict[str, Any]:
     return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
-def make_norm(config: DecoderConfig) -> Norm:
-    """The norm that ``config`` selects, over ``width`` features."""
+def make_norm(config: DecoderConfig, eps: float | None = None) -> Norm:
+    """The norm that ``config`` selects, over ``width`` features; ``eps``: default ``norm_eps``."""
     return Norm(
         config.norm,
         config.width,
-        eps=config.norm_eps,
+        eps=eps or config.norm_eps,
         bias=config.norm_bias,
         param_dtype=jnp.dtype(config.param_dtype),
     )

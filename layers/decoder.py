@@ -95,7 +95,8 @@ class Decoder(nnx.Module):
         if not config.scan:
             blocks = [row(block, i) for i in range(config.repeats) for block in blocks]
         self.blocks = nnx.List(blocks)
-        self.final_norm = None if config.norm_position == "post" else make_norm(config)
+        post = config.norm_position == "post"
+        self.final_norm = None if post else make_norm(config, config.final_norm_eps)
         self.head = (
             None
             if config.tie_embeddings
@@ -268,6 +269,8 @@ class Decoder(nnx.Module):
             x_btd = self.final_norm(x_btd)
         x_btd = (tap or Tap())("final", x_btd)
         logits = self.embedding.logits(x_btd) if self.head is None else self.head(x_btd)
+        if config.logit_scale is not None:
+            logits = logits * config.logit_scale
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits

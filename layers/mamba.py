@@ -38,7 +38,8 @@ class MambaConfig:
     Mamba-1 only: ``delta_rank``: of the projection to step sizes, default ``width / 16``;
     ``selective``: which of `SELECTIVE` depend on the token; the others are parameters, as in S4
     (§3.1 and Table 7).
-    Mamba-2 only: ``head_dim``; ``groups``: of heads that share ``b`` and ``c``.
+    Mamba-2 only: ``head_dim``; ``groups``: of heads that share ``b`` and ``c``; ``delta_limit``:
+    steps are clipped to this range after softplus.
     ``implementation``: of the scan; None chooses by platform.
     """
 
@@ -53,6 +54,7 @@ class MambaConfig:
     selective: tuple[str, ...] = SELECTIVE
     head_dim: int = 64
     groups: int = 1
+    delta_limit: tuple[float, float] | None = None
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
@@ -61,6 +63,9 @@ class MambaConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         low = self.delta_min
         check(low < self.delta_max, "delta_max", self.delta_max, f"must be > delta_min={low}")
+        limit = self.delta_limit
+        fits = limit is None or (len(limit) == 2 and 0 <= limit[0] < limit[1])
+        check(fits, "delta_limit", limit, "must be None or (low, high) with 0 ≤ low < high")
         rank = self.delta_rank
         check(rank is None or rank > 0, "delta_rank", rank, "must be > 0 or None")
         for i, name in enumerate(self.selective):
@@ -175,8 +180,8 @@ class Mamba(nnx.Module):
                 "bti,ir->btr", (inner, size), ("channels", None), ("batch", None, None)
             )  # fmt: skip
 
-        def parameter(value, axes):
-            return nnx.Param(value.astype(param_dtype), axes=axes)
+        def parameter(value, axes, stored=param_dtype):
+            return nnx.Param(value.astype(stored), axes=axes)
 
         def select(name, make, make_fixed):
             return make() if name in config.selective else make_fixed()
@@ -209,8 +214,9 @@ class Mamba(nnx.Module):
         )
         # S4D-Real (§3.6): A_n = −(n + 1)
         rates = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1)), (inner, n))
-        self.log_rate = parameter(rates, channel_axes)
-        self.skip = parameter(jnp.ones(inner), ("channels",))
+        # float32 for every param_dtype, as in the released code
+        self.log_rate = parameter(rates, channel_axes, jnp.float32)
+        self.skip = parameter(jnp.ones(inner), ("channels",), jnp.float32)
         self.out = linear(
             "bti,id->btd", (inner, width), ("channels", "embed"), ("batch", "time", None),
             init=fan_in_normal(out_scale), bias=config.bias,

@@ -16,7 +16,7 @@ from flax import nnx
 from layers.config import check
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
-from layers.mamba import CHANNELS, SELECTIVE, STILL, Convolution, MambaConfig, step_bias
+from layers.mamba import CHANNELS, SELECTIVE, Convolution, MambaConfig, step_bias
 from layers.recurrent import RecurrentState, Tail, Tokens, after, carried
 from layers.sharding import mesh_axis, per_device, reshard
 from layers.weights import read
@@ -86,8 +86,8 @@ class Mamba2(nnx.Module):
                 rngs=rngs, bias=config.bias, **options, **dtypes,
             )  # fmt: skip
 
-        def parameter(value, axis="heads"):
-            return nnx.Param(value.astype(param_dtype), axes=(axis,))
+        def parameter(value, axis="heads", stored=param_dtype):
+            return nnx.Param(value.astype(stored), axes=(axis,))
 
         state = config.groups * config.state
         self.gate, self.into = (into(self.inner, "channels") for _ in range(2))
@@ -106,8 +106,9 @@ class Mamba2(nnx.Module):
         self.delta_bias = parameter(step_bias(rngs.params(), (heads,), config))
         # as in the released code: rates are uniform between 1 and 16
         rates = jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16)
-        self.log_rate = parameter(jnp.log(rates))
-        self.skip = parameter(jnp.ones(heads))
+        # float32 for every param_dtype, as in the released code
+        self.log_rate = parameter(jnp.log(rates), stored=jnp.float32)
+        self.skip = parameter(jnp.ones(heads), stored=jnp.float32)
         self.norm_scale = parameter(jnp.ones(self.inner), "channels")
         self.out = Linear(
             "bti,id->btd", (self.inner, width), ("channels", "embed"), ("batch", "time", None),
@@ -137,22 +138,24 @@ class Mamba2(nnx.Module):
             for name, array, tail in zip(CONVOLVED, inputs, tails, strict=True)
         )
         z_bti, delta_bth = self.gate(x_btd), self.delta(x_btd)
-        initial = None
+        initial = valid_bt = None
         if state is not None:
             initial = carried(state.scan_bhpn, tokens.continues(state.tails[0]))
-            assert tokens.valid_bt is not None
-            delta_bth = jnp.where(tokens.valid_bt[..., None], delta_bth, STILL)
+            valid_bt = tokens.valid_bt
         config = self.config
 
-        def run(x, delta, log_rate, b, c, skip, bias, z, scale, segments, initial):
+        def run(x, delta, log_rate, b, c, skip, bias, z, scale, segments, valid, initial):
             def split(array, channels):
                 return array.reshape(*array.shape[:2], -1, channels)
 
             b, c = split(b, config.state), split(c, config.state)
+            steps = jax.nn.softplus(delta + bias)
+            if config.delta_limit is not None:
+                steps = jnp.clip(steps, *config.delta_limit)
+            if valid is not None:
+                steps = jnp.where(valid[..., None], steps, 0)  # padding does not change the state
             y, end = ssd(
-                split(x, config.head_dim), delta, -jnp.exp(log_rate), b, c, skip,
-                dt_bias_h=bias,
-                dt_softplus=True,
+                split(x, config.head_dim), steps, -jnp.exp(log_rate), b, c, skip,
                 segment_ids_bt=segments,
                 initial_state_bhpn=initial,
                 implementation=config.implementation,
@@ -171,11 +174,11 @@ class Mamba2(nnx.Module):
             (
                 x_bti, delta_bth, of_heads(self.log_rate), b_btm, c_btm, of_heads(self.skip),
                 of_heads(self.delta_bias), z_bti, of_heads(self.norm_scale), tokens.segments_bt,
-                initial,
+                valid_bt, initial,
             ),
             (
                 CHANNELS, ("batch", None, "heads"), heads, self.shared, self.shared, heads, heads,
-                CHANNELS, ("channels",), ("batch", None), state_axes,
+                CHANNELS, ("channels",), ("batch", None), ("batch", None), state_axes,
             ),
             [CHANNELS, state_axes],
         )  # fmt: skip

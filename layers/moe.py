@@ -92,7 +92,8 @@ class Moe(nnx.Module):
                 ("embed", None),
                 axes,
                 rngs=rngs,
-                param_dtype=param_dtype,
+                # float32 for every param_dtype: a rounded score may choose another expert
+                param_dtype=jnp.float32,
                 **options,
             )
 

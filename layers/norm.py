@@ -19,12 +19,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, dims: int = 1) -> ja
 
 
 def layer_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *, eps: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, *, eps: float, dims: int = 1
 ) -> jax.Array:
-    """``(x − mean) / sqrt(var + eps) · scale + bias`` over the last axis; returns ``x.dtype``."""
+    """``(x − mean) / sqrt(var + eps) · scale + bias`` over the last ``dims`` axes; ``x.dtype``."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-dims, 0))
+    y = y - jnp.mean(y, axis=axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + eps)
     y = y * scale.astype(jnp.float32)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
@@ -32,7 +33,7 @@ def layer_norm(
 
 
 class Norm(nnx.Module):
-    """One of `NORMS` over the last axis, of size ``features``; RMSNorm also over several axes."""
+    """One of `NORMS` over the last axis, or over the last axes if ``features`` is several sizes."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Norm(nnx.Module):
         scale = read(self.scale, jnp.float32, like=x)
         if self.kind == "layernorm":
             bias = None if self.bias is None else read(self.bias, jnp.float32, like=x)
-            return layer_norm(x, scale, bias, eps=self.eps)
+            return layer_norm(x, scale, bias, eps=self.eps, dims=self.dims)
         if self.kind == "rmsnorm_1p":
             scale = 1 + scale
         return rms_norm(x, scale, eps=self.eps, dims=self.dims)

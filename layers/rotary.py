@@ -69,7 +69,9 @@ class RotaryScaling:
             check(value is None or value > 0, name, value, "must be > 0 or None")
         by_length, long = self.kind in BY_LENGTH, self.kind == "longrope"
         length, original = self.length, self.original_length
-        check(by_length or length is None, "length", length, f"requires kind={' or '.join(BY_LENGTH)}")
+        check(
+            by_length or length is None, "length", length, f"requires kind={' or '.join(BY_LENGTH)}"
+        )
         check(self.kind == "yarn" or self.truncate, "truncate", self.truncate, "requires kind=yarn")
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)

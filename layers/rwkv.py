@@ -24,9 +24,10 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS
 class RwkvConfig:
     """The configuration of RWKV layers; the hidden size of the channel-mix is ``mlp.width``.
 
-    ``head_dim``: of RWKV-7; must divide the model's width. ``decay_rank``, ``rate_rank``,
-    ``value_rank``, ``gate_rank``: of RWKV-7's low-rank maps for decay, in-context learning rate,
-    value residual and gate. ``implementation``: of `pallas_kernels.wkv`; None chooses by platform.
+    ``channels``: of RWKV-4's time-mix; None: the model's width. ``head_dim``: of RWKV-7; must
+    divide the model's width. ``decay_rank``, ``rate_rank``, ``value_rank``, ``gate_rank``: of
+    RWKV-7's low-rank maps for decay, in-context learning rate, value residual and gate.
+    ``implementation``: of `pallas_kernels.wkv`; None chooses by platform.
     """
 
     head_dim: int = 64
@@ -34,12 +35,15 @@ class RwkvConfig:
     rate_rank: int = 64
     value_rank: int = 32
     gate_rank: int = 128
+    channels: int | None = None
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
         check_types(self)
         for name in ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        channels = self.channels
+        check(channels is None or channels > 0, "channels", channels, "must be > 0 or None")
         if self.implementation is not None:
             check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 

@@ -48,34 +48,36 @@ class Rwkv4(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.width, self.dtype, self.implementation = width, dtype, config.implementation
+        self.channels = channels = config.channels or width
         dtypes: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         token_share = ramp(width) ** depth.remaining
         self.mix_key = vector(token_share, "norm", param_dtype)
         self.mix_value = vector(token_share + 0.3 * depth.height, "norm", param_dtype)
         self.mix_receptance = vector(ramp(width) ** (0.5 * depth.remaining), "norm", param_dtype)
-        spread = jnp.arange(width) / max(width - 1, 1)
+        spread = jnp.arange(channels) / max(channels - 1, 1)
         decay = -5 + 8 * spread ** (0.7 + 1.3 * depth.height)
-        self.decay = vector(decay, "channels", param_dtype)
-        zigzag = ((jnp.arange(width) + 1) % 3 - 1) * 0.5
-        self.bonus = vector(jnp.log(0.3) + zigzag, "channels", param_dtype)
+        # exponents of a recurrence: float32 for every param_dtype, as in the released weights
+        self.decay = vector(decay, "channels", jnp.float32)
+        zigzag = ((jnp.arange(channels) + 1) % 3 - 1) * 0.5
+        self.bonus = vector(jnp.log(0.3) + zigzag, "channels", jnp.float32)
 
         def linear(shape, axes, out_axes, **extra):
             return Linear(
                 "btd,dc->btc", shape, axes, out_axes, rngs=rngs, **extra, **dtypes
             )  # fmt: skip
 
-        square = (width, width)
         self.key, self.value, self.receptance = (
-            linear(square, ("embed", "channels"), CHANNELS) for _ in range(3)
+            linear((width, channels), ("embed", "channels"), CHANNELS) for _ in range(3)
         )
         self.out = linear(
-            square, ("channels", "embed"), ("batch", "time", None), init=fan_in_normal(out_scale)
-        )
+            (channels, width), ("channels", "embed"), ("batch", "time", None),
+            init=fan_in_normal(out_scale),
+        )  # fmt: skip
 
     def init_state(self, batch: int, max_length: int, dtype=None) -> Rwkv4State:
         """The empty state; ``max_length`` does not change its size."""
         del max_length
-        zeros = jnp.zeros((batch, self.width), jnp.float32)
+        zeros = jnp.zeros((batch, self.channels), jnp.float32)
         tail = Tail.empty(batch, 1, self.width, dtype or self.dtype)
         return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
 

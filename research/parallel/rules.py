@@ -203,7 +203,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         # one group is replicated; several are sharded like their heads
         parts += [("mamba.groups", mamba.groups)] if mamba.groups > 1 else []
     if "rwkv4" in config.pattern:
-        parts += [("width", config.width)]
+        parts += [("rwkv.channels", config.part("rwkv").channels or config.width)]
     if "rwkv7" in config.pattern:
         parts += [("width / rwkv.head_dim", config.width // config.part("rwkv").head_dim)]
     for field, size, axis, ways in (

@@ -1,4 +1,4 @@
-"""ALiBi slopes against the paper and BLOOM."""
+"""ALiBi slopes against the paper, BLOOM and MPT."""
 
 import numpy as np
 import pytest
@@ -19,3 +19,13 @@ def test_slopes_match_bloom(heads):
     got = alibi.slopes(heads)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 6, 12, 20, 112])
+@pytest.mark.parametrize("largest", [8, 16, 5])
+def test_slopes_match_mpt(heads, largest):
+    pytest.importorskip("torch")
+    mpt = pytest.importorskip("transformers.models.mpt.modeling_mpt")
+    bias = mpt.build_mpt_alibi_tensor(heads, 2, alibi_bias_max=largest)
+    want = -bias.numpy()[:, 0, 0]  # the key is one token before the query
+    np.testing.assert_allclose(alibi.slopes(heads, largest), want, rtol=1e-6)

@@ -195,6 +195,8 @@ def test_initial_steps_span_the_range_and_rates_are_the_papers(kind):
         (dict(convolution=0), "convolution=0: must be > 0"),
         (dict(delta_min=0.2), "delta_max=0.1: must be > delta_min=0.2"),
         (dict(delta_rank=0), "delta_rank=0: must be > 0 or None"),
+        (dict(delta_limit=(0.5, 0.1)), r"delta_limit=\(0.5, 0.1\): must be None or \(low, high\)"),
+        (dict(delta_limit=(-1.0, 0.1)), r"delta_limit=\(-1.0, 0.1\): must be None or"),
         (dict(selective=("b", "dleta")), r"selective\[1\]='dleta': .* \(did you mean 'delta'\?\)"),
         (dict(implementation="xla2"), "implementation='xla2': must be one of"),
     ],
@@ -210,6 +212,7 @@ def test_a_bad_configuration_names_its_field(changes, message):
         ("mamba2", dict(head_dim=5), "mamba.head_dim=5: must divide expand × width = 16"),
         ("mamba2", dict(head_dim=4, groups=3), "mamba.groups=3: must divide the 4 heads"),
         ("mamba2", dict(head_dim=4, selective=("b",)), r"mamba.selective=\('b',\): must be all"),
+        ("mamba", dict(delta_limit=(0.0, 0.1)), "mamba.delta_limit=.*: requires a 'mamba2' layer"),
         ("mamba", None, "mamba=None: is required by 'mamba' layers"),
     ],
 )

@@ -24,6 +24,7 @@ from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from layers.stack import unstacked
 from layers.state import rewind
+from layers.weights import flat
 
 T = 5
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
@@ -32,7 +33,10 @@ RWKV = RwkvConfig(head_dim=8, decay_rank=3, rate_rank=3, value_rank=3, gate_rank
 MAMBA = MambaConfig(state=3, convolution=3)
 LAYER_NORM = dict(norm="layernorm", norm_bias=True, embedding_norm=True)
 STACKS = {
-    "attention": dict(pattern=("attention",), attention=ATTENTION),
+    "attention": dict(
+        pattern=("attention",),
+        attention=dataclasses.replace(ATTENTION, clip=1.5, scale_by_layer=True),
+    ),
     "sliding": dict(pattern=("sliding",), attention=WINDOW),
     "latent": dict(
         pattern=("latent",),
@@ -48,9 +52,12 @@ STACKS = {
     "mamba2": dict(
         pattern=("mamba2",),
         feed_forward=("none",),
-        mamba=MambaConfig(state=3, convolution=3, head_dim=8, groups=2),
+        # the least step is not 0: padding must not take it
+        mamba=MambaConfig(state=3, convolution=3, head_dim=8, groups=2, delta_limit=(0.1, 0.4)),
     ),
-    "rwkv4": dict(pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RWKV, **LAYER_NORM),
+    "rwkv4": dict(
+        pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RwkvConfig(channels=12), **LAYER_NORM
+    ),
     "rwkv7": dict(pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, **LAYER_NORM),
     "hybrid": dict(
         pattern=("attention", "rwkv7"), feed_forward=("mlp", "none"), attention=ATTENTION, rwkv=RWKV
@@ -82,6 +89,31 @@ def make(name):
         return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), model)
 
     return moved()
+
+
+@pytest.mark.parametrize(
+    "stack, kept",
+    [
+        (STACKS["mamba"], {"mixer/log_rate", "mixer/skip"}),
+        (STACKS["mamba2"], {"mixer/log_rate", "mixer/skip"}),
+        (STACKS["rwkv4"], {"mixer/decay", "mixer/bonus"}),
+        (
+            dict(STACKS["attention"], feed_forward=("moe",), moe=MoeConfig(4, 8, router="sigmoid")),
+            {"mlp/router/weight", "mlp/bias"},
+        ),
+        (
+            dict(STACKS["attention"], feed_forward=("moe",), moe=MoeConfig(4, 8, router="noisy")),
+            {"mlp/router/weight", "mlp/noise/weight"},
+        ),
+    ],
+    ids=("mamba", "mamba2", "rwkv4", "sigmoid", "noisy"),
+)
+def test_exponents_and_routers_are_stored_in_float32(stack, kept):
+    config = DecoderConfig(11, 16, 1, mlp=MlpConfig(24), param_dtype="bfloat16", **stack)
+    leaves = flat(jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    assert {name for name, leaf in leaves.items() if leaf.dtype == jnp.float32} == {
+        f"blocks/0/{name}" for name in kept
+    }
 
 
 def test_every_mixer_is_here():

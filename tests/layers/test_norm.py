@@ -59,6 +59,9 @@ def test_a_scale_held_as_its_difference_from_1_and_a_norm_over_two_axes():
     across = Norm("rmsnorm", (5, 8), eps=1e-5, axes=("heads", "head_dim"))
     across.scale[...] = jnp.asarray(scale)
     np.testing.assert_allclose(across(X), flat.reshape(X.shape), rtol=1e-6)
+    flat = layer_norm(X.reshape(3, 40), scale.reshape(40), scale.reshape(40), eps=1e-5)
+    across = layer_norm(X, scale, scale, eps=1e-5, dims=2)
+    np.testing.assert_allclose(across, flat.reshape(X.shape), rtol=1e-5, atol=1e-6)
 
 
 def test_weights_begin_as_the_identity_and_bias_is_optional():

@@ -232,6 +232,14 @@ def test_taps_see_the_mixers_output():
     "change, message",
     [
         (dict(rwkv=None), "rwkv=None: is required by 'rwkv4' layers"),
+        (dict(rwkv=RwkvConfig(8, channels=8), pattern=("rwkv7",)),
+         "rwkv.channels=8: requires a 'rwkv4' layer"),
+        (dict(final_norm_eps=1e-5, norm_position="post"),
+         "final_norm_eps=1e-05: requires a norm_position other than 'post': there is no norm "
+         "after the last layer"),
+        (dict(logit_scale=0.0), "logit_scale=0.0: must be > 0 or None"),
+        (dict(outputs=1, tie_embeddings=False, logit_scale=2.0),
+         "logit_scale=2.0: must be None with outputs"),
         (dict(mlp=None), "mlp=None: is required by 'rwkv4' layers"),
         (dict(feed_forward=("rwkv5",)),
          "feed_forward[0]='rwkv5': must be one of mlp, rwkv4, rwkv7, moe, none "
