@@ -52,14 +52,18 @@ class DataConfig:
 
     Attributes:
       source: ``stdlib`` (the running Python's standard library, a document per file), ``files``
-        (plain text, ``.jsonl``, ``.array_record``), ``hf`` (a Hugging Face dataset) or
-        ``synthetic`` (a generated task).
-      paths: files or globs (``**`` allowed) for ``files``; one name or directory for ``hf``.
-      validation_paths: held-out files; if empty, ``validation_fraction`` decides.
+        (plain text, ``.jsonl`` or ``.ndjson``, ``.json`` with an array of objects,
+        ``.array_record``; text may be compressed, see `research.data.formats`), ``hf`` (a Hugging
+        Face dataset) or ``synthetic`` (a generated task).
+      paths: files or globs (``**`` allowed) for ``files``; one name or directory for ``hf``. A file
+        is read once, however often it is named.
+      validation_paths: held-out files, none of which may be read for training too; if empty,
+        ``validation_fraction`` decides.
       validation_fraction: the share of documents that is held out, by a hash of the relative name
         for ``stdlib`` and of the text otherwise (so exact duplicates are in the same split).
-      text_field: the field of a JSONL object or of a Hugging Face row that holds the text.
-      document_separator: splits a plain-text file into documents; empty: a document per file.
+      text_field: the field of a JSON object or of a Hugging Face row that holds the text.
+      document_separator: splits a plain-text file into documents; empty: a document per file. Line
+        ends in plain text and here are ``\\n``, also where the file has ``\\r\\n`` or ``\\r``.
       hf_subset, hf_split: the dataset's configuration name and split.
       tokenizer: ``byte`` or the path of a ``tokenizer.json``.
       bos_token, eos_token: the tokens of ``tokenizer.json`` that begin and end a document (not used
@@ -133,6 +137,16 @@ class DataConfig:
             self.validation_paths,
             "only source='files' reads validation_paths",
         )
+        readers = {"text_field": ("files", "hf"), "document_separator": ("files",)}
+        readers |= dict.fromkeys(("hf_subset", "hf_split"), ("hf",))
+        for field, sources in readers.items():
+            value = getattr(self, field)
+            check(
+                self.source in sources or value == getattr(DataConfig, field),
+                field,
+                value,
+                f"source={self.source!r} does not read it",
+            )
         if self.source == "synthetic":
             # generate one example, so that an invalid parameter fails here and not during a run
             try:

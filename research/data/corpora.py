@@ -8,19 +8,16 @@ process and for every order of the files.
 import dataclasses
 import glob
 import hashlib
-import json
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from layers.config import ConfigError, check
 from research.data.config import DataConfig
+from research.data.formats import TextHash, check_suffix, check_text, encode, kind, read_file
 
-# Suffixes of files that are not text.
-_BINARY = {".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow", ".npy", ".npz", ".bin"}
-_RECORDS = {".array_record", ".arrayrecord"}
 # Folders that are left out: packages installed beside the library, its tests (18 MB of generated
 # cases), and files that differ between machines with the same Python.
 _NOT_STDLIB = {
@@ -38,83 +35,86 @@ _MACHINE_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercus
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What was read from one file, or from one library or dataset.
+
+    Attributes:
+      name: without the folder: a copy of the corpus elsewhere has equal parts.
+      split: ``train`` or ``validation`` if the paths decide it, else empty.
+      bytes, sha256: of the file; of a library's names and files; of a dataset's texts.
+    """
+
+    name: str
+    split: str
+    bytes: int
+    sha256: str
+    files: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split; ``sha256`` covers the names and bytes of all that was read."""
+    """Documents by split, and what they were read from, in order."""
 
     train: list[bytes]
     validation: list[bytes]
-    sha256: str
-    files: int
-    bytes: int
+    parts: list[Part]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all that was read, in order; names count only in the standard library."""
+        digest = TextHash()
+        for part in self.parts:
+            digest.add(f"{part.split} {part.sha256}".encode())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Document:
-    name: str
     text: bytes
     key: bytes  # hashed to choose the split
-    held_out: bool = False  # from `validation_paths`
-
-
-class _Hash:
-    """sha256 over the names and bytes of all that is read; lengths make the encoding unique."""
-
-    def __init__(self):
-        self._sha256, self.files, self.bytes = hashlib.sha256(), 0, 0
-
-    def add(self, name: str, content: bytes) -> None:
-        for part in (name.encode(), content):
-            self._sha256.update(len(part).to_bytes(8, "little") + part)
-        self.files += 1
-        self.bytes += len(content)
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
+    split: str = ""  # where the paths decide it
 
 
 def read_corpus(config: DataConfig) -> Corpus:
-    """Read every document of ``config.source`` and split them; empty documents are dropped.
+    """Read every document of ``config.source`` and split them; blank documents are dropped.
 
     Raises:
-      ConfigError: no such file, a line or field that cannot be read, or no document left.
+      ConfigError: no such file, a file, line or field that cannot be read, a file that is read for
+        both splits, or no document left.
     """
-    digest = _Hash()
+    parts: list[Part] = []
     reader = {"stdlib": _stdlib, "files": _files, "hf": _hugging_face}[config.source]
-    documents = [d for d in reader(config, digest) if d.text]
+    splits: dict[str, list[bytes]] = {"train": [], "validation": []}
+    for document in reader(config, parts):
+        if document.text and not document.text.isspace():
+            splits[document.split or _split(document.key, config)].append(document.text)
     check(
-        bool(documents),
+        any(splits.values()),
         "paths" if config.paths else "source",
         config.paths or config.source,
         "must hold a document with text",
     )
-    train, validation = [], []
-    for document in documents:
-        if config.tokenizer != "byte":  # other tokenizers read characters
-            _check_utf8(document)
-        explicit = bool(config.validation_paths)
-        held_out = document.held_out if explicit else _held_out(document.key, config)
-        (validation if held_out else train).append(document.text)
-    return Corpus(train, validation, digest.hexdigest(), digest.files, digest.bytes)
+    return Corpus(splits["train"], splits["validation"], parts)
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that ``source="files"`` reads: train, then validation, each sorted."""
-    return [*_expand("paths", config.paths), *_expand("validation_paths", config.validation_paths)]
+    """The files on this machine that are read, in order; not those of the standard library.
+
+    Raises:
+      ConfigError: a path of ``source="files"`` is no file that can be read, or is given for both
+        splits.
+    """
+    if config.source == "hf":
+        return sorted(p for p in Path(config.paths[0]).rglob("*") if p.is_file())
+    return [path for _, path in _paths(config)] if config.source == "files" else []
 
 
-def _check_utf8(document: _Document) -> None:
-    try:
-        document.text.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"paths={document.name!r}: must be UTF-8 ({error})") from None
-
-
-def _held_out(key: bytes, config: DataConfig) -> bool:
+def _split(key: bytes, config: DataConfig) -> str:
     bits = int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
-    return bits < config.validation_fraction * 2**64
+    return "validation" if bits < config.validation_fraction * 2**64 else "train"
 
 
-def _stdlib(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
+def _stdlib(config: DataConfig, parts: list[Part]) -> Iterator[_Document]:
     root = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, folders, files in os.walk(root):
@@ -124,123 +124,95 @@ def _stdlib(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
             for f in files
             if f.endswith(".py") and not f.startswith(_MACHINE_FILES)
         ]
+    digest, size = TextHash(), 0
     for name in sorted(names):
         content = (root / name).read_bytes()
-        digest.add(name, content)
-        yield _Document(name, content, name.encode())
+        if config.tokenizer != "byte":  # other tokenizers read characters
+            check_text(content, "source", f"stdlib, {name}")
+        digest.add(name.encode())
+        digest.add(content)
+        size += len(content)
+        yield _Document(content, name.encode())
+    name = f"Python {platform.python_version()}"
+    parts.append(Part(name, "", size, digest.hexdigest(), len(names)))
 
 
-def _expand(field: str, patterns: tuple[str, ...]) -> list[Path]:
-    """The files that match ``patterns``, sorted and without duplicates."""
-    files = set()
+def _paths(config: DataConfig) -> list[tuple[str, Path]]:
+    """``(field, file)`` of all files of ``source="files"``: those for training come first."""
+    train = _expand("paths", config.paths)
+    validation = _expand("validation_paths", config.validation_paths)
+    for identity, path in validation.items():
+        other = train.get(identity)
+        check(
+            other is None,
+            "validation_paths",
+            str(path),
+            f"must not be read for training too (paths: {str(other)!r})",
+        )
+    return [
+        (field, path)
+        for field, found in (("paths", train), ("validation_paths", validation))
+        for path in sorted(found.values())
+    ]
+
+
+def _expand(field: str, patterns: tuple[str, ...]) -> dict[tuple[int, int], Path]:
+    """The files that match ``patterns``, by device and inode: a file counts once, however named."""
+    files: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        if os.path.exists(pattern):
+        if os.path.lexists(pattern):
             matches = [pattern]
         else:
             matches = glob.glob(pattern, recursive=True)
             check(bool(matches), field, pattern, "no such file, and no file matches it as a glob")
             matches = [m for m in matches if not os.path.isdir(m)]
         for match in matches:
+            check(os.path.exists(match), field, match, "is a link to a file that does not exist")
             check(
-                os.path.isfile(match),
+                not os.path.isdir(match),
                 field,
                 match,
                 f"must be a file; for a directory give a glob such as {match}/**/*.txt",
             )
+            check(os.path.isfile(match), field, match, "must be a file, not a device or a pipe")
             check(os.access(match, os.R_OK), field, match, "must be readable")
-            check(
-                Path(match).suffix not in _BINARY,
-                field,
-                match,
-                "must be plain text, .jsonl or .array_record; unpack or convert it first",
-            )
-            files.add(Path(match))
+            path, status = Path(match), os.stat(match)
+            check_suffix(path, field)
+            identity = status.st_dev, status.st_ino
+            files[identity] = min(path, files.get(identity, path))
         check(bool(matches), field, pattern, "matches directories only, no file")
-    return sorted(files)
+    return files
 
 
-def _files(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
-    for field in ("paths", "validation_paths"):
-        for path in _expand(field, getattr(config, field)):
-            for text in _read(path, config, field, digest):
-                yield _Document(str(path), text, text, held_out=field == "validation_paths")
-
-
-def _read(path: Path, config: DataConfig, field: str, digest: _Hash) -> Iterator[bytes]:
-    if path.suffix in _RECORDS:
-        yield from _array_record(path, field, digest)
-        return
-    content = path.read_bytes()
-    # the name without the folder: a copy of the corpus elsewhere has the same hash
-    digest.add(path.name, content)
-    if path.suffix == ".jsonl":
-        yield from _jsonl(path, content, config, field)
-    else:
-        separator = config.document_separator.encode()
-        yield from content.split(separator) if separator else [content]
-
-
-def _jsonl(path: Path, content: bytes, config: DataConfig, field: str) -> Iterator[bytes]:
-    # bytes.splitlines splits at \n and \r only: JSON allows U+2028 inside a string
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        location = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{field}={location!r}: must be a line of JSON ({error})") from None
-        check(isinstance(row, dict), field, location, "must be a JSON object")
-        check(
-            config.text_field in row,
-            "text_field",
-            config.text_field,
-            f"no such field at {location}; its fields: {', '.join(map(str, row)) or 'none'}",
-        )
-        yield _encode(row[config.text_field], config, location)
-
-
-def _encode(text: object, config: DataConfig, location: str) -> bytes:
+def _files(config: DataConfig, parts: list[Part]) -> Iterator[_Document]:
+    files = _paths(config)
+    kinds = {kind(path) for _, path in files}
     check(
-        isinstance(text, str),
+        config.text_field == DataConfig.text_field or "json" in kinds,
         "text_field",
         config.text_field,
-        f"must hold a string, holds {type(text).__name__} at {location}",
+        "only JSON has fields, and none of the files is .jsonl or .json",
     )
-    try:
-        return text.encode()  # type: ignore[union-attr]
-    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate
-        raise ConfigError(
-            f"text_field={config.text_field!r}: not valid Unicode at {location} ({error.reason})"
-        ) from None
+    separated = False
+    for field, path in files:
+        split = ""
+        if config.validation_paths:
+            split = "train" if field == "paths" else "validation"
+        texts, size, sha256 = read_file(path, field, config)
+        separated |= kind(path) == "text" and len(texts) > 1
+        parts.append(Part(path.name, split, size, sha256))
+        for text in texts:
+            yield _Document(text, text, split)
+    check(
+        separated or not config.document_separator,
+        "document_separator",
+        config.document_separator,
+        "must occur in a plain-text file",
+    )
 
 
-def _array_record(path: Path, field: str, digest: _Hash) -> Iterator[bytes]:
-    """The records of a file; each is the UTF-8 text of one document."""
-    try:
-        import array_record  # noqa: F401
-        from grain.sources import ArrayRecordDataSource
-    except ImportError:
-        raise ConfigError(
-            f"{field}={str(path)!r}: ArrayRecord requires `pip install array-record`"
-        ) from None
-    try:
-        source: Any = ArrayRecordDataSource(str(path))
-        with source:
-            for start in range(0, len(source), 1024):
-                stop = min(start + 1024, len(source))
-                for index, text in enumerate(source.__getitems__(range(start, stop)), start):
-                    digest.add(f"{path.name}:{index}", text)
-                    yield text
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{field}={str(path)!r}: must be an ArrayRecord file ({reason})"
-        ) from None
-
-
-def _hugging_face(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
+def _hugging_face(config: DataConfig, parts: list[Part]) -> Iterator[_Document]:
     try:
         import datasets
     except ImportError:
@@ -261,7 +233,9 @@ def _hugging_face(config: DataConfig, digest: _Hash) -> Iterator[_Document]:
         config.text_field,
         f"no such column in {name}; columns: {', '.join(rows.column_names)}",
     )
-    for index, text in enumerate(rows.select_columns(config.text_field)):
-        content = _encode(text[config.text_field], config, f"{name} row {index}")
-        digest.add(str(index), content)
-        yield _Document(f"{name} row {index}", content, content)
+    digest = TextHash()
+    for index, row in enumerate(rows.select_columns(config.text_field)):
+        content = encode(row[config.text_field], config, f"{name} row {index}")
+        digest.add(content)
+        yield _Document(content, content)
+    parts.append(Part(name, "", digest.bytes, digest.hexdigest()))

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import platform
 from typing import Any
 
 import grain
@@ -17,7 +16,7 @@ import numpy as np
 
 from layers.config import ConfigError, check, check_choice
 from research.data.config import DataConfig, SyntheticConfig
-from research.data.corpora import read_corpus, source_files
+from research.data.corpora import Part, read_corpus, source_files
 from research.data.packing import (
     Chunks,
     ConcatenatedRows,
@@ -33,6 +32,7 @@ SPLITS = ("train", "validation")
 # Rows of an endless dataset: Grain divides the length as a float, which is exact up to this number.
 # It is 285 years at a million rows per second.
 _ENDLESS = 2**53
+_LISTED = 1000  # parts that a fingerprint lists one by one
 # Elements are views into memory: Grain's 16 reading threads would only add time.
 _IN_LINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
@@ -140,10 +140,11 @@ def tokenizer_of(config: DataConfig) -> ByteTokenizer | JsonTokenizer:
 def fingerprint(config: DataConfig) -> dict[str, Any]:
     """The values that identify the data in the record of a run, in JSON's types.
 
-    For a corpus: ``sha256`` over the names and bytes of all that is read, counts of files, bytes
-    and documents, tokens (positions with a loss) per epoch of each split, the tokenizer and its
-    hash. For a synthetic task: ``sha256`` over its first validation examples, which depends on the
-    generator and its parameters.
+    For a corpus: ``sha256`` over all that is read, ``parts`` (each file or dataset with its own
+    hash, if they are at most 1000), counts of files, bytes and documents, tokens (positions with a
+    loss) per epoch of each split, the tokenizer and its hash. For a synthetic task: ``sha256`` over
+    its first validation examples, which depends on the generator and its parameters.
+    `research.data.what_changed` compares two of them.
     """
     if config.source == "synthetic":
         rows = _SyntheticRows(config, "validation", 0)
@@ -165,16 +166,16 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
     record = {
         "source": config.source,
         "sha256": loaded.sha256,
-        "files": loaded.files,
-        "bytes": loaded.bytes,
+        "files": sum(part.files for part in loaded.parts),
+        "bytes": sum(part.bytes for part in loaded.parts),
         "documents": {s: len(getattr(loaded, s).starts) - 1 for s in SPLITS},
         "tokens": {s: getattr(loaded, s).inputs for s in SPLITS},
         "tokenizer": config.tokenizer,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
     }
-    if config.source == "stdlib":
-        record["python"] = platform.python_version()
+    if len(loaded.parts) <= _LISTED:
+        record["parts"] = [dataclasses.asdict(part) for part in loaded.parts]
     return record
 
 
@@ -269,8 +270,7 @@ class _Loaded:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     sha256: str
-    files: int
-    bytes: int
+    parts: list[Part]
 
 
 def _split_of(config: DataConfig, split: str) -> TokenizedDocuments:
@@ -314,4 +314,4 @@ def _load(config: DataConfig, stats: tuple) -> _Loaded:
         join(tokenizer.encode_documents(d), tokenizer.bos, tokenizer.eos, tokenizer.vocab_size)
         for d in (corpus.train, corpus.validation)
     )
-    return _Loaded(train, validation, corpus.sha256, corpus.files, corpus.bytes)
+    return _Loaded(train, validation, corpus.sha256, corpus.parts)

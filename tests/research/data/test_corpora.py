@@ -1,14 +1,17 @@
 """Reading documents: formats, the split, and what is refused."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
+import os
 import sys
 import types
 
 import pytest
 
 from layers.config import ConfigError
-from research.data import DataConfig, make_dataset, read_corpus, train_bpe
+from research.data import DataConfig, fingerprint, make_dataset, read_corpus
 
 
 def files(*paths, **options):
@@ -110,8 +113,25 @@ def test_missing_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     held = (str(tmp_path / "held.txt"),)
     refuse(files(tmp_path / "a.txt", validation_paths=held), "validation_paths='.*held.txt'")
-    (tmp_path / "a.parquet").write_text("x")
-    refuse(files(tmp_path / "a.parquet"), "must be plain text, .jsonl or .array_record")
+    os.symlink("gone.txt", tmp_path / "link.txt")
+    for name in ("link.txt", "l*.txt"):
+        refuse(files(tmp_path / name), "link.txt': is a link to a file that does not exist")
+    os.mkfifo(tmp_path / "pipe.txt")
+    refuse(files(tmp_path / "p*.txt"), "pipe.txt': must be a file, not a device or a pipe")
+
+
+@pytest.mark.parametrize("again", ["val.txt", "v*.txt", "./val.txt", "../{here}/val.txt", "link"])
+def test_a_file_is_read_once_and_for_one_split(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "val.txt"):
+        (tmp_path / name).write_text(name)
+    os.symlink("val.txt", tmp_path / "link")
+    again = again.format(here=tmp_path.name)
+    assert documents(files("*.txt", again, tmp_path / "val.txt")) == [b"a.txt", b"val.txt"]
+    refused = r"^validation_paths='.*(val.txt|link)': must not be read for training too"
+    with pytest.raises(ConfigError, match=refused):
+        make_dataset(files("*.txt", validation_paths=(again,)))
+    refuse(files(again, validation_paths=("*.txt",)), "must not be read for training too")
 
 
 def test_empty_corpus_is_refused(tmp_path):
@@ -119,6 +139,20 @@ def test_empty_corpus_is_refused(tmp_path):
     refuse(files(tmp_path / "a.txt"), "paths=.*must hold a document with text")
     (tmp_path / "a.jsonl").write_text("\n \n")
     refuse(files(tmp_path / "a.jsonl"), "must hold a document with text")
+
+
+def test_blank_documents_are_dropped(tmp_path):
+    (tmp_path / "a.txt").write_text("--one\n--\n \t--two--\n")
+    assert documents(files(tmp_path / "a.txt", document_separator="--")) == [b"one\n", b"two"]
+
+
+def test_fields_that_no_file_uses_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.jsonl").write_text('{"text": "one--two"}')
+    refuse(files(tmp_path / "a.txt", text_field="body"), "text_field='body': only JSON has fields")
+    for name in ("a.txt", "a.jsonl"):
+        config = files(tmp_path / name, document_separator="--")
+        refuse(config, "document_separator='--': must occur in a plain-text file")
 
 
 @pytest.mark.parametrize(
@@ -135,16 +169,6 @@ def test_bad_jsonl_names_the_line(line, message, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     refuse(files(path), message)
-
-
-def test_bytes_may_be_anything_characters_may_not(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xff\xfe")
-    assert documents(files(path)) == [b"\xff\xfe"]
-    train_bpe(["x"], 258, tmp_path / "tokenizer.json")
-    config = files(path, tokenizer=str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="a.txt': must be UTF-8"):
-        make_dataset(config)
 
 
 def test_hugging_face_missing_extra(monkeypatch):
@@ -174,6 +198,9 @@ def test_hugging_face_reads_rows(monkeypatch):
     config = DataConfig(source="hf", paths=("name",), hf_subset="en", hf_split="test")
     assert documents(config) == [b"row 0", b"row 1", b"row 2"]
     assert calls == [("name", "en", "test")]
+    batches = make_dataset(dataclasses.replace(config, sequence_length=6, batch_size=1))
+    assert {bytes(b["tokens"][0, 1:5].tolist()) for b in itertools.islice(batches, 9)} == {b"row "}
+    assert fingerprint(config)["parts"][0]["name"] == "name"
     refuse(DataConfig(source="hf", paths=("gone",)), "paths='gone': cannot load .*no such dataset")
     refuse(
         DataConfig(source="hf", paths=("name",), text_field="body"),
@@ -191,4 +218,5 @@ def test_hugging_face_library_on_disk(tmp_path):
     for name in ("one", "many", "plain"):
         config = DataConfig(source="hf", paths=(str(tmp_path / name),))
         assert len(documents(config)) == 5
+        next(iter(make_dataset(config)))
     refuse(DataConfig(source="hf", paths=(str(tmp_path / "many"),), hf_split="dev"), "cannot load")

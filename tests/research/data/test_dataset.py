@@ -254,6 +254,10 @@ def test_config_from_a_mapping_names_the_path():
         ({"paths": ("a",)}, "reads no paths"),
         ({"validation_paths": ("a",)}, "validation_paths=.*only source='files'"),
         ({"text_field": ""}, "text_field=''"),
+        ({"text_field": "body"}, "text_field='body': source='stdlib' does not read it"),
+        ({"document_separator": "--"}, "document_separator='--': source='stdlib' does not"),
+        ({"hf_subset": "en"}, "hf_subset='en': source='stdlib' does not read it"),
+        ({"source": "files", "paths": ("a",), "hf_split": "x"}, "hf_split='x': source='files'"),
     ],
 )
 def test_config_errors(options, message):
