@@ -65,6 +65,7 @@ class Unit:
       progress: ``progress(step, total, metrics)``; call it as often as is convenient. It shows
         ``loss`` and ``tokens_per_second`` if the metrics have them.
       profile: steps to trace, ``(first, end)`` as `research.training.train` takes them, or None.
+      accept_changed_data: continue although the data changed, see `research.training.train`.
     """
 
     config: Any  # a locked ConfigDict; type checkers cannot see its fields
@@ -74,6 +75,7 @@ class Unit:
     after: Mapping[str, Path] = field(default_factory=dict)
     progress: Callable[[int, int, Mapping[str, float]], None] = silent
     profile: tuple[int, int] | None = None
+    accept_changed_data: bool = False
 
 
 @dataclass(frozen=True)

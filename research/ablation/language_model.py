@@ -111,6 +111,7 @@ def train_unit(
         trainable=trainable,
         progress=unit.progress,
         profile=unit.profile,
+        accept_changed_data=unit.accept_changed_data and source is None,
         devices=devices,
     )
 

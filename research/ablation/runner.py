@@ -68,13 +68,14 @@ def plan(
     seeds: Sequence[int] | None = None,
     overrides: Sequence[str] = (),
     profile: tuple[int, int] | None = None,
+    accept_changed_data: bool = False,
 ) -> Plan:
     """The units of ``experiment`` at ``scale``, configured and checked against ``workdir``.
 
     Args:
       arms, seeds: what to run; None means all. The arms that a selected arm starts from are added.
       overrides: ``field=value`` texts.
-      profile: see `Unit`; not part of the configuration.
+      profile, accept_changed_data: see `Unit`; not part of the configuration.
 
     Raises:
       ConfigError: an unknown scale, arm or field, a value of a wrong type, an override that changes
@@ -107,6 +108,7 @@ def plan(
             workdir=_folder(workdir, arm.name, seed),
             after={source: _folder(workdir, source, seed) for source in arm.after},
             profile=profile,
+            accept_changed_data=accept_changed_data,
         )
         for seed in seeds
         for arm in selected

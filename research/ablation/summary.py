@@ -1,6 +1,7 @@
 """The summary of a run in JSON's types, its tables, and its record."""
 
 import datetime
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from research.ablation.claims import interval95, judge, target
 from research.ablation.figure import draw
 from research.ablation.results import Results, comparable, metric_names
 from research.ablation.runner import RESULT, Plan, results, state
+from research.data import what_changed
 from research.files import plain, read_json, write_atomically, write_json, write_text
+from research.training.workdir import data_record
 
 # printed at smoke scale
 PLUMBING = "Smoke scale takes a few steps: verdicts show that all parts work, and are no findings."
@@ -60,6 +63,7 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
             units=units,
             config=experiment.config(planned.scale, planned.overrides),
             environment=environment,
+            **({"data_changes": changed} if (changed := _data_changes(planned)) else {}),
         )
     )
 
@@ -101,6 +105,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for claim in summary["claims"]:
         row = (claim["statement"], claim["paper"], claim["status"], effect(claim), claim["reason"])
         lines.append(_row(row))
+    for change in summary.get("data_changes", []):
+        lines += ["", f"Other data: {change}"]
     for arms in comparable(summary["metrics"]):
         names = metric_names(arms)
         lines += ["", _row(("arm", *names)), "|---|" + "---:|" * len(names)]
@@ -165,6 +171,27 @@ def effect(claim: Mapping[str, Any]) -> str:
     if claim["low"] is not None and claim["low"] != claim["high"]:
         interval = f" [{claim['low']:.4g}, {claim['high']:.4g}]"
     return f"{claim['mean']:.4g}{interval}, must be {claim['target']}"
+
+
+def _data_changes(planned: Plan) -> list[str]:
+    """Where finished units were trained on other data: after a step, or than another unit."""
+    lines: list[str] = []
+    first: dict[str, tuple[str, Any]] = {}
+    for unit in planned.units:
+        record = data_record(unit.workdir) if state(unit) == "finished" else None
+        if record is None:
+            continue
+        given, data = record
+        name = f"{unit.arm}, seed {unit.seed}"
+        lines += [
+            f"{name}, after step {entry['step']}: {'; '.join(entry['changes'])}"
+            for entry in data.get("history", [])
+        ]
+        # units that were given the same configuration of the data
+        other, before = first.setdefault(json.dumps(given, sort_keys=True), (name, data))
+        changed = what_changed(before, data)
+        lines += [f"{name}, unlike {other}: {'; '.join(changed)}"] if changed else []
+    return lines
 
 
 def _spread(run_results: Results, arm: str) -> dict[str, dict[str, Any]]:

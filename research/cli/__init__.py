@@ -171,6 +171,11 @@ def _add_run(commands) -> None:
         help="trace steps FIRST to END - 1 of each unit into the folder profile/ of its workdir",
     )
     parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="continue units whose files or tokenizer changed since they were begun",
+    )
+    parser.add_argument(
         "--list-units",
         action="store_true",
         help="print the options that run each independent part, one part per line, and stop",
@@ -244,6 +249,7 @@ def _run(options) -> int:
         seeds=_seeds(options.seeds),
         overrides=options.overrides,
         profile=_steps(options.profile),
+        accept_changed_data=options.accept_changed_data,
     )
     if options.record:
         planned.require_whole()
@@ -274,6 +280,11 @@ def _run(options) -> int:
         console.print(table)
     for line in summary.claim_lines(summarized):
         console.print(line, soft_wrap=True)
+    changes = summarized.get("data_changes", [])
+    for change in changes:
+        print(f"ablate: other data: {change}", file=sys.stderr)
+    if options.accept_changed_data and not changes:
+        print("ablate: --accept-changed-data: no finished unit had changed data", file=sys.stderr)
     for (arm, seed), message in failures.items():
         print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
     for unit in planned.units:

@@ -1,5 +1,6 @@
 """Data: corpora, tokenizers, packing and synthetic tasks, as Grain datasets of batches."""
 
+from research.data.changes import what_changed
 from research.data.config import DataConfig, SyntheticConfig
 from research.data.corpora import read_corpus
 from research.data.dataset import fingerprint, make_dataset, tokenizer_of, vocabulary_size
@@ -17,4 +18,5 @@ __all__ = [
     "tokenizer_of",
     "train_bpe",
     "vocabulary_size",
+    "what_changed",
 ]

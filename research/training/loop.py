@@ -30,7 +30,7 @@ from research.training.saved import SavedState
 from research.training.source import GrainSource, Source, check_held_out
 from research.training.state import TrainState, abstract_state
 from research.training.step import default_objective, make_step
-from research.training.workdir import begin, differences
+from research.training.workdir import begin, differences, record_changed_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ def train(
     trainable: Sequence[str] = ("*",),
     progress: Progress | None = None,
     profile: tuple[int, int] | None = None,
+    accept_changed_data: bool = False,
     devices: Sequence | None = None,
 ) -> TrainResult:
     """Train a model, from ``workdir``'s newest checkpoint if there is one.
@@ -83,11 +84,14 @@ def train(
       progress: called with ``(step, steps, metrics)``; None shows a bar.
       profile: ``(first, end)``: trace the steps from ``first`` to before ``end`` into
         ``workdir/profile``; see `research.training.profile`. Changes no number.
+      accept_changed_data: continue a run whose files, library or tokenizer changed since it was
+        begun. What changed is recorded in ``workdir/data.json`` with the step.
       devices: of ``mesh``; None: all.
 
     Raises:
-      ConfigError: parts that do not fit one another or the devices, or a workdir of a run with
-        another configuration; raised before compilation.
+      ConfigError: parts that do not fit one another or the devices, a split of the data without a
+        document, or a workdir of a run with another configuration or other data; raised before
+        compilation.
       DivergenceError: a loss or gradient is not finite; the last good checkpoint remains.
       DataError: the data could not give a batch.
       WriteError: a checkpoint or the metrics could not be written. Saves are written during
@@ -96,6 +100,9 @@ def train(
     clock, patterns = Clock(), tuple(trainable)
     the_mesh = make_mesh(mesh, devices)
     _check_arguments(data, training, objective, source)
+    comparable = data is not None and workdir is not None
+    requires = "requires data and a workdir"
+    check(not accept_changed_data or comparable, "accept_changed_data", True, requires)
     if data is None:
         assert source is not None
         size: Any = dict(batch_size=source.batch_size)
@@ -109,10 +116,13 @@ def train(
     trace = Trace(profile, training.steps, workdir, clock)
     if data is not None:
         source = GrainSource(data, seed)
+        if training.eval_batches:
+            source.held_out(1)  # raises if no document is held out
     assert source is not None
+    changed = []
     if workdir is not None:
         parts = dict(model=model, data=data, training=training, mesh=mesh, objective=objective)
-        begin(workdir, parts, seed, lead, patterns)
+        changed = begin(workdir, parts, seed, lead, patterns, accept_changed_data)
 
     strategy = dict(stage=mesh.zero_stage, patterns=patterns, offload=mesh.offload)
     saved = None
@@ -133,6 +143,9 @@ def train(
             state, position = _initial(model, training, the_mesh, seed, init, **strategy), {}
             if saved:
                 saved.keep_fixed(state)
+        if changed and lead:
+            assert workdir is not None and data is not None
+            record_changed_data(workdir, data, int(state.step), changed)
         clock.resume(position.get("seconds", {}), workdir if lead else None)
         trace.resume(int(state.step))
         stack.callback(trace.close)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
-from research.data import DataConfig, fingerprint
+from research.data import DataConfig, fingerprint, what_changed
 from research.files import read_json, write_text
 from research.models.companions import ORIGIN, write_companions
 from research.parallel import MeshConfig, make_mesh, shardings
@@ -19,10 +19,13 @@ from research.parallel.rules import with_shardings
 from research.training import trainable
 from research.training.checkpoint import Checkpoints
 from research.training.config import TrainingConfig
+from research.training.disk import writing
 from research.training.environment import environment
 from research.training.optimizers import make_optimizer
 from research.training.saved import SavedState
 from research.training.state import TrainState, abstract_state
+
+DATA = "data.json"
 
 
 def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: Any = None) -> Any:
@@ -94,12 +97,21 @@ def begin(
     seed: int,
     lead: bool,
     patterns: tuple[str, ...] = trainable.ALL,
-) -> None:
-    """Write the configuration of the run, or raise if the workdir is that of another run.
+    accept_changed_data: bool = False,
+) -> list[str]:
+    """Write the configuration and the fingerprint of the data, or compare with what is there.
 
     ``configuration``: dataclasses by name; None for those that are not used. The mesh and
     `EXECUTION` fields may change from one start to the next; fields that change the numbers may
-    not.
+    not. A start that ended before its first metrics and checkpoint decides nothing: the run begins
+    again.
+
+    Returns:
+      What changed in the data (`research.data.what_changed`), if that is accepted, for
+      `record_changed_data`.
+
+    Raises:
+      ConfigError: the workdir is that of another run, or the data changed and that is not accepted.
     """
     may_change = (
         "mesh.",
@@ -111,28 +123,87 @@ def begin(
     if patterns != trainable.ALL:
         described["trainable"] = patterns
     described = json.loads(json.dumps({**described, "seed": seed}))
-    path = workdir / "config.json"
-    if path.exists():
-        previous = read_json(path)
+    path, data = workdir / "config.json", configuration["data"]
+    previous = read_json(path) if path.exists() else None
+    if previous is not None and not _is_unused(workdir, previous):
         for field, old, new in differences(previous, described):
             if not field.startswith(may_change):
                 raise ConfigError(
                     f"{field}={new!r}: workdir {str(workdir)!r} was begun with {old!r}"
                 )
-        return
+        changed = [] if data is None else _changed_data(workdir, data)
+        check(
+            not changed or accept_changed_data,
+            "data.source",
+            data and data.source,
+            f"must be as when workdir {str(workdir)!r} was begun: {'; '.join(changed)}; "
+            "accept_changed_data=True (ablate run --accept-changed-data) continues with it",
+        )
+        return changed
     if not lead:
-        return
+        return []
     try:
+        if previous not in (None, described):  # its time is not that of this run
+            (workdir / "clock.json").unlink(missing_ok=True)
         _write(workdir / "environment.json", environment())
-        if configuration["data"] is not None:
-            _write(workdir / "data.json", fingerprint(configuration["data"]))
-            if configuration["data"].source != "synthetic":
-                write_companions(configuration["data"], workdir / ORIGIN)
+        if data is None:
+            (workdir / DATA).unlink(missing_ok=True)
+        else:
+            _write_data(workdir, data)
         _write(path, described)
     except OSError as error:
         raise ConfigError(
             f"workdir={str(workdir)!r}: cannot be written: {error.strerror}"
         ) from None
+    return []
+
+
+def record_changed_data(workdir: Path, data: DataConfig, step: int, changed: list[str]) -> None:
+    """Record that the run in ``workdir`` continues after ``step`` with ``data``, which changed.
+
+    ``data.json`` becomes that of the new data. Its ``history`` lists the steps, what changed and
+    the hashes before.
+    """
+    path = workdir / DATA
+    before = read_json(path) if path.exists() else {}
+    hashes = {name: before.get(name) for name in ("sha256", "tokenizer_sha256")}
+    entry = {"step": step, "changes": changed, "before": hashes}
+    with writing(workdir):
+        _write_data(workdir, data, history=[*before.get("history", []), entry])
+
+
+def data_record(workdir: Path) -> tuple[Any, dict[str, Any]] | None:
+    """The configuration of the data of the run in ``workdir`` and its ``data.json``, if any."""
+    config, record = workdir / "config.json", workdir / DATA
+    if not (config.exists() and record.exists()):
+        return None
+    return read_json(config).get("data"), read_json(record)
+
+
+def _write_data(workdir: Path, data: DataConfig, **more: Any) -> None:
+    """Write ``data.json``, with ``more`` fields, and the files of the tokenizer."""
+    _write(workdir / DATA, {**fingerprint(data), **more})
+    if data.source != "synthetic":
+        write_companions(data, workdir / ORIGIN)
+
+
+def _is_unused(workdir: Path, configuration: Any) -> bool:
+    """Whether ``workdir`` is that of a start by `train` that has no metrics and no checkpoint."""
+    metrics = workdir / "metrics.jsonl"
+    return (
+        isinstance(configuration, dict)
+        and {"training", "seed"} <= set(configuration)
+        and not (metrics.exists() and metrics.stat().st_size)
+        and not (workdir / "unreadable").exists()
+        and not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    )
+
+
+def _changed_data(workdir: Path, data: DataConfig) -> list[str]:
+    path = workdir / DATA
+    if not path.exists():
+        return [f"{DATA}, which describes the data, is missing"]
+    return what_changed(read_json(path), fingerprint(data))
 
 
 def differences(previous: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

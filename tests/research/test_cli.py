@@ -203,6 +203,57 @@ def test_a_unit_without_a_trace_is_named(ablate, capsys):
     assert "ablate: narrow seed 0 has no trace" in capsys.readouterr().err
 
 
+READS = (
+    SOURCE[: SOURCE.index("def run")]
+    + """
+def run(unit):
+    from layers.mlp import MlpConfig
+    from research.data import DataConfig
+    from research.training.workdir import begin, record_changed_data
+    data = DataConfig(source="files", paths=(str(unit.workdir.parents[1] / "a.txt"),))
+    parts = dict(model=MlpConfig(4), data=data, training=MlpConfig(4))
+    changed = begin(unit.workdir, parts, 0, True, accept_changed_data=unit.accept_changed_data)
+    if changed:
+        record_changed_data(unit.workdir, data, 7, changed)
+    (unit.workdir / "metrics.jsonl").write_text("{}")
+    if os.environ.get("FAKE_TRAP") == str(unit.seed):
+        raise KeyboardInterrupt
+    return {"loss": 1.0, "bytes": 1}
+"""
+)
+
+
+def test_changed_data_is_accepted_by_name_and_in_the_record(
+    make_package, machine, tmp_path, capsys, monkeypatch
+):
+    package, text = make_package(reads=READS), tmp_path / "a.txt"
+    command = ["run", "branch/reads", "--seeds=0,1", "--arms=narrow", f"--workdir={tmp_path}"]
+    text.write_text("one")
+    monkeypatch.setenv("FAKE_TRAP", "1")
+    assert main(command, package=package) == 130
+    monkeypatch.delenv("FAKE_TRAP")
+    text.write_text("one more")
+    finished = (tmp_path / "narrow/seed0/data.json").read_bytes()
+    capsys.readouterr()
+    assert main(command, package=package) == 2
+    error = capsys.readouterr().err
+    assert "arm 'narrow': data.source='files': must be as when" in error and error.count("\n") == 1
+    assert "a.txt: 3 bytes, sha256 " in error and "--accept-changed-data" in error
+    assert main([*command, "--accept-changed-data"], package=package) == 0
+    assert finished == (tmp_path / "narrow/seed0/data.json").read_bytes()
+    after, unlike = json.loads((tmp_path / "summary.json").read_text())["data_changes"]
+    assert after.startswith("narrow, seed 1, after step 7: a.txt: 3 bytes, sha256 ")
+    assert unlike.startswith("narrow, seed 1, unlike narrow, seed 0: a.txt: 3 bytes, sha256 ")
+    assert f"Other data: {unlike}" in (tmp_path / "table.md").read_text()
+    assert f"ablate: other data: {after}\n" in capsys.readouterr().err
+
+
+def test_a_flag_for_changed_data_that_accepts_nothing_says_so(ablate, capsys):
+    assert ablate("run", "--arms=narrow", "--seeds=0", "--accept-changed-data") == 0
+    assert "--accept-changed-data: no finished unit had changed data" in capsys.readouterr().err
+    assert "data_changes" not in json.loads((ablate.work / "summary.json").read_text())
+
+
 def test_sigterm_exits_143(make_package, machine, ablate, tmp_path, capsys, monkeypatch):
     """So that whoever started it knows that it is not done, whether `train` saved or not."""
     monkeypatch.setenv("FAKE_TRAP", "wide/0/1/term")

@@ -1,5 +1,7 @@
 """The standard subject with an objective, a source and a trainable part of an experiment's own."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from flax import nnx
 from layers.config import ConfigError, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.weights import flat
+from research.ablation import language_model as language_model_module
 from research.ablation.experiment import Unit
 from research.ablation.language_model import language_model, train_unit
 from research.training import NextToken
@@ -42,3 +45,11 @@ def test_a_unit_is_trained_by_an_objective_on_a_source(unit):
 def test_what_a_unit_cannot_be_trained_by_is_refused(unit):
     with pytest.raises(ConfigError, match="training.eval_batches=2: must be 0: toy has no held-"):
         train_unit(unit, source=OnPolicy())
+
+
+@pytest.mark.parametrize("source", [None, OnPolicy()])
+def test_a_unit_accepts_changed_data_where_it_reads_data(source, unit, monkeypatch):
+    given = {}
+    monkeypatch.setattr(language_model_module, "train", lambda *_, **options: given.update(options))
+    train_unit(dataclasses.replace(unit, accept_changed_data=True), source=source)
+    assert given["accept_changed_data"] == (source is None)
