@@ -106,7 +106,7 @@ def source_files(config: DataConfig) -> list[Path]:
     """
     if config.source == "hf":
         return sorted(p for p in Path(config.paths[0]).rglob("*") if p.is_file())
-    return [path for _, path in _paths(config)] if config.source == "files" else []
+    return [path for _, path in _paths(config)]
 
 
 def _split(key: bytes, config: DataConfig) -> str:

@@ -10,8 +10,8 @@ import tracemalloc
 import pytest
 
 from layers.config import ConfigError
-from research.data import DataConfig, read_corpus
-from research.data.formats import read_file
+from research.data import DataConfig, formats, read_corpus
+from research.data.formats import check_text, read_file
 
 TEXT = "å 𝄞\nfin"
 ROWS = '{"text": "one\u2028line"}\n{"text": "två"}\n'
@@ -31,6 +31,21 @@ def test_encodings(encoding, tmp_path):
     assert documents(tmp_path / "a.txt", (mark + TEXT).encode(encoding)) == [TEXT.encode()]
     lines = documents(tmp_path / "a.jsonl", (mark + ROWS).encode(encoding))
     assert lines == ["one\u2028line".encode(), "två".encode()]
+
+
+@pytest.mark.parametrize(
+    "content, wrong",
+    [
+        ("abcå\né".encode() + b"\xff", "byte 0xff in line 2"),
+        (b"ab\n\xc3ad", "byte 0xc3 in line 2"),
+        (b"abcdefg\xc3", "byte 0xc3 in line 1"),
+        ("abcå\né".encode() + b"e\0", "NUL at byte 9"),
+    ],
+)
+def test_what_is_wrong_is_found_across_blocks(content, wrong, monkeypatch):
+    monkeypatch.setattr(formats, "_BLOCK", 4)
+    with pytest.raises(ConfigError, match=f"paths='a': must be UTF-8, .*{wrong}"):
+        check_text(content, "paths", "a")
 
 
 @pytest.mark.parametrize("suffix", ["", ".txt", ".gz", ".TXT.GZ", ".bz2", ".xz"])
