@@ -146,3 +146,6 @@ def test_code_runs(page, reader):
     names = {"__name__": "page"}  # a page is read, and runs, from top to bottom
     for text in blocks(page, "python"):
         exec(compile(text, page.name, "exec"), names)
+    for words in commands(page):
+        if "runs/tuned" in words:  # what the page has trained
+            assert cli.main(words) == 0

@@ -12,10 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from layers.config import ConfigError, check, check_choice
+from layers.config import ConfigError, check, check_choice, from_mapping
 from pallas_kernels.names import suggest
 from research.ablation.claims import Claim
 from research.ablation.overrides import assign, assign_text
+from research.data import DataConfig, vocabulary_size
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
 _REQUIRED = ("PAPER", "CODE", "MATCHED", "SEEDS", "ARMS", "CLAIMS", "get_config")
@@ -127,22 +128,36 @@ class Experiment:
         raise ConfigError(f"arm={name!r}: {suggest(name, (a.name for a in self.arms))}")
 
     def config(self, scale: str, overrides: Sequence[str] = ()) -> ConfigDict:
-        """The locked configuration at ``scale`` with ``field=value`` texts applied."""
+        """The locked configuration at ``scale`` with ``field=value`` texts applied.
+
+        A ``model.vocab_size`` of None becomes the vocabulary of ``data``.
+        """
         check_choice("scale", scale, SCALES)
         config = self.module.get_config(scale).lock()
         for text in overrides:
             assign_text(config, text)
-        return config
+        return _with_vocabulary(config)
 
     def arm_config(self, config: ConfigDict, arm: Arm) -> ConfigDict:
-        """A copy of ``config`` with the overrides of ``arm``, which replace its values."""
+        """A copy of ``config`` with the overrides of ``arm``, which replace its values.
+
+        An arm with another tokenizer sets ``model.vocab_size``, for example to None (see `config`).
+        """
         changed = config.copy_and_resolve_references().lock()
         for name, value in arm.overrides.items():
             try:
                 assign(changed, name, value(config) if callable(value) else value)
             except ConfigError as error:
                 raise ConfigError(f"{self.name}: arm {arm.name!r}: {error}") from None
-        return changed
+        return _with_vocabulary(changed)
+
+
+def _with_vocabulary(config: ConfigDict) -> ConfigDict:
+    """``config``, whose ``model.vocab_size`` is set to the vocabulary of ``data`` if it is None."""
+    model: Any = config.get("model")
+    if isinstance(model, ConfigDict) and model.get("vocab_size", 0) is None and "data" in config:
+        model.vocab_size = vocabulary_size(from_mapping(DataConfig, config.data, "data"))
+    return config
 
 
 def folders(package: str) -> list[Path]:

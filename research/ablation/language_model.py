@@ -15,7 +15,7 @@ from layers.config import check, check_choice, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
-from research.data import DataConfig, vocabulary_size
+from research.data import DataConfig
 from research.files import parse_json
 from research.parallel import MeshConfig, make_mesh
 from research.training import (
@@ -47,7 +47,8 @@ SINUSOIDAL = {
 def language_model(scale: str) -> Any:
     """A `ConfigDict`: ``model``, ``data``, ``training``, ``mesh`` of the decoder at ``scale``.
 
-    The result has every field, so that every field can be overridden. The text is the standard
+    The result has every field, so that every field can be overridden. ``model.vocab_size`` is None:
+    the vocabulary of the data, whose tokenizer may be overridden too. The text is the standard
     library of the running Python: prose and code that every machine has.
     """
     check_choice("scale", scale, SCALES)
@@ -55,7 +56,7 @@ def language_model(scale: str) -> Any:
     accelerator = scale in ("gpu", "paper")
     data = DataConfig(sequence_length=length, batch_size=batch)
     model = DecoderConfig(
-        vocab_size=vocabulary_size(data),
+        vocab_size=1,  # None below
         width=width,
         num_layers=layers,
         attention=AttentionConfig(num_heads=heads, num_kv_heads=heads, head_dim=width // heads),
@@ -72,6 +73,7 @@ def language_model(scale: str) -> Any:
         mesh=MeshConfig(data=1, fsdp=-1) if accelerator else MeshConfig(),
     )
     config: Any = ConfigDict({name: dataclasses.asdict(part) for name, part in parts.items()})
+    config.model.vocab_size = None  # that of the data, with all overrides: see `Experiment.config`
     training = config.training
     training.optimizer.learning_rate = 6e-4 if accelerator else 3e-3
     training.optimizer.warmup_steps = max(1, steps // 20)
