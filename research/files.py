@@ -64,6 +64,10 @@ def parse_json(text: str, origin: Path | str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"file={str(origin)!r}: not JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"file={str(origin)!r}: its objects or lists are nested too deep"
+        ) from None
 
 
 def plain(value: Any) -> Any:

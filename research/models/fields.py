@@ -11,7 +11,7 @@ from pallas_kernels.names import one_of
 
 REQUIRED: Final = object()  # no default: the field must be there
 LARGEST: Final = 2**31 - 1  # array sizes, and what int32 holds
-_DAMAGED = 60  # characters of a name; a longer one is not suggested for
+_LONG = 60  # characters: longer names are cut, and for longer values no similar one is suggested
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring = 3, 6, 6, 80
@@ -109,7 +109,7 @@ class Fields:
         if given:
             self._check(isinstance(value, str), name, value, "must be a text")
             if choices and value not in choices:
-                near = value if len(value) < _DAMAGED else ""
+                near = value if len(value) < _LONG else ""
                 self.refuse(name, value, f"must be {one_of(near, choices)}")
         return value
 
@@ -171,14 +171,14 @@ class Fields:
 
     def refuse(self, name: str, value: Any, requirement: str) -> NoReturn:
         """Raise `ConfigError`, ``field=value: requirement``; a long value is cut."""
-        raise ConfigError(f"{self._where}{name}={short(value)}: {requirement}")
+        raise ConfigError(f"{self._where}{spelt(name)}={short(value)}: {requirement}")
 
     def _take(self, name: str, default: Any, null: Any) -> tuple[Any, bool]:
         """The value, and whether it is that of the file and must be checked."""
         self._read.add(name)
         if name not in self.values:
             if default is REQUIRED:
-                raise ConfigError(f"{self._where}{name}: is missing")
+                raise ConfigError(f"{self._where}{spelt(name)}: is missing")
             return default, False
         value = self.values[name]
         if value is None and null is REQUIRED:
@@ -196,6 +196,11 @@ def short(value: Any) -> str:
     return _short.repr(value)
 
 
+def spelt(name: str) -> str:
+    """A field's name as it is, or quoted and cut if it does not fit in a line."""
+    return name if name.isprintable() and len(name) < _LONG else short(name[:_LONG])
+
+
 def _json(value: Any) -> str:
-    spelt = {None: "null", True: "true", False: "false"}
-    return spelt[value] if value is None or isinstance(value, bool) else str(value)
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

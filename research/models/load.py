@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
 
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from layers.weights import flat
 from research.files import read_json
 from research.models.families import Family, decoder_config, family_of
+from research.models.fields import short
+from research.models.headers import canonical_names, check_headers, check_sizes
 from research.models.pth import SUFFIX, PthReader
+from research.models.reader import Reader
 from research.models.table import Target, from_theirs, targets
-from research.parallel import make_mesh, shardings, use_mesh
+from research.parallel import make_mesh, shardings, use_mesh, validate_model
+
+_ROWS = 4096  # of the embedding that are compared at once
 
 
 def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
@@ -35,22 +39,28 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
         ``dtype="bfloat16"``, ``param_dtype``, ``scan``, ``remat``.
 
     Raises:
-      ConfigError: a missing file, an unsupported architecture or feature, or a tensor that is
-        missing, unknown or of a wrong shape; the message names it in one line.
+      ConfigError: a missing or damaged file, an unsupported architecture or feature, or a tensor
+        that is missing, unknown, or of a wrong shape or dtype; a mesh that does not divide the
+        model. The message names it in one line. All but the values of a tied head is checked before
+        any tensor is read.
     """
     hf, reader = open_model(Path(source))
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    stored: dict[str, Any] = flat(shardings(abstract, mesh))
-    shapes: dict[str, Any] = flat(abstract)
-    needed = {target.name: target for target in targets(family.rows, config, shapes)}
+    validate_model(config, mesh)
     with ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
         stack.enter_context(reader)
-        names = {_canonical(name, family): name for name in reader.names}
-        _check_names(names, needed, family, config)
+        names = canonical_names(reader.names, family)
+        headers = {name: reader.header(theirs) for name, theirs in names.items()}
+        check_sizes(config, family, headers)
+        abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        shapes: dict[str, Any] = flat(abstract)
+        stored: dict[str, Any] = flat(shardings(abstract, mesh))
+        needed = {target.name: target for target in targets(family.rows, config, shapes)}
+        check_headers(headers, needed, family, config)
+        _check_head(reader, names, family, config)
         arrays: dict[str, jax.Array] = {}
         for target in needed.values():
             parts = _read(reader, names.get(target.name), target, config)
@@ -62,7 +72,7 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in shapes])
 
 
-def open_model(source: Path) -> "tuple[dict[str, Any], Reader | PthReader]":
+def open_model(source: Path) -> tuple[dict[str, Any], Reader | PthReader]:
     """The config.json of ``source`` and a reader of its tensors."""
     if source.suffix == SUFFIX:
         reader = PthReader(source)
@@ -70,93 +80,35 @@ def open_model(source: Path) -> "tuple[dict[str, Any], Reader | PthReader]":
     return read_object(source / "config.json"), Reader(source)
 
 
-class Reader:
-    """The tensors of a directory of safetensors files, by name, read one at a time."""
-
-    def __init__(self, directory: Path):
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            self._files = {k: directory / v for k, v in read_object(index)["weight_map"].items()}
-        else:
-            single = directory / "model.safetensors"
-            check(single.exists(), "directory", str(directory), "must hold model.safetensors")
-            self._files = dict.fromkeys(self._open(single).keys(), single)
-        for path in set(self._files.values()):
-            check(path.exists(), "file", str(path), "is in the index but does not exist")
-        self._opened: dict[Path, Any] = {}
-
-    def __enter__(self) -> "Reader":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._opened.clear()
-
-    @property
-    def names(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def read(self, name: str) -> np.ndarray:
-        path = self._files[name]
-        if path not in self._opened:
-            self._opened[path] = self._open(path)
-        try:
-            return self._opened[path].get_tensor(name)
-        except SafetensorError as error:
-            raise ConfigError(f"file={str(path)!r}: {name}: {error}") from None
-
-    @staticmethod
-    def _open(path: Path):
-        try:
-            return safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"file={str(path)!r}: cannot be read: {error}") from None
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """The object in the JSON file ``path``; raises `ConfigError` if it cannot be read."""
     check(path.parent.is_dir(), "directory", str(path.parent), "does not exist")
-    check(path.exists(), "directory", str(path.parent), f"must hold {path.name}")
-    return read_json(path)
+    check(path.is_file(), "directory", str(path.parent), f"must hold {path.name}")
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"file={str(path)!r}: must be an object, not {short(value)}")
+    return value
 
 
-def _canonical(name: str, family: Family) -> str:
-    """``name`` as in the rows: with the family's prefix, which checkpoints without a head lack."""
-    name = family.renamed.get(name, name)
-    return name if name == family.head or name.startswith(family.prefix) else family.prefix + name
-
-
-def _check_names(
-    names: Mapping[str, str], needed: Mapping[str, Target], family: Family, config: DecoderConfig
+def _check_head(
+    reader: Reader | PthReader, names: Mapping[str, str], family: Family, config: DecoderConfig
 ) -> None:
-    for name in needed:
-        exists = name in names or name in family.absent
-        check(exists, "tensor", name, "is missing from the checkpoint")
-    for name in names:
-        known = name in needed or name.endswith(family.ignored)
-        # some checkpoints have a copy of the embedding as a tied head
-        known = known or (config.tie_embeddings and name == family.head)
-        known = known or _beyond(name, family, config.num_layers)
-        check(known, "tensor", name, f"is not part of a {family.architecture} with this config")
-
-
-def _beyond(name: str, family: Family, num_layers: int) -> bool:
-    if family.beyond is None or not name.startswith(family.beyond):
-        return False
-    number = name.removeprefix(family.beyond).split(".")[0]
-    return number.isdecimal() and int(number) >= num_layers
+    """Refuse a tied head that differs from the embedding; both are read in blocks of rows."""
+    if not config.tie_embeddings or family.head not in names:
+        return
+    embedding, head = names[family.embedding], names[family.head]
+    for start in range(0, config.vocab_size, _ROWS):
+        rows = slice(start, min(start + _ROWS, config.vocab_size))
+        if not np.array_equal(reader.read(embedding, rows), reader.read(head, rows)):
+            requirement = f"differs from {family.embedding}, to which tie_word_embeddings ties it"
+            raise ConfigError(f"tensor={family.head!r}: {requirement}")
 
 
 def _read(
-    reader: "Reader | PthReader", name: str | None, target: Target, config: DecoderConfig
+    reader: Reader | PthReader, name: str | None, target: Target, config: DecoderConfig
 ) -> list[np.ndarray]:
     """The tensor called ``name`` in the Decoder's layout: one part for each of ``target.paths``."""
     tensor = np.zeros(target.shape, np.float32) if name is None else reader.read(name)
-    check(
-        tensor.shape == target.shape,
-        f"tensor {target.name}",
-        list(tensor.shape),
-        f"must have shape {list(target.shape)}",
-    )
     return from_theirs(target, tensor, config)
 
 

@@ -16,6 +16,7 @@ from research.files import write_atomically
 
 SUFFIX = ".pth"
 ARCHITECTURE = "RWKV_x070"
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class PthReader:
@@ -32,13 +33,23 @@ class PthReader:
         torch = _torch(path)
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError as error:
+            # torch's message advises to unpickle without protection
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it contains {found[1]}, not tensors alone" if found else "it is damaged"
+            raise ConfigError(f"file={str(path)!r}: cannot be read: {reason}") from None
+        except Exception as error:  # damaged bytes end in any error of the unpickler
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"file={str(path)!r}: cannot be read: {reason}") from None
         valid = isinstance(tensors, dict) and all(
-            isinstance(v, torch.Tensor) for v in tensors.values()
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()
         )
         check(valid, "file", str(path), "must be a dictionary of tensors")
+        size = path.stat().st_size
+        for name, tensor in tensors.items():
+            stored = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            stored = stored and tensor.numel() * tensor.element_size() <= size
+            check(stored, "tensor", name, "must be dense and in the file")
         self._tensors: dict[str, Any] = tensors
 
     def __enter__(self) -> "PthReader":
@@ -51,8 +62,15 @@ class PthReader:
     def names(self) -> Iterator[str]:
         return iter(self._tensors)
 
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name].detach().contiguous()
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The tensor's shape and dtype, named as in a safetensors file."""
+        tensor = self._tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return tuple(tensor.shape), _DTYPES.get(dtype, dtype)
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or some of its rows."""
+        tensor = self._tensors[name].detach()[rows].contiguous()
         if str(tensor.dtype) == "torch.bfloat16":  # NumPy has no bfloat16
             import torch
 

@@ -1,7 +1,10 @@
 """Saves a `Decoder` as a Hugging Face directory for transformers, or as an RWKV-7 file."""
 
 import dataclasses
+import errno
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from layers.architecture import FEED_FORWARDS, MIXERS
@@ -176,12 +180,22 @@ def _write_tensors(
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
         tensors = {t.name: _tensor(t, config, parameters) for t in shard}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        _save_file(tensors, directory / name)
         weight_map |= dict.fromkeys(tensors, name)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save_file(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write ``tensors``; a full disk is an `OSError` that names ``path``, as for other files."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def _tensor(target: Target, config: DecoderConfig, parameters: dict[str, jax.Array]) -> np.ndarray:

@@ -10,6 +10,7 @@ from research.parallel.rules import (
     time_order,
     use_mesh,
     validate,
+    validate_model,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "time_order",
     "use_mesh",
     "validate",
+    "validate_model",
 ]

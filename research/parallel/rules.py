@@ -173,8 +173,34 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     Raises:
       ConfigError: names the field, its size and the mesh axis that does not divide it.
     """
-    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
+    validate_model(config, mesh)
     _validate_stages(config, mesh, batch_size)
+    for field, size, axis, ways in (
+        ("batch_size", batch_size, "stage×data×fsdp×expert", batch_ways(mesh)),
+        ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
+    ):
+        check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
+    if (attention := config.attention) is not None and attention.context != "gather":
+        _validate_context(config, attention, mesh, sequence_length)
+
+
+def validate_model(config: DecoderConfig, mesh: Mesh) -> None:
+    """Check that the mesh axes divide the sizes of the model.
+
+    Raises:
+      ConfigError: names the field, its size and the mesh axis that does not divide it.
+    """
+    tensor, expert, stages = (mesh.shape[axis] for axis in ("tensor", "expert", "stage"))
+    repeats = config.repeats // config.circuits
+    scan = config.scan or stages == 1
+    check(scan, "scan", False, f"must be True: mesh stage={stages} requires it")
+    check(
+        repeats % stages == 0,
+        "num_layers",
+        config.num_layers,
+        f"its {repeats} repeats of the pattern per circuit must be a multiple of "
+        f"mesh stage={stages}",
+    )
     parts: list[tuple[str, int]] = []
     # a configuration may describe parts that none of its layers uses
     used = {MIXERS[kind] for kind in config.pattern}
@@ -207,15 +233,11 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
     if "rwkv7" in config.pattern:
         parts += [("width / rwkv.head_dim", config.width // config.part("rwkv").head_dim)]
     for field, size, axis, ways in (
-        ("batch_size", batch_size, "stage×data×fsdp×expert", batch_ways(mesh)),
-        ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
         ("width", config.width, "fsdp", mesh.shape["fsdp"]),
         *((field, size, "tensor", tensor) for field, size in parts),
         ("vocab_size", config.vocab_size, "tensor", tensor),
     ):
         check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
-    if attention is not None and attention.context != "gather":
-        _validate_context(config, attention, mesh, sequence_length)
     check(
         expert == 1 or "moe" in used,
         "mesh.expert",
@@ -225,19 +247,10 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
 
 
 def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None:
-    stages, parts, circuits = mesh.shape["stage"], config.microbatches, config.circuits
+    stages, parts = mesh.shape["stage"], config.microbatches
     if stages == 1:
         check(parts is None, "microbatches", parts, "changes nothing: mesh.stage is 1")
         return
-    repeats = config.repeats // circuits
-    check(config.scan, "scan", False, f"must be True: mesh stage={stages} requires it")
-    check(
-        repeats % stages == 0,
-        "num_layers",
-        config.num_layers,
-        f"its {repeats} repeats of the pattern per circuit must be a multiple of "
-        f"mesh stage={stages}",
-    )
     divides = f"must be a multiple of mesh stage={stages}"
     check(parts is not None and parts % stages == 0, "microbatches", parts, divides)
     ways = (parts or 1) * batch_ways(mesh) // stages

@@ -49,6 +49,11 @@ class Family:
         """The name of the output layer; a tied checkpoint may have a copy of the embedding."""
         return next(row.name for row in self.rows if row.paths == ("head/weight",))
 
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding."""
+        return next(row.name for row in self.rows if row.paths == ("embedding/table",))
+
 
 def head_channels(config: DecoderConfig) -> int:
     """The model's channels per head."""

@@ -81,6 +81,8 @@ def _read_deepseek(fields: Fields) -> DecoderConfig:
     rotary = read_rotary(fields)
     channels = fields.integer("qk_nope_head_dim")
     rotary_channels = fields.integer("qk_rope_head_dim")
+    # transformers derives it, and takes another value from the file if there is one
+    fields.only(head_dim=rotary_channels)
     growth = 1.0
     if rotary.scaling is not None:
         growth = yarn_growth(rotary.scaling.factor, read_mscale(rope_fields(fields)))
@@ -236,7 +238,6 @@ _DEEPSEEK_ROWS = (
 )
 
 _DEEPSEEK_UNUSED = {
-    "head_dim": "transformers derives it from qk_rope_head_dim",
     "qk_head_dim": "transformers derives it from the other two",
     "num_nextn_predict_layers": "layers that predict further tokens are not loaded",
     "num_mtp_layers": "the same",

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from research.models.fields import Fields
+from research.models.fields import Fields, spelt
 
 _HISTORY = "says where the file comes from"
 _TYPES = "the weights' dtype: `load` takes param_dtype"
@@ -111,6 +111,5 @@ def warn_of_the_rest(fields: Fields, unused: Mapping[str, str], architecture: st
 
 
 def _listed(names: list[str]) -> str:
-    spelt = [name if name.isprintable() and len(name) < 60 else f"{name[:60]!r}" for name in names]
-    more = len(spelt) - _NAMED
-    return ", ".join(spelt[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _NAMED
+    return ", ".join(map(spelt, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")

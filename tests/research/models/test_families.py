@@ -89,6 +89,30 @@ def test_rotary_fields_are_read_in_their_older_spelling(pair):
     assert decoder_config(old) == pair[1].config
 
 
+def test_the_balance_loss_is_that_of_transformers(tmp_path):
+    """Of one layer: transformers multiplies the means of all layers, and we sum their losses."""
+    kind, fields = CASES["mixtral_window"]
+    torch.manual_seed(0)
+    theirs = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **{**fields, "num_hidden_layers": 1}, router_aux_loss_coef=0.3, router_jitter_noise=0.1
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path / "in")
+    ours = load(tmp_path / "in")
+    with torch.no_grad():
+        want = 0.3 * theirs(torch.tensor(TOKENS), output_router_logits=True).aux_loss.item()
+    got = jax.jit(lambda model, tokens: model(tokens).aux.loss)(ours, TOKENS)
+    np.testing.assert_allclose(got, [want], rtol=1e-5)
+    assert ours.config.moe.jitter == 0.1
+    save(ours, tmp_path / "out", "mixtral")
+    hf = described(tmp_path / "out")
+    assert hf["router_aux_loss_coef"] == 0.3 and hf["router_jitter_noise"] == 0.1
+    with pytest.warns(UserWarning, match="seq_aux: not applied in training"):
+        deepseek = {**CASES["deepseek"][1], "aux_loss_alpha": 0.2, "seq_aux": True}
+        assert decoder_config({"model_type": "deepseek_v3", **deepseek}).moe.balance_weight == 0.2
+
+
 def test_the_layers_that_slide_are_those_of_transformers():
     """Named one by one or by a rule; older files have the rule alone."""
     for name, rule in (

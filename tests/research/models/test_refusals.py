@@ -1,9 +1,12 @@
 """What cannot be read or written is refused in one line that names it."""
 
 import dataclasses
+import errno
 import json
+import resource
 import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -43,7 +46,31 @@ def _tensors(f):
     return change
 
 
+def _index(content):
+    """Replaces the one file by two, with an index that ``content(weight_map)`` gives."""
+
+    def change(directory):
+        tensors = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        names = sorted(tensors)
+        weight_map = {}
+        for number, part in enumerate((names[:9], names[9:]), 1):
+            file = f"model-{number:05d}-of-00002.safetensors"
+            save_file({name: tensors[name] for name in part}, directory / file)
+            weight_map |= dict.fromkeys(part, file)
+        write_index(directory, content(weight_map))
+
+    return change
+
+
+def write_index(directory, content):
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
 NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+DEEP = "[" * 200_000 + "]" * 200_000
+FIRST = "model-00001-of-00002.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +95,51 @@ NORM = "model.norm.weight"
         (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "model.safetensors").unlink(), "must hold model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"1234"), "cannot be read"),
+        (lambda d: (d / "config.json").write_text("[1, 2]"), "must be an object, not"),
+        (lambda d: (d / "config.json").write_text(DEEP), "nested too deep"),
+        (lambda d: (d / "config.json").write_bytes(b"\xff"), "not JSON"),
+        (_edit("architectures", "LlamaForCausalLM"), "architectures=.*: must be a list of texts"),
+        (_edit("architectures", ["LlamaForCausalLM"] * 2), "architectures=.*: must name one"),
+        (_edit("model_type", "mistral"), "model_type='mistral': must be llama for architectures"),
+        (_edit("model_type", 3), "model_type=3: must be a text"),
+        (_edit("vocab_size", "2000"), "vocab_size='2000': must be an integer"),
+        (_edit("hidden_size", 64.5), "hidden_size=64.5: must be an integer"),
+        (_edit("hidden_size", None), "hidden_size=None: must not be null"),
+        (_edit("num_attention_heads", 0), "num_attention_heads=0: must be ≥ 1"),
+        (_edit("num_key_value_heads", -2), "num_key_value_heads=-2: must be ≥ 1"),
+        (_edit("num_hidden_layers", True), "num_hidden_layers=True: must be an integer"),
+        (_edit("num_hidden_layers", 10**9), "num_hidden_layers=1000000000: must be ≤ 10000"),
+        (_edit("num_hidden_layers", 5000), "num_layers=5000: must be their number in the"),
+        (_edit("intermediate_size", 2**31 - 1), "mlp.width=2147483647: exceeds the 992 of the"),
+        (_edit("head_dim", 2**30), "attention.head_dim=1073741824: exceeds the 992 of the"),
+        (_edit("rms_norm_eps", float("nan")), "rms_norm_eps=nan: must be finite"),
+        (_edit("tie_word_embeddings", 1), "tie_word_embeddings=1: must be true or false"),
+        (_edit("rope_parameters", [1, 2]), r"rope_parameters=\[1, 2\]: must be an object"),
+        (_edit("rope_parameters", {"rope_theta": float("inf")}), "rope_theta=inf: must be finite"),
+        (_edit("partial_rotary_factor", 0.5), "partial_rotary_factor=0.5: must be 1.0"),
+        (_edit("quantization_config", {"bits": 4}), "quantization_config=.*: must be null"),
+        (_edit("vocab_size", 63), rf"tensor {EMBEDDING}=\[62, 16\]: must have shape \[63, 16\]"),
+        (
+            _tensors(lambda t: t.update({k: t[k].astype("int8") for k in t if "q_proj" in k})),
+            r"q_proj.weight='I8': must be F64, F32, F16, BF16; quantised",
+        ),
+        (
+            _tensors(lambda t: t.update({NORM: t[NORM].astype(ml_dtypes.float8_e4m3fn)})),
+            rf"tensor {NORM}='F8_E4M3': must be F64",
+        ),
+        (
+            lambda d: write_index(d, {"weight_map": {NORM: FIRST}}),
+            "has model.safetensors and model.safetensors.index.json, of other files: remove one",
+        ),
+        (_index(lambda m: [1]), "index.json': the file=.*: must be an object"),
+        (_index(lambda m: {}), "index.json': weight_map=.*: must name the file"),
+        (_index(lambda m: {"weight_map": 3}), "index.json': weight_map=3: must be an object"),
+        (_index(lambda m: {"weight_map": {NORM: 3}}), rf"weight_map.{NORM}=3: must be a text"),
+        (_index(lambda m: {"weight_map": {NORM: "../a"}}), "'../a': must be the name of a file"),
+        (_index(lambda m: {"weight_map": {NORM: "/etc/passwd"}}), "must be the name of a file"),
+        (_index(lambda m: {"weight_map": {NORM: "b" * 300}}), "in the index but does not exist"),
+        (_index(lambda m: {"weight_map": {**m, NORM: FIRST}}), f"'{NORM}': is not in {FIRST}"),
+        (_index(lambda m: {"weight_map": {**m, "z": FIRST}}), f"tensor='z': is not in {FIRST}"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_by_name(tmp_path, change, message):
@@ -85,6 +157,64 @@ def test_a_missing_directory_field_or_shard_is_named(tmp_path):
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(ConfigError, match="model-00002.*is in the index but does not exist"):
         load(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    _index(lambda weight_map: {"weight_map": weight_map})(tmp_path)
+    load(tmp_path)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: load_file(first)[name]}, second)
+    with pytest.raises(
+        ConfigError, match=f"tensor='{name}': is in {first.name} and in {second.name}"
+    ):
+        load(tmp_path)
+
+
+def test_a_tied_head_must_be_the_embedding(tmp_path):
+    make("llama_biased_tied").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors[EMBEDDING]}, path)
+    load(tmp_path)
+    other = tensors[EMBEDDING].copy()
+    other[-1, -1] += 1
+    for head, message in (
+        (other, f"'lm_head.weight': differs from {EMBEDDING}, to which tie_word_embeddings"),
+        (other[1:], r"tensor lm_head.weight=\[61, 16\]: must have shape \[62, 16\]"),
+    ):
+        save_file({**tensors, "lm_head.weight": np.ascontiguousarray(head)}, path)
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_named(tmp_path, run_script):
+    make("llama").save_pretrained(tmp_path)
+    run_script(f"""
+import pytest
+from layers.config import ConfigError
+from research.models import load
+from research.parallel import MeshConfig, make_mesh
+for sizes, message in (
+    (dict(tensor=4, data=2), "attention.num_kv_heads=2: must be a multiple of mesh tensor=4"),
+    (dict(stage=8), "num_layers=2: "),
+):
+    with pytest.raises(ConfigError, match=message) as raised:
+        load({str(tmp_path)!r}, mesh=make_mesh(MeshConfig(**{{"data": 1, **sizes}})))
+""")
+
+
+def test_a_disk_that_is_full_is_an_error_that_names_the_file(held, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="model.safetensors") as raised:
+            save(held["llama"], tmp_path / "a", "llama")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert raised.value.errno == errno.EFBIG and "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_layers_after_the_last_are_left_out_and_unknown_tensors_are_not(tmp_path):
@@ -223,7 +353,7 @@ def test_a_feature_that_is_not_supported_is_named(family, fields, message):
         vocab_size=8, hidden_size=12, n_embd=12, d_model=12, n_layer=1, n_layers=1, n_head=2,
         n_heads=4, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=24 if family == "mamba" else 4, n_positions=8, n_routed_experts=8,
-        moe_intermediate_size=4, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4,
+        moe_intermediate_size=4, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=6,
         v_head_dim=4, n_group=1, topk_group=1, n_groups=2, num_heads=4, head_dim=6,
     )  # fmt: skip
     hf = {"architectures": [FAMILIES[family].architecture], **sizes}

@@ -43,7 +43,7 @@ def tiny(draw, family):
         **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 8),
         context_length=8,
         num_key_value_heads=heads_kept,
-        head_dim=channels,
+        head_dim=2 if family == "deepseek_v3" else channels,
         intermediate_size=2 * width if family == "mamba" else draw(st.sampled_from([4, 6])),
         num_local_experts=draw(st.integers(2, 3)),
         num_experts_per_tok=draw(st.integers(1, 2)),
@@ -162,7 +162,7 @@ from pathlib import Path
 import jax, numpy as np
 from safetensors.numpy import load_file
 from research.models import load, save
-from research.models.load import Reader
+from research.models.reader import Reader
 from research.parallel import MeshConfig, make_mesh, shard_batch, shardings, use_mesh
 
 # never more than one tensor on the host at a time

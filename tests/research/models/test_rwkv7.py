@@ -166,7 +166,16 @@ class Trap:
          r"tensor blocks.1.att.x_r=\[24\]: must have shape \[1, 1, 24\]"),
         (put("emb.weight", torch.ones(WIDTH)), r"tensor emb.weight=\[24\]: must have 2 axes"),
         (put("steps", 7), "must be a dictionary of tensors"),
-        (put("trap", Trap()), "cannot be read"),
+        (put("trap", Trap()), "cannot be read: it contains posix.system, not tensors alone$"),
+        (put(7, torch.ones(1)), "must be a dictionary of tensors"),
+        (put("emb.weight", torch.ones(1, 1).expand(10**6, 10**6)),
+         "tensor='emb.weight': must be dense and in the file"),
+        (put("emb.weight", torch.ones(65, WIDTH).to_sparse()),
+         "tensor='emb.weight': must be dense and in the file"),
+        (put("blocks.999999999.ln1.weight", torch.ones(WIDTH)),
+         "num_hidden_layers=1000000000: must be ≤"),
+        (put("blocks.1.ffn.x_k", torch.ones((1, 1, WIDTH), dtype=torch.int8)),
+         "tensor blocks.1.ffn.x_k='int8': must be F64"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_refused_by_name(change, message, tmp_path):

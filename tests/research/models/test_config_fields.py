@@ -1,0 +1,138 @@
+"""Every field of transformers' configurations is read, refused or without effect.
+
+The oracle is transformers: one field is changed at a time, and its model computes again with the
+same weights.
+"""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+
+from layers.config import TRAINING, decides
+from research.models import FAMILIES, decoder_config
+from research.models.families.unused import EVERYWHERE, SUPPORTED
+from tests.research.models.conftest import CASES, TOKENS, make
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# one case of each family, with a sliding window where there is one
+NAMES = (
+    "llama", "mistral_window", "qwen2_window", "qwen3", "olmo2", "phi3", "gemma2", "gemma3",
+    "mixtral_window", "deepseek", "mamba", "mamba2", "gpt2", "gpt_neox", "bloom", "mpt", "rwkv",
+)  # fmt: skip
+# (family, field) → why only one side changes
+EXPECTED = {
+    ("*", "tie_word_embeddings"): "the weights of the head are equal to those of the embedding",
+    ("*", "use_cache"): "theirs is called without a cache",
+    ("mixtral_window", "rope_parameters.original_max_position_embeddings"): "the same channels",
+    ("gpt_neox", "rope_parameters.rope_theta"): "two channels rotate, at base ** 0",
+}
+
+
+def written(config):
+    """config.json as transformers writes it, with all defaults."""
+    return {**json.loads(config.to_json_string(use_diff=False)), "_name_or_path": "a"}
+
+
+def parsed(config_class, hf):
+    """transformers' configuration of a config.json, in which infinity is an object."""
+
+    def hook(value):
+        return float("inf") if "__float__" in value else value
+
+    return config_class.from_dict(json.loads(json.dumps(hf), object_hook=hook))
+
+
+def read(hf):
+    """Our configuration without what only training has, and the fields of a warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = decoder_config(hf)
+    fields = dataclasses.asdict(config)
+    unlimited = () if config.position == "learned" else ("max_length",)
+    for name in (*decides(config, TRAINING), *unlimited):
+        *parents, last = name.split(".")
+        part = fields
+        for parent in parents:
+            part = part[parent]
+        del part[last]
+    return fields, " ".join(str(warning.message) for warning in caught)
+
+
+def test_a_case_of_each_family():
+    kinds = {getattr(transformers, f"{CASES[name][0]}Config").model_type for name in NAMES}
+    assert kinds | {"rwkv7"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_fields_of_transformers_are_known(name):
+    kind, fields = CASES[name]
+    config_class = getattr(transformers, f"{kind}Config")
+    hf = written(config_class(**fields))
+    names = {field.name for field in dataclasses.fields(config_class)}
+    aliases = config_class.attribute_map  # written under the other name
+    assert {aliases.get(field, field) for field in names} <= hf.keys()
+    _, message = read(hf)
+    assert not message
+    for dropout in (n for n in names if n.endswith(("dropout", "pdrop")) and n not in EVERYWHERE):
+        if dropout not in FAMILIES[hf["model_type"]].unused:
+            assert f"{dropout}: not applied in training" in read({**hf, dropout: 0.25})[1]
+
+
+def changes(hf):
+    """(field, config.json with another value of it)."""
+    for name, value in hf.items():
+        others = ()
+        if isinstance(value, bool):
+            others = (not value,)
+        elif isinstance(value, int):
+            others = (value + 1, 2 * value, max(value // 2, 1))
+        elif isinstance(value, float):
+            others = (value * 1.5 + 0.1,)
+        elif value is None:
+            others = (True, 2, 0.3)
+        elif isinstance(value, dict) and name in ("rope_parameters", "attn_config"):
+            yield from ((f"{name}.{inner}", {**hf, name: other}) for inner, other in changes(value))
+        for other in others:
+            if other != value or type(other) is not type(value):
+                yield name, {**hf, name: other}
+
+
+def output(config, weights):
+    """The logits of transformers; None: it refuses the configuration, 0: or these weights."""
+    try:
+        config._attn_implementation = "eager"
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    except Exception:
+        return None
+    try:
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            return model(torch.tensor(TOKENS), use_cache=False).logits
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_field_has_the_effect_that_it_has_in_transformers(name):
+    theirs = make(name)
+    weights, config_class = theirs.state_dict(), type(theirs.config)
+    hf = {**written(theirs.config), "architectures": [type(theirs).__name__]}
+    before, ours = output(parsed(config_class, hf), weights), read(hf)[0]
+    followed = 0
+    for field, changed in changes(hf):
+        if EXPECTED.keys() & {("*", field), (name, field)} or field in SUPPORTED:
+            continue
+        try:
+            after = output(parsed(config_class, changed), weights)
+            follows = read(changed)[0] != ours
+        except Exception:
+            continue  # one of the two refuses it
+        if after is not None:
+            differs = isinstance(after, int) or not torch.allclose(before, after, 1e-4, 1e-4)
+            assert differs == follows, f"{field}={changed.get(field)}"
+            followed += follows
+    assert followed > 2
