@@ -1,6 +1,7 @@
 # make demo   set up; train two arms of one ablation to verdicts, a picture and a text
 # make test   set up and pass the tests
 # make soak   kill a run 50 times, also in the middle of a save
+# make fuzz   mutate files that users have, 100,000 times each: refused in one line, or read
 # make check  lint and types
 # make test-gpu          the kernels on this machine's NVIDIA GPU
 # make test-gpu-compile  compile them for an H100; no GPU is needed
@@ -13,7 +14,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: demo test test-slow soak test-gpu test-gpu-compile check clean
+.PHONY: demo test test-slow soak fuzz test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/ablate run architecture/gqa --arms=mha,gqa --seeds=0,1 --workdir=runs/demo
@@ -29,6 +30,9 @@ test-slow: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m soak
+
+fuzz: $(VENV)/.test
+	$(VENV)/bin/python tests/fuzz.py
 
 test-gpu: $(VENV)/.cuda
 	JAX_PLATFORMS=cuda,cpu $(VENV)/bin/python -m pytest -m gpu

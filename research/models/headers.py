@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from layers.config import EXECUTION, PRECISION, TRAINING, check, decides
+from layers.config import EXECUTION, PRECISION, TRAINING, ConfigError, check, decides
 from layers.decoder import DecoderConfig
 from research.models.families import Family
+from research.models.fields import short
 from research.models.table import Target
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -30,7 +31,8 @@ def canonical_names(names: Iterable[str], family: Family) -> dict[str, str]:
         if name != family.head and not name.startswith(family.prefix):
             name = family.prefix + name
         known = canonical.setdefault(name, theirs)
-        check(known == theirs, "tensor", theirs, f"is in the checkpoint as {known!r} too")
+        if known != theirs:
+            raise ConfigError(f"tensor={short(theirs)}: is in the checkpoint as {short(known)} too")
     return canonical
 
 
@@ -98,12 +100,16 @@ def check_headers(
             known = True
             _check_shape(name, headers, (config.vocab_size, config.width))
         known = known or _beyond(name, family, config.num_layers)
-        check(known, "tensor", name, f"is not part of a {family.architecture} with this config")
+        if not known:
+            requirement = f"is not part of a {family.architecture} with this config"
+            raise ConfigError(f"tensor={short(name)}: {requirement}")
 
 
 def _check_shape(name: str, headers: Headers, shape: tuple[int, ...]) -> None:
     actual, dtype = headers[name]
-    check(actual == shape, f"tensor {name}", list(actual), f"must have shape {list(shape)}")
+    if actual != shape:
+        requirement = f"must have shape {list(shape)}"
+        raise ConfigError(f"tensor {name}={short(list(actual))}: {requirement}")
     requirement = f"must be {', '.join(FLOATS)}; quantised weights are not supported"
     check(dtype in FLOATS, f"tensor {name}", dtype, requirement)
 

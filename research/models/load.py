@@ -50,17 +50,12 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     validate_model(config, mesh)
     with ExitStack() as stack:
-        stack.enter_context(use_mesh(mesh))
         stack.enter_context(reader)
-        names = canonical_names(reader.names, family)
-        headers = {name: reader.header(theirs) for name, theirs in names.items()}
-        check_sizes(config, family, headers)
-        abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        abstract, needed, names = match(config, family, reader)
+        _check_head(reader, names, family, config)
+        stack.enter_context(use_mesh(mesh))
         shapes: dict[str, Any] = flat(abstract)
         stored: dict[str, Any] = flat(shardings(abstract, mesh))
-        needed = {target.name: target for target in targets(family.rows, config, shapes)}
-        check_headers(headers, needed, family, config)
-        _check_head(reader, names, family, config)
         arrays: dict[str, jax.Array] = {}
         for target in needed.values():
             parts = _read(reader, names.get(target.name), target, config)
@@ -70,6 +65,23 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
                 del part  # free this tensor before the next one is read
             del parts
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in shapes])
+
+
+def match(
+    config: DecoderConfig, family: Family, reader: Reader | PthReader
+) -> tuple[Decoder, dict[str, Target], dict[str, str]]:
+    """The shapes of the model, its tensors by name, and the names of these in the checkpoint.
+
+    Raises:
+      ConfigError: the headers of ``reader`` do not match ``config``. No tensor is read.
+    """
+    names = canonical_names(reader.names, family)
+    headers = {name: reader.header(theirs) for name, theirs in names.items()}
+    check_sizes(config, family, headers)
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    needed = {t.name: t for t in targets(family.rows, config, flat(abstract))}
+    check_headers(headers, needed, family, config)
+    return abstract, needed, names
 
 
 def open_model(source: Path) -> tuple[dict[str, Any], Reader | PthReader]:

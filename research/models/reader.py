@@ -11,6 +11,7 @@ from layers.config import ConfigError, check
 from research.files import read_json
 from research.models.fields import Fields, short
 
+_LONG = 200  # characters of another library's message
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -33,7 +34,9 @@ class Reader:
                 self._files[name] = path, opened
         for name, file in _weight_map(directory).items():
             exists = name in self._files and self._files[name][0].name == file
-            check(exists, "tensor", name, f"is not in {file}, where the index has it")
+            if not exists:
+                requirement = f"is not in {file}, where the index has it"
+                raise ConfigError(f"tensor={short(name)}: {requirement}")
 
     def __enter__(self) -> "Reader":
         return self
@@ -73,8 +76,8 @@ def _files(directory: Path) -> list[Path]:
         check(SINGLE in present, "directory", str(directory), f"must hold {SINGLE}")
         named = {SINGLE}
     for name in sorted(named):
-        path = str(directory / name)
-        check(name in present, "file", path, "is in the index but does not exist")
+        if name not in present:
+            raise ConfigError(f"file={short(name)}: is in the index but does not exist")
     return [directory / name for name in sorted(named)]
 
 
@@ -100,8 +103,8 @@ def weight_map(index: Any) -> Mapping[str, str]:
     check(bool(fields), "weight_map", {}, "must name the file of each tensor")
     files = {name: fields.text(name) for name in fields.values}
     for name, file in files.items():
-        inside = Path(file).name == file
-        check(inside, f"weight_map.{name}", file, "must be the name of a file in the directory")
+        if Path(file).name != file:
+            fields.refuse(name, file, "must be the name of a file in the directory")
     return files
 
 
@@ -113,4 +116,5 @@ def _open(path: Path) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message in one line; it may quote a whole header."""
+    return " ".join(str(error).split())[:_LONG] or type(error).__name__
