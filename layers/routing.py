@@ -159,9 +159,8 @@ def _chosen(config: MoeConfig, experts_btk: jax.Array, valid_bt: jax.Array):
 
     ``earlier_bte`` counts those tokens of the row before each token that chose the expert.
     """
-    hot_btke = (experts_btk[..., None] == jnp.arange(config.num_experts)) & valid_bt[
-        ..., None, None
-    ]
+    hot_btke = experts_btk[..., None] == jnp.arange(config.num_experts)
+    hot_btke &= valid_bt[..., None, None]
     chosen_bte = jnp.any(hot_btke, axis=2)
     return hot_btke, chosen_bte, jnp.cumsum(chosen_bte, axis=1, dtype=jnp.int32) - chosen_bte
 
