@@ -179,7 +179,7 @@ def validate(config: DecoderConfig, mesh: Mesh, *, batch_size: int, sequence_len
         ("batch_size", batch_size, "stage×data×fsdp×expert", batch_ways(mesh)),
         ("sequence_length", sequence_length, "sequence", mesh.shape["sequence"]),
     ):
-        check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
+        check(size % ways == 0, field, size, f"must be a multiple of mesh.{axis}={ways}")
     if (attention := config.attention) is not None and attention.context != "gather":
         _validate_context(config, attention, mesh, sequence_length)
 
@@ -193,13 +193,13 @@ def validate_model(config: DecoderConfig, mesh: Mesh) -> None:
     tensor, expert, stages = (mesh.shape[axis] for axis in ("tensor", "expert", "stage"))
     repeats = config.repeats // config.circuits
     scan = config.scan or stages == 1
-    check(scan, "scan", False, f"must be True: mesh stage={stages} requires it")
+    check(scan, "scan", False, f"must be True: mesh.stage={stages} requires it")
     check(
         repeats % stages == 0,
         "num_layers",
         config.num_layers,
         f"its {repeats} repeats of the pattern per circuit must be a multiple of "
-        f"mesh stage={stages}",
+        f"mesh.stage={stages}",
     )
     parts: list[tuple[str, int]] = []
     # a configuration may describe parts that none of its layers uses
@@ -217,7 +217,7 @@ def validate_model(config: DecoderConfig, mesh: Mesh) -> None:
             experts % expert == 0,
             "moe.num_experts",
             experts,
-            f"must be a multiple of mesh expert={expert}",
+            f"must be a multiple of mesh.expert={expert}",
         )
     if (latent := config.latent) is not None and "latent" in used:
         parts += [("latent.num_heads", latent.num_heads)]
@@ -237,7 +237,7 @@ def validate_model(config: DecoderConfig, mesh: Mesh) -> None:
         *((field, size, "tensor", tensor) for field, size in parts),
         ("vocab_size", config.vocab_size, "tensor", tensor),
     ):
-        check(size % ways == 0, field, size, f"must be a multiple of mesh {axis}={ways}")
+        check(size % ways == 0, field, size, f"must be a multiple of mesh.{axis}={ways}")
     check(
         expert == 1 or "moe" in used,
         "mesh.expert",
@@ -249,22 +249,22 @@ def validate_model(config: DecoderConfig, mesh: Mesh) -> None:
 def _validate_stages(config: DecoderConfig, mesh: Mesh, batch_size: int) -> None:
     stages, parts = mesh.shape["stage"], config.microbatches
     if stages == 1:
-        check(parts is None, "microbatches", parts, "changes nothing: mesh.stage is 1")
+        check(parts is None, "microbatches", parts, "changes nothing: mesh.stage=1")
         return
-    divides = f"must be a multiple of mesh stage={stages}"
+    divides = f"must be a multiple of mesh.stage={stages}"
     check(parts is not None and parts % stages == 0, "microbatches", parts, divides)
     ways = (parts or 1) * batch_ways(mesh) // stages
     check(
         batch_size % ways == 0,
         "batch_size",
         batch_size,
-        f"must be a multiple of microbatches × mesh data×fsdp×expert={ways}",
+        f"must be a multiple of microbatches × mesh.data×fsdp×expert={ways}",
     )
 
 
 def _validate_context(config, attention, mesh, length) -> None:
     ways, field, context = mesh.shape["sequence"], "attention.context", attention.context
-    check(ways > 1, field, context, f"changes nothing: mesh.sequence is {ways}")
+    check(ways > 1, field, context, f"changes nothing: mesh.sequence={ways}")
     attending = {"attention", "sliding"} & set(config.pattern)
     check(bool(attending), field, context, "changes nothing: the pattern has no attention")
     if context == "ulysses":
@@ -273,14 +273,14 @@ def _validate_context(config, attention, mesh, length) -> None:
             heads % shards == 0,
             "attention.num_kv_heads",
             heads,
-            f"must be a multiple of mesh sequence × tensor={shards} for context=ulysses",
+            f"must be a multiple of mesh.sequence×tensor={shards} for context=ulysses",
         )
     if context == "zigzag":
         check(
             length % (2 * ways) == 0,
             "sequence_length",
             length,
-            f"must be a multiple of {2 * ways}, twice mesh sequence, for context=zigzag",
+            f"must be a multiple of 2 × mesh.sequence={2 * ways} for context=zigzag",
         )
         # these layers depend on the order of the tokens in the array
         others = set(config.pattern) - {"attention", "sliding"}

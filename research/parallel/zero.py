@@ -124,7 +124,7 @@ def check_stage(stage: int | None, config: Any, sizes: dict[str, int]) -> None:
     if stage is None:
         return
     fsdp = sizes["fsdp"]
-    check(fsdp > 1, "mesh.zero", stage, f"changes nothing: mesh.fsdp is {fsdp}")
+    check(fsdp > 1, "mesh.zero", stage, f"changes nothing: mesh.fsdp={fsdp}")
     check(
         stage == 3 or can_wait(config, sizes),
         "mesh.zero",

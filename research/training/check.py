@@ -50,7 +50,7 @@ def check_run(
     else:
         stages = mesh.shape["stage"]
         check(stages == 1, "mesh.stage", stages, "must be 1: only decoders support stages")
-        divides = f"must be a multiple of mesh stage×data×fsdp×expert={ways}"
+        divides = f"must be a multiple of mesh.stage×data×fsdp×expert={ways}"
         check(batch_size % ways == 0, "batch_size", batch_size, divides)
     # each process loads complete rows, so only axes that shard rows can go across processes
     processes = len({device.process_index for device in mesh.devices.flat})

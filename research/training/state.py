@@ -121,6 +121,6 @@ def _check_blocks(moments: Any, stored: Any) -> None:
                 size % ways == 0,
                 "optimizer.moments",
                 "8bit",
-                f"mesh {axis}={ways} must divide the {size} blocks of "
+                f"mesh.{axis}={ways} must divide the {size} blocks of "
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')}",
             )

@@ -209,14 +209,14 @@ ATTENDING = DecoderConfig(
     "context, options, sizes, message",
     [
         ("rink", {}, {}, "context='rink': must be one of gather, ring, .*did you mean 'ring'"),
-        ("ring", {}, {}, "attention.context='ring': changes nothing: mesh.sequence is 1"),
+        ("ring", {}, {}, "attention.context='ring': changes nothing: mesh.sequence=1"),
         (
             "ulysses", {}, dict(sequence=4, tensor=2),
-            "attention.num_kv_heads=4: must be a multiple of mesh sequence × tensor=8",
+            "attention.num_kv_heads=4: must be a multiple of mesh.sequence×tensor=8",
         ),
         (
             "zigzag", {}, dict(sequence=16),
-            "sequence_length=16: must be a multiple of 32, twice mesh sequence",
+            "sequence_length=16: must be a multiple of 2 × mesh.sequence=32",
         ),
         (
             "zigzag",

@@ -75,7 +75,7 @@ for kind, options in KINDS.items():
 try:
     validate(MODEL, make_mesh(MeshConfig(data=1, expert=8)), batch_size=8, sequence_length=32)
 except ConfigError as error:
-    assert str(error) == "moe.num_experts=4: must be a multiple of mesh expert=8", error
+    assert str(error) == "moe.num_experts=4: must be a multiple of mesh.expert=8", error
 else:
     raise AssertionError("4 experts over 8 devices")
 print("passed")

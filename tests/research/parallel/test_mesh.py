@@ -56,14 +56,17 @@ def test_sizes_that_do_not_fit_name_the_numbers():
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"tensor": 4}, "attention.num_kv_heads=2: must be a multiple of mesh tensor=4"),
-        ({"tensor": 3}, "attention.num_heads=8: must be a multiple of mesh tensor=3"),
-        ({"data": 3}, "batch_size=8: must be a multiple of mesh stage×data×fsdp×expert=3"),
+        ({"tensor": 4}, "attention.num_kv_heads=2: must be a multiple of mesh.tensor=4"),
+        ({"tensor": 3}, "attention.num_heads=8: must be a multiple of mesh.tensor=3"),
+        (
+            {"data": 3},
+            "batch_size=8: must be a multiple of mesh.stage×data×fsdp×expert=3",
+        ),
         (
             {"data": 4, "fsdp": 4},
-            "batch_size=8: must be a multiple of mesh stage×data×fsdp×expert=16",
+            "batch_size=8: must be a multiple of mesh.stage×data×fsdp×expert=16",
         ),
-        ({"sequence": 3}, "sequence_length=16: must be a multiple of mesh sequence=3"),
+        ({"sequence": 3}, "sequence_length=16: must be a multiple of mesh.sequence=3"),
         ({"expert": 2}, "mesh.expert=2: must be 1: the model has no experts"),
     ],
 )
@@ -84,5 +87,5 @@ def test_a_part_that_no_layer_has_is_not_held_to_the_mesh():
     with pytest.raises(ConfigError, match="^mesh.expert=2: must be 1: the model has no experts"):
         validate(mamba, _Shape(expert=2), batch_size=8, sequence_length=16)
     mixed = dataclasses.replace(mamba, feed_forward=("moe",))
-    with pytest.raises(ConfigError, match="^moe.num_experts=3: must be a multiple of mesh expert"):
+    with pytest.raises(ConfigError, match="^moe.num_experts=3: must be a multiple of mesh.expert"):
         validate(mixed, _Shape(expert=2), batch_size=8, sequence_length=16)

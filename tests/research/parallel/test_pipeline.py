@@ -179,9 +179,9 @@ MODEL = DecoderConfig(64, 32, 4, AttentionConfig(4), MlpConfig(64), microbatches
 @pytest.mark.parametrize(
     "mesh, options, message",
     [
-        (dict(stage=1), {}, "microbatches=4: changes nothing: mesh.stage is 1"),
+        (dict(stage=1), {}, "microbatches=4: changes nothing: mesh.stage=1"),
         (dict(stage=2), dict(microbatches=None), "microbatches=None: must be a multiple of mesh"),
-        (dict(stage=2), dict(microbatches=3), "microbatches=3: must be a multiple of mesh stage=2"),
+        (dict(stage=2), dict(microbatches=3), "microbatches=3: must be a multiple of mesh.stage=2"),
         (
             dict(stage=4),
             dict(circuits=2),
@@ -190,7 +190,7 @@ MODEL = DecoderConfig(64, 32, 4, AttentionConfig(4), MlpConfig(64), microbatches
         (
             dict(stage=2),
             dict(microbatches=32),
-            "batch_size=32: must be a multiple of microbatches × mesh data×fsdp×expert=64",
+            "batch_size=32: must be a multiple of microbatches × mesh.data×fsdp×expert=64",
         ),
         (dict(stage=2, zero=1), {}, "mesh.zero=1: must be 3: gradients cannot stay unreduced"),
     ],

@@ -53,8 +53,8 @@ for config, meshes in (
             atol = 2e-5 * max(1, np.abs(b).max())
             np.testing.assert_allclose(a, b, atol=atol, err_msg=str(sizes))
 for config, message in (
-    (MODEL, "width / rwkv.head_dim=4: must be a multiple of mesh tensor=8"),
-    (GROUPS, "mamba.groups=4: must be a multiple of mesh tensor=8"),
+    (MODEL, "width / rwkv.head_dim=4: must be a multiple of mesh.tensor=8"),
+    (GROUPS, "mamba.groups=4: must be a multiple of mesh.tensor=8"),
 ):
     try:
         validate(config, make_mesh(MeshConfig(data=1, tensor=8)), batch_size=8, sequence_length=32)

@@ -282,7 +282,7 @@ def test_a_stage_that_changes_nothing_or_cannot_be_is_refused():
     sizes = dict(stage=1, data=1, fsdp=2, expert=1, sequence=2, tensor=1)
     with pytest.raises(ConfigError, match="^zero=4: must be 1, 2 or 3"):
         MeshConfig(zero=4)
-    with pytest.raises(ConfigError, match="^mesh.zero=1: changes nothing: mesh.fsdp is 1"):
+    with pytest.raises(ConfigError, match="^mesh.zero=1: changes nothing: mesh.fsdp=1"):
         check_stage(1, MODEL, {**sizes, "fsdp": 1})
     with pytest.raises(ConfigError, match="^mesh.zero=2: must be 3: .* mesh.sequence=2"):
         check_stage(2, RECURRENT, sizes)

@@ -106,8 +106,11 @@ RECURRENT = DecoderConfig(
         (dict(topology="v5x:2x2"), "topology='v5x:2x2': "),
         (dict(mesh=MeshConfig(data=1, fsdp=3)), "mesh=fsdp=3: requires 3 devices, there are 4"),
         (dict(mesh=MeshConfig(data=1, tensor=4)), "attention.num_kv_heads=2: must be a multiple"),
-        (dict(mesh=MeshConfig(zero=1)), "mesh.zero=1: changes nothing: mesh.fsdp is 1"),
-        (dict(batch_size=6), "batch_size=6: must be a multiple of mesh stage×data×fsdp×expert=4"),
+        (dict(mesh=MeshConfig(zero=1)), "mesh.zero=1: changes nothing: mesh.fsdp=1"),
+        (
+            dict(batch_size=6),
+            "batch_size=6: must be a multiple of mesh.stage×data×fsdp×expert=4",
+        ),
         (
             dict(training=TrainingConfig(steps=1, gradient_accumulation=4)),
             "training.gradient_accumulation=4: must divide the 2 rows of a device",

@@ -49,7 +49,7 @@ def setup(model, training, mesh, topology="v5e:1x1"):
             dict(position="learned", max_length=7), {}, {},
             "data.sequence_length=8: must be at most model.max_length=7",
         ),
-        (dict(microbatches=2), {}, {}, "microbatches=2: changes nothing: mesh.stage is 1"),
+        (dict(microbatches=2), {}, {}, "microbatches=2: changes nothing: mesh.stage=1"),
         (
             {}, dict(gradient_accumulation=3), {},
             "training.gradient_accumulation=3: must divide the 2 rows of a device",
@@ -58,7 +58,7 @@ def setup(model, training, mesh, topology="v5e:1x1"):
             {}, dict(optimizer=OptimizerConfig(master=True)), {},
             "training.optimizer.master=True: changes nothing: model.param_dtype is float32",
         ),
-        ({}, {}, dict(zero=2), "mesh.zero=2: changes nothing: mesh.fsdp is 1"),
+        ({}, {}, dict(zero=2), "mesh.zero=2: changes nothing: mesh.fsdp=1"),
         ({}, {}, dict(tensor=3), "mesh=data=-1 × tensor=3: 3 must divide the number of devices, 1"),
     ],
 )  # fmt: skip
@@ -88,7 +88,7 @@ def test_moments_that_the_strategy_does_not_split_are_refused_before_anything_is
     training = TrainingConfig(1, OptimizerConfig("sgd", b1=0.0))
     mesh = MeshConfig(data=1, fsdp=4, zero=1)
     said = refusal(check_setup, setup(MODEL, training, mesh, "v5e:2x2"))
-    assert said == "batch_size=2: must be a multiple of mesh stage×data×fsdp×expert=4"
+    assert said == "batch_size=2: must be a multiple of mesh.stage×data×fsdp×expert=4"
     large = dataclasses.replace(setup(MODEL, training, mesh, "v5e:2x2"), batch_size=4)
     assert refusal(check_setup, large).startswith("mesh.zero=1: changes nothing: fsdp shards no")
     packed = TrainingConfig(1, OptimizerConfig(moments="8bit"))

@@ -235,7 +235,7 @@ def test_what_changes_nothing_or_cannot_be_split_is_refused():
     wide = AbstractMesh(sizes, AXES)
     with pytest.raises(
         ConfigError,
-        match="^optimizer.moments='8bit': mesh tensor=16 must divide the 8 blocks of .*/scales",
+        match="^optimizer.moments='8bit': mesh.tensor=16 must divide the 8 blocks of .*/scales",
     ):
         heads = dataclasses.replace(MODEL, attention=AttentionConfig(num_heads=16, head_dim=32))
         abstract_state(heads, optimizer, wide)
