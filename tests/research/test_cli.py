@@ -275,6 +275,17 @@ def test_help_answers_without_jax():
     assert "ablate run architecture/gqa --scale=smoke" in done.stdout
 
 
+def test_only_training_imports_torch():
+    """tensorboardX imports it if it is installed, which takes seconds."""
+    code = (
+        "import sys\nfrom research.cli import main\nmain(['list'])\n"
+        "assert 'research.training' in sys.modules\n"
+        "assert not {'tensorboardX', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "offered, asked, started_with",
     [

@@ -115,7 +115,7 @@ def test_records_that_cannot_be_written(tmp_path):
 def test_a_board_that_cannot_be_written_does_not_hang(tmp_path):
     """Its file alone is full: more points than any buffer or queue holds end in an error."""
     records = Metrics(tmp_path, 0)
-    records._board._py_recordio_writer._writer = open("/dev/full", "wb")
+    records._events._events._py_recordio_writer._writer = open("/dev/full", "wb")
     with pytest.raises(WriteError, match="No space left on device"):
         for step in range(10_000):
             records.write("metrics", step, {"loss": 2.0})
