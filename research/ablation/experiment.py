@@ -202,6 +202,9 @@ def load(name: str, package: str = "experiments") -> Experiment:
     if missing:
         raise ConfigError(f"{path}: missing {', '.join(missing)}")
     _validate(path, module)
+    root = folders(package)[0].parent
+    for file in module.CODE:
+        check((root / file).is_file(), f"{path}: CODE", file, "no such file")
     return Experiment(name, module)
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from research.ablation import Arm, Claim, difference, mean
 
 PAPER = "Nobody 2020, <Wide> & narrow, arXiv:0000.00000"
-CODE = ("branch/wide.py",)
+CODE = (__name__.replace(".", "/") + ".py",)
 MATCHED = "steps"
 SEEDS = (0, 1, 2)
 

@@ -10,7 +10,7 @@ from research.ablation.report import results_folder
 COMPLETE = '''"""Doc."""
 from research.ablation import Arm, Claim, mean
 PAPER = MATCHED = "text"
-CODE = ("x.py",)
+CODE = (__name__.replace(".", "/") + ".py",)
 SEEDS = (0,)
 ARMS = (Arm("a"),)
 CLAIMS = (Claim("c", "s", "p", mean("x", "a"), "<", 0),)
@@ -65,6 +65,11 @@ def test_unknown_name_suggests(make_package, asked):
         ),
         ('Arm("a")', '"a"', "ARMS holds 'a', not Arm"),
         ('Arm("a")', 'Arm("../a")', "arm='../a'"),
+        (
+            'CODE = (__name__.replace(".", "/") + ".py",)',
+            'CODE = ("layers/nosuch.py",)',
+            "branch/other.py: CODE='layers/nosuch.py': no such file",
+        ),
         ('PAPER = MATCHED = "text"', 'PAPER = MATCHED = " "', "PAPER is empty"),
     ],
 )
