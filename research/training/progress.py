@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,10 +40,11 @@ def lines(every: float = 30.0) -> Callable[[int, int, Mapping[str, float]], None
 def bar(total: int) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
     """Show a bar of ``total`` steps while inside; yields the callback that updates it.
 
-    Without a terminal or a notebook, the callback prints `lines`.
+    Without a terminal, and in a notebook without ipywidgets, which rich requires there, the
+    callback prints `lines`.
     """
     console = Console()
-    if not (console.is_terminal or console.is_jupyter):
+    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         yield lines()
         return
     columns = (

@@ -1,5 +1,9 @@
-"""Without a terminal, progress is a line now and then."""
+"""Without a terminal or ipywidgets, progress is a line now and then."""
 
+import pytest
+from rich.console import Console
+
+from research.training import progress
 from research.training.progress import bar, describe, lines
 
 
@@ -21,3 +25,17 @@ def test_bar_without_a_terminal_is_lines(capsys):
         update(1, 2, {})
         update(2, 2, {"loss": 1.0})
     assert capsys.readouterr().out == "step 1/2\nstep 2/2 · loss 1.000\n"
+
+
+@pytest.mark.parametrize("widgets", [None, "found"])
+def test_bar_in_a_notebook_requires_ipywidgets(widgets, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "find_spec", lambda name: widgets)
+    console = Console(force_jupyter=True, force_terminal=False)
+    monkeypatch.setattr(progress, "Console", lambda: console)
+    shown = []
+    monkeypatch.setattr(progress.Progress, "start", lambda self: shown.append(self))
+    monkeypatch.setattr(progress.Progress, "stop", lambda self: None)
+    with bar(2) as update:
+        update(2, 2, {"loss": 1.0})
+    printed = capsys.readouterr().out
+    assert (len(shown), "step 2/2" in printed) == ((1, False) if widgets else (0, True))
