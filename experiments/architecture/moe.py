@@ -17,7 +17,7 @@ depending on the documents before it (``capacity_group="segment"`` would count e
 
     ablate run architecture/moe --scale=smoke    # a few steps, no findings
     ablate run architecture/moe                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/moe --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/moe --scale=gpu      # one accelerator
     ablate run architecture/moe --scale=paper    # Switch-Base, 128 experts; 64 chips of TPU v5p
 """
 
@@ -87,7 +87,7 @@ TOP_2 = {
 }
 
 ARMS = (
-    Arm("dense"),
+    Arm("dense", {"mesh.expert": 1}),
     Arm("switch", MIXTURE),
     Arm("switch_unbalanced", {**MIXTURE, "model.moe.balance_weight": 0.0}),
     Arm("switch_capacity_1", {**MIXTURE, "model.moe.capacity_factor": 1.0}),

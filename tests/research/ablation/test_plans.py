@@ -14,7 +14,7 @@ from research.cli import main
 from research.files import plain, read_json
 from research.parallel import MeshConfig
 from research.planning.plan import Plan
-from research.planning.step import Setup
+from research.planning.step import Setup, check_setup
 from research.training import TrainingConfig
 from tests.research.conftest import SOURCE
 
@@ -244,6 +244,18 @@ def _setup(held: dict) -> Setup:
     parts = dict(model=DecoderConfig, mesh=MeshConfig, training=TrainingConfig)
     built = {name: from_mapping(kind, held[name], name) for name, kind in parts.items()}
     return Setup(**{**held, **built})
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", discover())
+def test_paper_scale_divides_over_its_slice(name):
+    """No arm is refused by the checks that precede compilation."""
+    experiment = load(name)
+    arms, slice_ = plans.paper_arms(experiment), plans.topology(experiment, "paper")
+    for setups in plans.setups(experiment, "paper", slice_, arms=arms).values():
+        for setup in setups:
+            if isinstance(setup, Setup):
+                check_setup(setup)
 
 
 RECORDS = results_folder() / "plans"
