@@ -128,13 +128,13 @@ class Moe(nnx.Module):
         config, tap, positions = self.config, context.tap, context.mask.q_positions_bt
         valid_bt = jnp.asarray(True) if positions is None else positions >= 0
         valid_bt = reshard(jnp.broadcast_to(valid_bt, x_btd.shape[:2]), "batch", "time")
-        segments_bt = context.mask.q_segments_bt
-        if segments_bt is not None:
-            segments_bt = jnp.broadcast_to(segments_bt, x_btd.shape[:2])
         logits_bte = tap("router.logits", self._logits(x_btd, context.key))
         scores_bte = scores(config, logits_bte)
         dropless = config.capacity_factor is None or context.state is not None
         by_slots = not dropless and config.capacity_group == "row"
+        segments_bt = None if dropless or by_slots else context.mask.q_segments_bt
+        if segments_bt is not None:
+            segments_bt = jnp.broadcast_to(segments_bt, x_btd.shape[:2])
         # a capacity is counted over all tokens of a row
         row = ("batch", "time" if dropless else None, None)
         expert_tap = tap if tap.is_used("experts.hidden") else None

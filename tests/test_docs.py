@@ -1,5 +1,6 @@
 """Pages for readers: links resolve, paths are there, commands are those of `ablate`, code runs."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -54,6 +55,16 @@ def test_links_resolve(page):
         path = (page.parent / file).resolve() if file else page
         assert path.exists(), target
         assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("experiment", discover())
+def test_commands_of_an_experiment_leave_times_to_its_records(experiment):
+    """`ablate list` and the README's table print the time of the recorded run."""
+    text = ast.get_docstring(ast.parse((ROOT / f"experiments/{experiment}.py").read_text("utf-8")))
+    commands = [line for line in (text or "").splitlines() if f"ablate run {experiment}" in line]
+    assert len(commands) == 4
+    for line in commands:
+        assert not re.search(r"\b(second|minute|hour|min|h|s)s?\b", line.partition("#")[2]), line
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name)

@@ -12,7 +12,7 @@ with sinusoidal positions at twice that length (same tokens per step). All are t
 
     ablate run architecture/alibi --scale=smoke    # a few steps, no findings
     ablate run architecture/alibi                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/alibi --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/alibi --scale=gpu      # one accelerator
     ablate run architecture/alibi --scale=paper    # the WikiText-103 model; 8 chips of TPU v5p
 """
 

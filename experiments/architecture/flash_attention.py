@@ -12,7 +12,7 @@ with each.
 
     ablate run architecture/flash_attention --scale=smoke    # a few steps, no findings
     ablate run architecture/flash_attention                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/flash_attention --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/flash_attention --scale=gpu      # one accelerator
     ablate run architecture/flash_attention --scale=paper    # GPT-2 medium; 8 chips of TPU v5p
 """
 

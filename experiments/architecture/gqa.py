@@ -12,7 +12,7 @@ expect the effect of the paper's 50,000.
 
     ablate run architecture/gqa --scale=smoke    # a few steps, no findings
     ablate run architecture/gqa                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/gqa --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/gqa --scale=gpu      # one accelerator
     ablate run architecture/gqa --scale=paper    # T5-XXL's decoder; 64 chips of TPU v5p
 """
 

@@ -17,7 +17,7 @@ value of one in 16 keys.)
 
     ablate run architecture/hybrid --scale=smoke    # a few steps, no findings
     ablate run architecture/hybrid                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/hybrid --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/hybrid --scale=gpu      # one accelerator
     ablate run architecture/hybrid --scale=paper    # Jamba's 7B ablation; 64 chips of TPU v5p
 """
 

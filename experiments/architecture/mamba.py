@@ -12,7 +12,7 @@ induction task is trained with eight queries per sequence and tested with one at
 
     ablate run architecture/mamba --scale=smoke    # a few steps, no findings
     ablate run architecture/mamba                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/mamba --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/mamba --scale=gpu      # one accelerator
     ablate run architecture/mamba --scale=paper    # up to 400,000 steps; one TPU v5p
 """
 

@@ -10,7 +10,7 @@ then tested at four times the training length.
 
     ablate run architecture/rope --scale=smoke    # a few steps, no findings
     ablate run architecture/rope                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/rope --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/rope --scale=gpu      # one accelerator
     ablate run architecture/rope --scale=paper    # BERT-base's size; 4 chips of TPU v5p
 """
 

@@ -14,7 +14,7 @@ answer is the permutation that all swaps so far make together.
 
     ablate run architecture/rwkv --scale=smoke    # a few steps, no findings
     ablate run architecture/rwkv                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/rwkv --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/rwkv --scale=gpu      # one accelerator
     ablate run architecture/rwkv --scale=paper    # 1.5 billion parameters; 64 chips of TPU v5p
 """
 

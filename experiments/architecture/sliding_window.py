@@ -11,7 +11,7 @@ tokens after its original, with a window of 16. One layer does not reach so far;
 
     ablate run architecture/sliding_window --scale=smoke    # a few steps, no findings
     ablate run architecture/sliding_window                  # cpu: 2 cores; time in `ablate list`
-    ablate run architecture/sliding_window --scale=gpu      # one accelerator, under an hour
+    ablate run architecture/sliding_window --scale=gpu      # one accelerator
     ablate run architecture/sliding_window --scale=paper    # Mistral 7B; 64 chips of TPU v5p
 """
 

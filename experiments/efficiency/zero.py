@@ -19,7 +19,7 @@ JAX_PLATFORMS=cpu for that.
 
     ablate run efficiency/zero --scale=smoke    # a few steps, no findings
     ablate run efficiency/zero                  # cpu: 2 cores; time in `ablate list`
-    ablate run efficiency/zero --scale=gpu      # 8 accelerators, under an hour
+    ablate run efficiency/zero --scale=gpu      # 8 accelerators
     ablate run efficiency/zero --scale=paper --arms=zero1,zero2,zero3    # 7.5B; 64 TPU v5p
 """
 

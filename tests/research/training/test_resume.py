@@ -123,6 +123,14 @@ def wait_for_step(process, step):
     raise AssertionError(process.stderr.read()[-2000:])
 
 
+def test_another_seed_compiles_nothing_again(uninterrupted, caplog):
+    """The seed is an argument of the initialiser, so that units of all seeds share a program."""
+    with jax.log_compiles():
+        train(MODEL, DATA, TRAINING, seed=1, progress=quiet)
+    compiled = [r.getMessage() for r in caplog.records if "XLA compilation" in r.getMessage()]
+    assert not compiled, compiled
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
