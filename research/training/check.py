@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from layers.config import check
 from layers.decoder import DecoderConfig
+from layers.weights import flat
 from research.parallel import MeshConfig, batch_ways, validate
 from research.parallel.zero import check_stage
 from research.training import trainable
@@ -17,6 +19,8 @@ from research.training.objectives import Objective
 from research.training.offload import check_host
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
+
+HALF = "training does not support it, because gradients underflow: use bfloat16"
 
 
 def check_run(
@@ -77,7 +81,17 @@ def check_run(
         f"{'rows' if rows_together == 1 else 'groups'} of a device",
     )
     optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
-    trainable.check_patterns(jax.eval_shape(lambda: build(model, nnx.Rngs(0))), patterns)
+    abstract = jax.eval_shape(lambda: build(model, nnx.Rngs(0)))
+    trainable.check_patterns(abstract, patterns)
+    trained = flat(trainable.split(abstract, patterns)[0])
+    for path, array in trained.items():
+        check(array.dtype != jnp.float16, f"model: {path}", "float16", HALF)
+    check(
+        training.optimizer.master or any(array.dtype.itemsize < 4 for array in trained.values()),
+        "training.optimizer.master",
+        False,
+        "changes nothing: the trained parameters are float32",
+    )
     # raises if neither the mesh nor the stage shards the moments
     abstract_state(
         model, optimizer, mesh, strategy.zero_stage, patterns=patterns, offload=strategy.offload
@@ -114,9 +128,6 @@ def _check_decoder(
         sequence_length,
         f"must be at most model.max_length={limit}",
     )
-    check(
-        not training.optimizer.master or model.param_dtype != "float32",
-        "training.optimizer.master",
-        True,
-        "changes nothing: model.param_dtype is float32",
-    )
+    for name in ("dtype", "param_dtype"):
+        dtype = getattr(model, name)
+        check(dtype != "float16", f"model.{name}", dtype, HALF)

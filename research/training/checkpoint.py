@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
@@ -84,30 +85,30 @@ class Checkpoints:
             )
 
     def restore(
-        self, abstract: Callable[[Mapping[str, Any]], Tree]
+        self, abstract: Callable[[Mapping[str, Any]], Tree], *, partial: bool = False
     ) -> tuple[Tree, dict[str, Any]] | None:
         """The newest readable checkpoint as ``(state, position)``; None if there is none at all.
 
         ``abstract(position)`` has the shapes, dtypes and shardings of the state. A checkpoint that
         cannot be read is skipped with a warning. It is moved aside after an older one has been
-        read.
+        read. ``partial``: the state is a part of the checkpoint, and arrays may change their dtype.
 
         Raises:
-          ConfigError: no checkpoint can be read, or the newest one is of another model.
+          ConfigError: no checkpoint can be read, or the newest one is of another state: it has
+            other arrays, or arrays of other shapes or dtypes.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         unreadable = []
         for step in steps:
-            leaves_by_path: dict[str, Any] = {}
             try:
                 position = self._restore_item(step, position=ocp.args.JsonRestore())
                 tree = abstract(position)
                 leaves_by_path = _flatten(tree)
-                restored = self._restore_item(step, state=ocp.args.StandardRestore(leaves_by_path))
+                self._check_same_state(step, leaves_by_path, partial)
+                restored = self._restore_arrays(step, leaves_by_path, partial)
             except ConfigError:
                 raise
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                self._check_same_model(step, leaves_by_path)
                 reason = str(error).strip().splitlines()[0][:200]
                 warnings.warn(
                     f"checkpoint {self.directory.name}/{step} cannot be read "
@@ -131,6 +132,17 @@ class Checkpoints:
         [name] = item
         return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
 
+    def _restore_arrays(self, step: int, leaves_by_path: dict[str, Any], partial: bool) -> Any:
+        if not partial:
+            return self._restore_item(step, state=ocp.args.StandardRestore(leaves_by_path))
+        arguments = ocp.args.PyTreeRestore(
+            leaves_by_path,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves_by_path),
+            partial_restore=True,
+        )
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(self.directory / str(step) / "state", args=arguments)
+
     def close(self) -> None:
         """Wait for unfinished saves.
 
@@ -140,17 +152,27 @@ class Checkpoints:
         with writing(self.directory):
             self._manager.close()
 
-    def _check_same_model(self, step: int, leaves_by_path: Mapping[str, Any]) -> None:
+    def _check_same_state(
+        self, step: int, leaves_by_path: Mapping[str, Any], partial: bool
+    ) -> None:
         try:
             saved = self._manager.item_metadata(step)["state"].tree
         except Exception:  # the checkpoint is damaged, which the caller handles
             return
         for name, array in leaves_by_path.items():
-            shape = getattr(saved.get(name), "shape", None)
-            if shape is None or tuple(shape) != tuple(array.shape):
-                raise ConfigError(
-                    f"checkpoint={step}: {name} has shape {shape}, the model requires {array.shape}"
-                )
+            if name not in saved:
+                raise ConfigError(f"checkpoint={step}: has no {name}, which the run requires")
+            for kind, old, new in (
+                ("shape", tuple(saved[name].shape), tuple(array.shape)),
+                ("dtype", jnp.dtype(saved[name].dtype), jnp.dtype(array.dtype)),
+            ):
+                if old != new and not (partial and kind == "dtype"):
+                    raise ConfigError(
+                        f"checkpoint={step}: {name} has {kind} {old}, the run requires {new}"
+                    )
+        further = [] if partial else [name for name in saved if name not in leaves_by_path]
+        if further:
+            raise ConfigError(f"checkpoint={step}: has {further[0]}, which the run does not use")
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         if not steps:

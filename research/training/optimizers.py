@@ -26,9 +26,10 @@ class OptimizerConfig:
     ``final_fraction`` of the peak, ``constant``, or ``wsd`` (Hu 2024, arXiv:2404.06395): constant,
     then linear decay over the last ``decay_fraction`` of the steps. ``b1``, ``b2``: decay of the
     first (or only) and second moment. ``weight_decay`` is decoupled, and not applied to biases and
-    norms. ``clip_norm``: largest global norm of a gradient, or None. ``master``: update a float32
-    copy of parameters that are stored in fewer bits. ``moments``: ``full`` precision, or ``8bit``
-    (Dettmers 2021, `research.training.moments`).
+    norms. ``clip_norm``: largest global norm of a gradient, or None. ``master``: parameters that
+    are stored in fewer bits than float32 have a float32 copy, which is what is updated. Without it,
+    updates below their precision are lost. ``moments``: ``full`` (float32), or ``8bit`` (Dettmers
+    2021, `research.training.moments`).
     """
 
     name: str = "adamw"
@@ -42,7 +43,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
-    master: bool = False
+    master: bool = True
     moments: str = "full"
 
     def __post_init__(self):
@@ -114,6 +115,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clipping, then the optimiser ``config.name`` with its schedule over ``steps``.
 
+    Gradients are converted to float32, in which they are clipped; moments and updates are float32.
     ``offload``: moments are stored in the host's memory (`research.training.offload`).
     """
     rate = make_schedule(config, steps)
@@ -151,42 +153,64 @@ def make_optimizer(
             )
     if config.moments == "8bit":
         optimizer = with_8bit_moments(optimizer)
-    if config.master:
-        optimizer = with_master(optimizer)
+    optimizer = in_float32(optimizer, master=config.master)
     if offload:
         optimizer = with_moments_on_host(optimizer)
-    if config.clip_norm is None:
-        return optimizer
-    clip = optax.clip_by_global_norm(config.clip_norm)
-    # clip in the precision of the update
-    first = (optax.stateless(lambda updates, _: wide(updates)),) if config.master else ()
-    return optax.chain(*first, clip, optimizer)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optax.GradientTransformation(
+        optimizer.init,
+        lambda updates, state, params=None: optimizer.update(wide(updates), state, params),
+    )
 
 
 class MasterState(NamedTuple):
-    """The float32 copy, and the state of the optimiser that updates it."""
+    """The float32 copy, None for float32 parameters, and the state of the optimiser."""
 
     master: Any
     inner: Any
 
 
-def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``optimizer`` on a float32 copy of the parameters; the parameters are the copy, rounded.
+def in_float32(
+    optimizer: optax.GradientTransformation, *, master: bool
+) -> optax.GradientTransformation:
+    """``optimizer`` with float32 moments, for parameters of any dtype; gradients are float32.
 
-    Updates that are too small for the parameters' precision add up in the copy (Micikevicius 2018,
-    1710.03740, §3.1).
+    ``master``: parameters of fewer bits are a float32 copy, rounded, and ``optimizer`` updates the
+    copy. Updates that are too small for their precision add up in it (Micikevicius 2018,
+    1710.03740, §3.1). Nothing changes for float32 parameters.
     """
 
     def init(params):
-        return MasterState(wide(params), optimizer.init(wide(params)))
+        inner = optimizer.init(wide(params))
+        if not master or not any(map(_is_narrow, jax.tree.leaves(params))):
+            return inner
+        copies = jax.tree.map(lambda a: wide(a) if _is_narrow(a) else None, params)
+        return MasterState(copies, inner)
 
     def update(updates, state, params=None):
-        updates, inner = optimizer.update(wide(updates), state.inner, state.master)
-        master = optax.apply_updates(state.master, updates)
-        # in float32: the parameters plus this difference are the copy, rounded once
-        return jax.tree.map(jnp.subtract, master, wide(params)), MasterState(master, inner)
+        if not isinstance(state, MasterState):
+            return optimizer.update(updates, state, wide(params))
+        # None in the place of an array: float32 parameters have no copy
+        copied = jax.tree.map(lambda a, copy: a if copy is None else copy, params, state.master)
+        updates, inner = optimizer.update(updates, state.inner, copied)
+        copies = jax.tree.map(
+            lambda _, copy, u: None if copy is None else copy + u, params, state.master, updates
+        )
+        # the parameters plus this difference, in float32, are the rounded copy
+        differences = jax.tree.map(
+            lambda a, copy, u: u if copy is None else wide(copy.astype(a.dtype)) - wide(a),
+            params,
+            copies,
+            updates,
+        )
+        return differences, MasterState(copies, inner)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_narrow(a: jax.Array) -> bool:
+    return a.dtype.itemsize < 4
 
 
 def wide(tree: Any) -> Any:

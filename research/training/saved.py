@@ -71,39 +71,54 @@ class SavedState:
             state = self._abstract(config)
             return dataclasses.replace(state, model=trainable.split(state.model, self._patterns)[0])
 
-        def fixed(config: Any) -> dict[str, Any]:
-            return {"model": trainable.split(self._abstract(config).model, self._patterns)[1]}
-
         restored = self._restore_with_layout(self.checkpoints, trained)
         if restored is None:
             return None
         state, position = restored
-        if jax.tree.leaves(fixed(self._model)):
-            checkpoints = Checkpoints(self._workdir / FIXED, keep=1)
-            try:
-                restored_fixed = self._restore_with_layout(checkpoints, fixed)
-            finally:
-                checkpoints.close()
-            if restored_fixed is None:
-                folder = str(self._workdir / FIXED)
-                raise ConfigError(
-                    f"workdir={folder!r}: the parameters that are not trained are missing"
-                )
-            model = trainable.join(state.model, restored_fixed[0]["model"])
-            state = dataclasses.replace(state, model=model)
-        return state, position
+        return dataclasses.replace(state, model=self._with_fixed(state.model)), position
+
+    def restore_model(self) -> Any:
+        """The newest model, or None if there is none; moments are not read."""
+
+        def trained(config: Any) -> dict[str, Any]:
+            return {"model": trainable.split(self._abstract(config).model, self._patterns)[0]}
+
+        restored = self._restore_with_layout(self.checkpoints, trained, partial=True)
+        return None if restored is None else self._with_fixed(restored[0]["model"])
+
+    def _with_fixed(self, model: Any) -> Any:
+        """The trained parameters ``model`` together with those that are not trained."""
+
+        def fixed(config: Any) -> dict[str, Any]:
+            return {"model": trainable.split(self._abstract(config).model, self._patterns)[1]}
+
+        if not jax.tree.leaves(fixed(self._model)):
+            return model
+        checkpoints = Checkpoints(self._workdir / FIXED, keep=1)
+        try:
+            restored = self._restore_with_layout(checkpoints, fixed, partial=True)
+        finally:
+            checkpoints.close()
+        if restored is None:
+            folder = str(self._workdir / FIXED)
+            raise ConfigError(
+                f"workdir={folder!r}: the parameters that are not trained are missing"
+            )
+        return trainable.join(model, restored[0]["model"])
 
     def close(self) -> None:
         """Wait for unfinished saves; see `Checkpoints.close`."""
         self.checkpoints.close()
 
-    def _restore_with_layout(self, checkpoints: Checkpoints, abstract: Callable[[Any], Any]):
+    def _restore_with_layout(
+        self, checkpoints: Checkpoints, abstract: Callable[[Any], Any], *, partial: bool = False
+    ):
         """The newest tree of ``checkpoints`` in the layout of the model, and its position."""
 
         def as_saved(position: Mapping[str, Any]) -> Any:
             return abstract(_with_layout(self._model, position.get("layout")))
 
-        restored = checkpoints.restore(as_saved)
+        restored = checkpoints.restore(as_saved, partial=partial)
         if restored is None or restored[1].get("layout") in (None, _layout(self._model)):
             return restored
         tree, position = restored

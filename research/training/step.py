@@ -15,7 +15,7 @@ from research.parallel.rules import batch_axes
 from research.training import router_metrics, trainable
 from research.training.config import TrainingConfig
 from research.training.objectives import Batch, NextToken, Objective
-from research.training.optimizers import make_optimizer, make_schedule
+from research.training.optimizers import make_optimizer, make_schedule, wide
 from research.training.state import TrainState
 
 _SMALLEST_DENOMINATOR = 1e-6  # avoids a division by 0 if a batch is all padding
@@ -86,7 +86,8 @@ def make_gradients(
 
         def gradient_sums(microbatch):
             pull, denominator, reported = of_microbatch(*microbatch)
-            return pull(jnp.ones_like(denominator))[0], denominator, reported
+            # of parameters in fewer bits, too, gradients are summed in float32
+            return wide(pull(jnp.ones_like(denominator))[0]), denominator, reported
 
         def add(carry, microbatch):
             return jax.tree.map(jnp.add, carry, gradient_sums(microbatch)), None
@@ -146,7 +147,7 @@ def make_step(
         gradients = finish(gradients, denominator, config)
         reported = objective.metrics(sums, denominator)
         metrics = router_metrics.named_by_scope(reported, config.gradient_accumulation)
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(wide(gradients))
         metrics["learning_rate"] = schedule(state.step)
         metrics["weight"] = denominator
         state = state.apply(gradients, optimizer, stage, patterns)

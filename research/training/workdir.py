@@ -59,12 +59,12 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
 
     saved = SavedState(workdir, training.keep, config, abstract, patterns)
     try:
-        restored = saved.restore()
+        restored = saved.restore_model()
     finally:
         saved.close()
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
-    return restored[0].model
+    return restored
 
 
 def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
@@ -73,7 +73,7 @@ def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) ->
     target = {"model": with_shardings(abstract, shardings(abstract, make_mesh(mesh)))}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
-        restored = checkpoints.restore(lambda position: target)
+        restored = checkpoints.restore(lambda position: target, partial=True)
     finally:
         checkpoints.close()
     if restored is None:
@@ -104,7 +104,7 @@ def begin(
     ``configuration``: dataclasses by name; None for those that are not used. The mesh and
     `EXECUTION` fields may change from one start to the next; fields that change the numbers may
     not. A start that ended before its first metrics and checkpoint decides nothing: the run begins
-    again.
+    again. Float32 parameters have no float32 copy, so for them ``master`` may change.
 
     Returns:
       What changed in the data (`research.data.what_changed`), if that is accepted, for
@@ -117,6 +117,8 @@ def begin(
         "mesh.",
         *(f"model.{name}" for name in decides(configuration["model"], EXECUTION)),
     )
+    if getattr(configuration["model"], "param_dtype", None) == "float32":
+        may_change += ("training.optimizer.master",)
     described: dict[str, Any] = {
         name: _described(part) for name, part in configuration.items() if part is not None
     }

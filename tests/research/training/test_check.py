@@ -55,10 +55,16 @@ def setup(model, training, mesh, topology="v5e:1x1"):
             "training.gradient_accumulation=3: must divide the 2 rows of a device",
         ),
         (
-            {}, dict(optimizer=OptimizerConfig(master=True)), {},
-            "training.optimizer.master=True: changes nothing: model.param_dtype is float32",
+            {}, dict(optimizer=OptimizerConfig(master=False)), {},
+            "training.optimizer.master=False: changes nothing: the trained parameters are float32",
         ),
         ({}, {}, dict(zero=2), "mesh.zero=2: changes nothing: mesh.fsdp=1"),
+        (
+            dict(dtype="float16"), {}, {},
+            "model.dtype='float16': training does not support it, because gradients underflow: "
+            "use bfloat16",
+        ),
+        (dict(param_dtype="float16"), {}, {}, "model.param_dtype='float16': training does not"),
         ({}, {}, dict(tensor=3), "mesh=data=-1 × tensor=3: 3 must divide the number of devices, 1"),
     ],
 )  # fmt: skip

@@ -1,9 +1,10 @@
-"""Which checkpoints stay: the newest, and the best."""
+"""Which checkpoints stay: the newest, and the best; and which are refused."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.config import ConfigError
 from research.training.checkpoint import Checkpoints
 
 LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: None}  # step 5 was saved without an evaluation
@@ -31,3 +32,35 @@ def test_nothing_there_is_none(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.restore(lambda position: {"w": jnp.zeros(3)}) is None
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (dict(mu=jnp.zeros(3)), "optimizer/mu has dtype bfloat16, the run requires float32"),
+        (dict(mu=jnp.zeros(4)), "optimizer/mu has shape (3,), the run requires (4,)"),
+        (
+            dict(mu=jnp.zeros(3, jnp.bfloat16), nu=jnp.zeros(3)),
+            "has no optimizer/nu, which the run requires",
+        ),
+        (dict(), "has optimizer/mu, which the run does not use"),
+    ],
+)
+def test_another_state_is_refused_in_one_line_and_its_model_can_be_read(tmp_path, moments, message):
+    def restore(target, **options):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+        try:
+            return checkpoints.restore(lambda position: target, **options)
+        finally:
+            checkpoints.close()
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    saved = {"model": jnp.arange(3.0), "optimizer": {"mu": jnp.zeros(3, jnp.bfloat16)}}
+    checkpoints.save(2, saved, {"data": 1}, None)
+    checkpoints.close()
+    with pytest.raises(ConfigError) as raised:
+        restore({"model": jnp.zeros(3), "optimizer": moments})
+    assert str(raised.value) == f"checkpoint=2: {message}"
+    state, position = restore({"model": jnp.zeros(3, jnp.bfloat16)}, partial=True)
+    np.testing.assert_array_equal(state["model"], [0, 1, 2])
+    assert state["model"].dtype == jnp.bfloat16 and position == {"data": 1}

@@ -266,7 +266,7 @@ def test_a_workdir_of_another_run_is_refused(copy):
 def test_a_checkpoint_of_another_model_is_refused(copy):
     path = copy / "config.json"
     path.write_text(path.read_text().replace('"width": 32', '"width": 64'))
-    with pytest.raises(ConfigError, match="has shape .*, the model requires") as caught:
+    with pytest.raises(ConfigError, match="has shape .*, the run requires") as caught:
         load_model(copy)
     assert "\n" not in str(caught.value)
 
