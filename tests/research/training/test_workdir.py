@@ -94,6 +94,8 @@ def test_a_change_of_the_files_is_named(name, corpus):
     change, phrase = CHANGES[name]
     change()
     assert len(assert_refused_until_accepted(FILES, phrase)) == 1 + (name == "other split")
+    kept = RUN / "hugging_face" / "tokenizer.json"  # generation reads it
+    assert kept.read_bytes() == Path("tokenizer.json").read_bytes()
 
 
 def test_another_name_or_folder_is_no_change(corpus):
