@@ -17,7 +17,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # a tensor's name → its shape and dtype
 Headers = Mapping[str, tuple[tuple[int, ...], str]]
 # fields that are not the size of an array
-_FREE = ("max_length", "window", "original_length", "num_layers")
+_FREE = ("max_length", "window", "original_length", "length", "num_layers")
 
 
 def canonical_names(names: Iterable[str], family: Family) -> dict[str, str]:

@@ -13,10 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from flax import nnx
+from tokenizers import models, pre_tokenizers
 
 from layers.config import ConfigError
 from layers.decoder import Decoder
+from research.data import train_bpe
+from research.data.tokenizers import load_tokenizer
 from research.models import FAMILIES, decoder_config, save
 from research.models.families import family_of
 from research.models.headers import canonical_names, check_headers, check_sizes
@@ -186,8 +190,39 @@ def safetensors() -> Kind:
     return Kind(list(contents), of_safetensors, read, words)
 
 
+def tokenizer_json() -> Kind:
+    """tokenizer.json of every model of the `tokenizers` library, and its use on a text."""
+    folder = _scratch() / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    path = folder / "tokenizer.json"
+    text = "the cat sat on the mat, and the dog sat on the cat. " * 9
+    train_bpe([text], 270, path)
+    seeds = [path.read_bytes()]
+    pieces = {
+        piece: i for i, piece in enumerate(("[UNK]", "the", "cat", "s", "##at", "##a", "##t"))
+    }
+    for model in (
+        models.WordLevel(pieces, unk_token="[UNK]"),
+        models.WordPiece(pieces, unk_token="[UNK]"),
+        models.Unigram([(piece, -float(i)) for piece, i in pieces.items()], 0),
+    ):
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.add_special_tokens(["<bos>", "<eos>"])
+        seeds.append(tokenizer.to_str().encode())
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        tokenizer = load_tokenizer(str(path), "<bos>", "<eos>")
+        (ids,) = tokenizer.encode_documents([b"the cat sat"])
+        tokenizer.decode(ids)
+
+    return Kind(seeds, of_json, read, _words(seeds))
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
     "config.json": config_json,
     "model.safetensors.index.json": safetensors_index,
     "model.safetensors": safetensors,
+    "tokenizer.json": tokenizer_json,
 }
