@@ -60,17 +60,17 @@ def encode(x: jax.Array, signed: bool) -> jax.Array:
     magnitude = jnp.abs(x)
     number = jnp.full_like(x, 0 if signed else 1)
     below = 0.0
-    for low, step, first_index in _decades(signed):
+    for low, step, first in _decades(signed):
         nearer = magnitude >= (below + low + step / 2) / 2
-        index = jnp.clip(jnp.floor((magnitude - low) / step), 0, first_index - 1)
-        number = jnp.where(nearer, first_index + index, number)
-        below = low + step * (first_index - 0.5)
-    last_index = 2 * first_index
-    number = jnp.where(magnitude >= (below + 1) / 2, last_index, number)
+        index = jnp.clip(jnp.floor((magnitude - low) / step), 0, first - 1)
+        number = jnp.where(nearer, first + index, number)
+        below = low + step * (first - 0.5)
+    one = _index_of_one(signed)
+    number = jnp.where(magnitude >= (below + 1) / 2, one, number)
     if not signed:
         return (number - 1).astype(jnp.uint8)
     # −1 is not one of the numbers
-    return (127 + jnp.where(x < 0, -jnp.minimum(number, last_index - 1), number)).astype(jnp.uint8)
+    return (127 + jnp.where(x < 0, -jnp.minimum(number, one - 1), number)).astype(jnp.uint8)
 
 
 def decode(codes: jax.Array, signed: bool) -> jax.Array:
@@ -80,15 +80,23 @@ def decode(codes: jax.Array, signed: bool) -> jax.Array:
     magnitude = jnp.zeros_like(number)
     for low, step, first in _decades(signed):
         magnitude = jnp.where(number >= first, low + step * (number - first + 0.5), magnitude)
-    magnitude = jnp.where(number >= 2 * first, 1.0, magnitude)
+    magnitude = jnp.where(number >= _index_of_one(signed), 1.0, magnitude)
     return jnp.where(codes < 127, -magnitude, magnitude) if signed else magnitude
 
 
 def _decades(signed: bool):
-    """For each decade: its lower end, the distance between its numbers, and their count."""
+    """For each decade: its lower end, the distance between its numbers, and their count.
+
+    The count is also the index of its first number among the magnitudes.
+    """
     for i in range(_DECADES):
         low, count = 10.0 ** (i - _DECADES), 2 ** (i if signed else i + 1)
         yield low, 9 * low / count, count
+
+
+def _index_of_one(signed: bool) -> int:
+    """The index of 1, the largest number, among the magnitudes."""
+    return 2 ** (_DECADES if signed else _DECADES + 1)
 
 
 def quantize(x: jax.Array, axis: int, block: int, signed: bool) -> Quantized:
