@@ -106,6 +106,7 @@ class Decoder(nnx.Module):
                 ("embed", None if config.outputs else "vocab"),
                 ("batch", "time", None if config.outputs else "vocab"),
                 rngs=rngs,
+                role="head",
                 out_dtype=jnp.float32,
                 **types,
             )

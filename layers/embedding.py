@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.roles import Role
 from layers.weights import einsum, lookup
 
 
@@ -23,7 +24,8 @@ class Embedding(nnx.Module):
     ):
         self.dtype = dtype
         table = jax.random.normal(rngs.params(), (vocab_size, width), param_dtype) * std
-        self.table = nnx.Param(table.astype(param_dtype), axes=axes)
+        role = Role("embedding", inputs=(0,), outputs=(1,))
+        self.table = nnx.Param(table.astype(param_dtype), axes=axes, role=role)
 
     def __call__(self, ids_bt: jax.Array) -> jax.Array:
         """Rows ``[b, t, d]`` in the compute dtype; an id out of range gives NaN."""

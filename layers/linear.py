@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.roles import Role
 from layers.weights import einsum, read
 
 Initializer = Callable[..., jax.Array]
@@ -31,7 +32,8 @@ class Linear(nnx.Module):
     """``einsum(subscripts, x, weight) + bias`` with a weight of any rank.
 
     The bias, if any, has the dimensions of the weight that are in the output. ``out_dtype``,
-    default ``dtype``, is the dtype of accumulation and of the result.
+    default ``dtype``, is the dtype of accumulation and of the result. ``role``: the weight's, one
+    of `layers.roles.ROLES`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         init: Initializer | None = None,
+        role: str = "matrix",
         out_dtype: jnp.dtype | None = None,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
@@ -54,7 +57,8 @@ class Linear(nnx.Module):
         init = init or fan_in_normal(fan_in=fan_in)
         self.subscripts, self.out_axes = subscripts, out_axes
         self.dtype, self.out_dtype = dtype, out_dtype or dtype
-        self.weight = nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
+        weight = init(rngs.params(), shape, param_dtype)
+        self.weight = nnx.Param(weight, axes=axes, role=Role.of_product(role, subscripts))
         output_dims = [i for i, letter in enumerate(letters) if letter in output]
         zeros = jnp.zeros([shape[i] for i in output_dims], param_dtype)
         self.bias = nnx.Param(zeros, axes=tuple(axes[i] for i in output_dims)) if bias else None

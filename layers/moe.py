@@ -21,6 +21,7 @@ from layers.config import check
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.mlp import ACTIVATIONS, Mlp, MlpConfig
+from layers.roles import Role
 from layers.routing import (
     MoeConfig,
     assign,
@@ -99,7 +100,8 @@ class Moe(nnx.Module):
 
         def expert(shape, axes, scale=1.0):
             init = fan_in_normal(scale, fan_in=shape[1])
-            return nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
+            role = Role("matrix", inputs=(1,), outputs=(2,))
+            return nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes, role=role)
 
         up_axes = ("experts", "embed", "mlp")
         self.router = to_experts()

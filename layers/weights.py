@@ -1,19 +1,20 @@
 """Reads of parameters and products with them, for parameters that hold an array or a `Leaf`.
 
-A layer declares ``nnx.Param(array, axes=…)``, with a logical axis for each dimension, and uses it
-by `read`, `einsum` and `lookup` only. These cast it, and all-gather it over ``fsdp``. A tree
-rewrite may put a `Leaf` in the place of the array (quantised codes, a low-rank sum) without a
-change of the layer.
+A layer declares ``nnx.Param(array, axes=…, role=…)``, with a logical axis for each dimension and a
+role if it is a matrix (`layers.roles`), and uses it by `read`, `einsum` and `lookup` only. These
+cast it, and all-gather it over ``fsdp``. A tree rewrite may put a `Leaf` in the place of the array
+(quantised codes, a low-rank sum) without a change of the layer.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.roles import Role
 from layers.sharding import (
     ROWS,
     Axes,
@@ -146,32 +147,47 @@ def _rows(table_vd: jax.Array, ids_bt: jax.Array) -> jax.Array:
     )
 
 
-def map_named(function: Callable[..., Any], tree: Tree, *trees: Any) -> Tree:
-    """``tree`` with ``function(array, axes, …)`` of each array; ``axes``: of its last dimensions.
+class Declared(NamedTuple):
+    """What a parameter's declaration says of an array."""
 
-    Arrays of a `Leaf` have the axes of `Leaf.parts`. Those of another pytree in a variable (an
-    optimiser's codes and scales) have the variable's axes; arrays outside variables have ``()``.
-    ``trees``: further trees of the same structure, or with subtrees in the place of arrays.
+    axes: Axes  # of its last dimensions; () for arrays outside variables
+    role: Role | None
+
+
+def map_named(function: Callable[..., Any], tree: Tree, *trees: Any) -> Tree:
+    """`map_declared` with ``function(array, axes, …)``."""
+    return map_declared(lambda a, declared, *rest: function(a, declared.axes, *rest), tree, *trees)
+
+
+def map_declared(function: Callable[..., Any], tree: Tree, *trees: Any) -> Tree:
+    """``tree`` with ``function(array, declared, …)`` of each array; ``declared``: a `Declared`.
+
+    Arrays of a `Leaf` have the axes of `Leaf.parts`, and the variable's role if these are the
+    variable's axes. Those of another pytree in a variable (an optimiser's codes and scales) have
+    what the variable declares. ``trees``: further trees of the same structure, or with subtrees in
+    the place of arrays.
     """
 
-    def of_value(value: Any, axes: Axes, *others: Any) -> Any:
+    def of_value(value: Any, declared: Declared, *others: Any) -> Any:
         def of_node(node: Any, *others: Any) -> Any:
             if not isinstance(node, Leaf):
-                return function(node, axes, *others)
-            parts = {
-                name: of_value(getattr(node, name), part_axes, *(getattr(o, name) for o in others))
-                for name, part_axes in node.parts().items()
-            }
+                return function(node, declared, *others)
+            parts = {}
+            for name, axes in node.parts().items():
+                role = declared.role if axes == declared.axes else None
+                each = (getattr(o, name) for o in others)
+                parts[name] = of_value(getattr(node, name), Declared(axes, role), *each)
             return dataclasses.replace(node, **parts)  # type: ignore[type-var]
 
         return jax.tree.map(of_node, value, *others, is_leaf=lambda a: isinstance(a, _NODES))
 
     def of_variable(variable: Any, *others: Any) -> Any:
         if not isinstance(variable, nnx.Variable):
-            return function(variable, (), *others)
-        axes = variable.get_metadata().get("axes", ())
+            return function(variable, Declared((), None), *others)
+        metadata = variable.get_metadata()
+        declared = Declared(metadata.get("axes", ()), metadata.get("role"))
         others = tuple(o.get_value() for o in others)
-        return variable.replace(of_value(variable.get_value(), axes, *others))
+        return variable.replace(of_value(variable.get_value(), declared, *others))
 
     return jax.tree.map(of_variable, tree, *trees, is_leaf=lambda a: isinstance(a, nnx.Variable))
 

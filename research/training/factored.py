@@ -2,7 +2,7 @@
 
 optax factors the two longest dimensions of an array if both are at least 128. Here an array may
 contain the matrices of many layers and experts, and one side of a matrix may have several
-dimensions, such as heads × channels. So the names of the dimensions decide what is a matrix.
+dimensions, such as heads × channels. So the declared role of a parameter (`layers.roles`) decides.
 """
 
 import dataclasses
@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layers.sharding import Axes
-from layers.weights import map_named
+from layers.weights import Declared, map_declared
 
 
 @jax.tree_util.register_dataclass
@@ -26,24 +25,10 @@ class Factored:
 
 
 class FactoredState(NamedTuple):
-    """``moments`` has the parameters' structure: `Factored` if there are `sides`, else arrays."""
+    """``moments`` has the parameters' structure: `Factored` for those with a role, else arrays."""
 
     count: jax.Array
     moments: Any
-
-
-def sides(array: Any, axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The input and output dimensions of the linear maps in ``array``; None if it contains no map.
-
-    ``embed`` is one side of a map, the other named dimensions are the other side. The leading
-    dimension of a stack and that of experts are batch dimensions.
-    """
-    if len(axes) < 2 or "embed" not in axes:
-        return None
-    first = array.ndim - len(axes)
-    embed = first + axes.index("embed")
-    others = tuple(first + i for i, axis in enumerate(axes) if axis not in ("embed", "experts"))
-    return ((embed,), others) if embed < others[0] else (others, (embed,))
 
 
 def scale_by_factored_rms(
@@ -57,27 +42,27 @@ def scale_by_factored_rms(
     """
 
     def init(params):
-        def moment(a, axes):
+        def moment(a, declared):
             def zeros(over=()):
                 shape = tuple(1 if i in over else n for i, n in enumerate(a.shape))
                 return jnp.zeros(shape, jnp.float32)
 
-            dimensions = sides(a, axes)
+            dimensions = _sides(a, declared)
             return (
                 zeros()
                 if dimensions is None
                 else Factored(zeros(dimensions[1]), zeros(dimensions[0]))
             )
 
-        return FactoredState(jnp.zeros((), jnp.int32), map_named(moment, params))
+        return FactoredState(jnp.zeros((), jnp.int32), map_declared(moment, params))
 
     def update(updates, state, params=None):
         del params
         count: Any = optax.safe_increment(state.count)
         keep = 1 - count.astype(jnp.float32) ** -decay
 
-        def track(g, axes, old):
-            dimensions = sides(g, axes)
+        def track(g, declared, old):
+            dimensions = _sides(g, declared)
             square = jnp.square(g.astype(jnp.float32)) + eps
             if dimensions is None:
                 return keep * old + (1 - keep) * square
@@ -87,10 +72,10 @@ def scale_by_factored_rms(
                 keep * old.columns + (1 - keep) * columns,
             )
 
-        def scaled(g, axes, v):
-            dimensions = sides(g, axes)
+        def scaled(g, declared, v):
+            dimensions = _sides(g, declared)
             if dimensions is None:
-                over = tuple(range(g.ndim - len(axes), g.ndim))
+                over = tuple(range(g.ndim - len(declared.axes), g.ndim))
                 scale = jax.lax.rsqrt(v)
             else:
                 over = (*dimensions[0], *dimensions[1])
@@ -100,7 +85,11 @@ def scale_by_factored_rms(
             rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=over, keepdims=True))
             return u / jnp.maximum(1.0, rms / clip)
 
-        moments = map_named(track, updates, state.moments)
-        return map_named(scaled, updates, moments), FactoredState(count, moments)
+        moments = map_declared(track, updates, state.moments)
+        return map_declared(scaled, updates, moments), FactoredState(count, moments)
 
     return optax.GradientTransformation(init, update)
+
+
+def _sides(array: jax.Array, declared: Declared):
+    return None if declared.role is None else declared.role.sides(array, declared.axes)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from layers.config import check, check_choice, check_types
-from layers.weights import map_named
-from research.training.factored import scale_by_factored_rms, sides
+from layers.sharding import axes_of, spec
+from layers.weights import map_declared
+from research.training.factored import scale_by_factored_rms
 from research.training.moments import with_8bit_moments
 from research.training.offload import with_moments_on_host
 
@@ -25,11 +26,12 @@ class OptimizerConfig:
     ``schedule``: linear warm-up over ``warmup_steps``, then ``cosine`` or ``linear`` decay to
     ``final_fraction`` of the peak, ``constant``, or ``wsd`` (Hu 2024, arXiv:2404.06395): constant,
     then linear decay over the last ``decay_fraction`` of the steps. ``b1``, ``b2``: decay of the
-    first (or only) and second moment. ``weight_decay`` is decoupled, and not applied to biases and
-    norms. ``clip_norm``: largest global norm of a gradient, or None. ``master``: parameters that
-    are stored in fewer bits than float32 have a float32 copy, which is what is updated. Without it,
-    updates below their precision are lost. ``moments``: ``full`` (float32), or ``8bit`` (Dettmers
-    2021, `research.training.moments`).
+    first (or only) and second moment. ``weight_decay`` is decoupled, and applied to matrices,
+    embeddings and the head (`layers.roles`), not to biases, norms and rates. ``clip_norm``: largest
+    global norm of a gradient, or None. ``master``: parameters that are stored in fewer bits than
+    float32 have a float32 copy, which is what is updated. Without it, updates below their precision
+    are lost. ``moments``: ``full`` (float32), or ``8bit`` (Dettmers 2021,
+    `research.training.moments`).
     """
 
     name: str = "adamw"
@@ -120,37 +122,22 @@ def make_optimizer(
     """
     rate = make_schedule(config, steps)
     decay: dict[str, Any] = dict(weight_decay=config.weight_decay)
+
+    def descent(direction: optax.GradientTransformation) -> optax.GradientTransformation:
+        decayed_weights = optax.add_decayed_weights(config.weight_decay, decayed)
+        return optax.chain(direction, decayed_weights, optax.scale_by_learning_rate(rate))
+
     match config.name:
         case "adamw":
             optimizer = optax.adamw(rate, config.b1, config.b2, config.eps, **decay, mask=decayed)
         case "lion":
             optimizer = optax.lion(rate, config.b1, config.b2, **decay, mask=decayed)
         case "adafactor":  # Shazeer 2018, with an absolute step size (no parameter scale)
-            optimizer = optax.chain(
-                scale_by_factored_rms(),
-                optax.add_decayed_weights(config.weight_decay, decayed),
-                optax.scale_by_learning_rate(rate),
-            )
+            optimizer = descent(scale_by_factored_rms())
         case "muon":
-            optimizer = optax.contrib.muon(
-                rate,
-                beta=config.b1,
-                **decay,
-                weight_decay_mask=decayed,
-                adam_b1=config.b1,
-                adam_b2=config.b2,
-                adam_weight_decay=config.weight_decay,
-                adam_learning_rate=rate,
-                muon_weight_dimension_numbers=muon_dimensions,
-                # as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2), so both use one rate
-                consistent_rms=0.2,
-            )
+            optimizer = descent(muon_direction(config))
         case _:
-            optimizer = optax.chain(
-                optax.trace(config.b1) if config.b1 else optax.identity(),
-                optax.add_decayed_weights(config.weight_decay, decayed),
-                optax.scale_by_learning_rate(rate),
-            )
+            optimizer = descent(optax.trace(config.b1) if config.b1 else optax.identity())
     if config.moments == "8bit":
         optimizer = with_8bit_moments(optimizer)
     optimizer = in_float32(optimizer, master=config.master)
@@ -162,6 +149,30 @@ def make_optimizer(
         optimizer.init,
         lambda updates, state, params=None: optimizer.update(wide(updates), state, params),
     )
+
+
+def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon's direction for matrices, Adam's for other parameters, without decay and rate."""
+    muon = optax.contrib.muon(
+        -1.0,  # optax negates the rate
+        beta=config.b1,
+        eps=config.eps,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=-1.0,
+        muon_weight_dimension_numbers=muon_dimensions,
+        # as large as Adam's (Liu 2025, arXiv:2502.16982, §2.2), so both use one rate
+        consistent_rms=0.2,
+    )
+
+    def update(updates, state, params=None):
+        if spec() is None:
+            return muon.update(updates, state, params)
+        # explicit sharding does not support x xᵀ of a sharded x: XLA chooses the shardings
+        stored = jax.tree.map(axes_of, (updates, state))
+        return jax.sharding.auto_axes(muon.update, out_sharding=stored)(updates, state, params)
+
+    return optax.GradientTransformation(muon.init, update)
 
 
 class MasterState(NamedTuple):
@@ -219,19 +230,24 @@ def wide(tree: Any) -> Any:
 
 
 def decayed(params: Any) -> Any:
-    """The tree of ``params`` with True where weight decay applies: weights, not biases or norms."""
-    # a bias of heads has two dimensions too, but every linear map has ``embed`` on one side
-    return map_named(lambda _, axes: len(axes) > 1 and "embed" in axes, params)
+    """The tree of ``params`` with True where weight decay applies: to parameters with a role.
+
+    These are matrices, embeddings and the head; not norms, biases, convolutions and rates.
+    """
+    return map_declared(lambda _, declared: declared.role is not None, params)
 
 
 def muon_dimensions(params: Any) -> Any:
-    """For Muon (Jordan 2024): the input and output dimensions of every linear map, see `sides`.
+    """For Muon (Jordan 2024): the input and output dimensions of every matrix, see `layers.roles`.
 
-    None for embeddings, heads, norms and biases, which Adam updates.
+    The heads of a projection form one side of one matrix. None for embeddings, heads and
+    parameters without a role, which Adam updates.
     """
 
-    def dimensions(array, axes):
-        in_and_out = None if {"vocab", None} & set(axes) else sides(array, axes)
-        return None if in_and_out is None else optax.contrib.MuonDimensionNumbers(*in_and_out)
+    def dimensions(array, declared):
+        is_matrix = declared.role is not None and declared.role.name == "matrix"
+        if not is_matrix:
+            return None
+        return optax.contrib.MuonDimensionNumbers(*declared.role.sides(array, declared.axes))
 
-    return map_named(dimensions, params)
+    return map_declared(dimensions, params)

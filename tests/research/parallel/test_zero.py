@@ -40,7 +40,7 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from research.parallel import MeshConfig, abstract_batch, make_mesh, use_mesh
 from research.parallel.zero import MIXED, bytes_per_parameter
-from research.training import OptimizerConfig, TrainingConfig
+from research.training import TrainingConfig
 from research.training.optimizers import make_optimizer
 from research.training.state import abstract_state
 from research.training.step import finish, make_gradients
@@ -52,7 +52,7 @@ MODEL = DecoderConfig(
     attention=AttentionConfig(num_heads=4, implementation="reference"),
     param_dtype="bfloat16", dtype="bfloat16",
 )
-TRAINING = TrainingConfig(steps=3, optimizer=OptimizerConfig(master=True))
+TRAINING = TrainingConfig(steps=3)
 optimizer = make_optimizer(TRAINING.optimizer, TRAINING.steps)
 
 

@@ -11,7 +11,7 @@ from research.parallel import MeshConfig, make_mesh
 from research.parallel.devices import first_devices
 from research.planning.model_states import model_states
 from research.parallel.zero import MIXED, bytes_per_parameter
-from research.training import OptimizerConfig, TrainingConfig, train
+from research.training import TrainingConfig, train
 
 devices = first_devices(4)
 assert len(devices) == len(jax.devices()) == 4, "the CPU was not asked before"
@@ -24,7 +24,7 @@ MODEL = DecoderConfig(
     attention=AttentionConfig(num_heads=4, implementation="reference"),
     param_dtype="bfloat16", dtype="bfloat16",
 )
-MASTERS = TrainingConfig(steps=2, optimizer=OptimizerConfig(master=True))
+MASTERS = TrainingConfig(steps=2)
 for stage, sizes in ((0, dict(data=2)), (2, dict(data=1, fsdp=2, zero=2))):
     config = MeshConfig(**sizes)
     mesh = make_mesh(config, devices[:2])

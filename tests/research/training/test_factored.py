@@ -7,40 +7,44 @@ import optax
 import pytest
 from flax import nnx
 
+from layers.roles import Role
 from research.training.factored import Factored, scale_by_factored_rms
 
 SHAPES = {
-    "mlp": ((2, 6, 10), ("embed", "mlp")),
-    "query": ((2, 6, 2, 5), ("embed", "heads", "head_dim")),
-    "out": ((2, 2, 5, 6), ("heads", "head_dim", "embed")),
-    "experts": ((2, 3, 6, 10), ("experts", "embed", "mlp")),
-    "table": ((12, 6), ("vocab", "embed")),
-    "bias": ((2, 2, 5), ("heads", "head_dim")),
-    "norm": ((2, 6), ("norm",)),
+    "mlp": ((2, 6, 10), ("embed", "mlp"), Role("matrix", (0,), (1,))),
+    "query": ((2, 6, 2, 5), ("embed", "heads", "head_dim"), Role("matrix", (0,), (1, 2))),
+    "out": ((2, 2, 5, 6), ("heads", "head_dim", "embed"), Role("matrix", (0, 1), (2,))),
+    "latent": ((2, 3, 2, 5), (None, "heads", "head_dim"), Role("matrix", (0,), (1, 2))),
+    "experts": ((2, 3, 6, 10), ("experts", "embed", "mlp"), Role("matrix", (1,), (2,))),
+    "table": ((12, 6), ("vocab", "embed"), Role("embedding", (0,), (1,))),
+    "bias": ((2, 2, 5), ("heads", "head_dim"), None),
+    "rates": ((2, 6, 4), ("channels", None), None),
+    "norm": ((2, 6), ("norm",), None),
 }
 
 
 def arrays(seed):
     rng = np.random.default_rng(seed)
     # of magnitudes that make the clipping bite at times
-    return {n: rng.normal(size=s) * 10 ** rng.uniform(-2, 1, s) for n, (s, _) in SHAPES.items()}
+    return {n: rng.normal(size=s) * 10 ** rng.uniform(-2, 1, s) for n, (s, *_) in SHAPES.items()}
 
 
 def variables(values):
-    return {n: nnx.Param(jnp.float32(v), axes=SHAPES[n][1]) for n, v in values.items()}
+    def variable(value, axes, role):
+        return nnx.Param(jnp.float32(value), axes=axes, role=role)
+
+    return {n: variable(v, *SHAPES[n][1:]) for n, v in values.items()}
 
 
 def matrices(name, a):
     """What transformers would have as a parameter each."""
-    axes = SHAPES[name][1]
-    if "embed" not in axes:
-        # a bias is one vector
+    if name in ("bias", "rates", "norm"):
         return [layer.reshape(-1) for layer in a]
-    if "experts" in axes:
+    if name == "experts":
         return [expert for layer in a for expert in layer]
-    if "vocab" in axes:
+    if name == "table":
         return [a]
-    return [layer.reshape(6, -1) if axes[0] == "embed" else layer.reshape(-1, 6) for layer in a]
+    return [layer.reshape(-1, 6) if name == "out" else layer.reshape(len(layer), -1) for layer in a]
 
 
 def test_steps_are_those_of_transformers_for_every_matrix_alone():
@@ -81,9 +85,11 @@ def test_a_matrix_has_two_vectors_and_a_vector_itself():
         "mlp": Factored((2, 6, 1), (2, 1, 10)),
         "query": Factored((2, 6, 1, 1), (2, 1, 2, 5)),
         "out": Factored((2, 2, 5, 1), (2, 1, 1, 6)),
+        "latent": Factored((2, 3, 1, 1), (2, 1, 2, 5)),
         "experts": Factored((2, 3, 6, 1), (2, 3, 1, 10)),
         "table": Factored((12, 1), (1, 6)),
         "bias": (2, 2, 5),
+        "rates": (2, 6, 4),
         "norm": (2, 6),
     }
 
