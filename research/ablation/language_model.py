@@ -6,6 +6,7 @@ that a difference between two arms is a difference between two techniques.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -85,7 +86,7 @@ def language_model(scale: str) -> Any:
 
 def train_unit(
     unit: Unit,
-    init: Callable[[Decoder], Decoder] | None = None,
+    init: Callable[[Decoder], Decoder] | Path | str | None = None,
     devices: Sequence[Any] | None = None,
     *,
     objective: Objective | None = None,
@@ -95,9 +96,8 @@ def train_unit(
 ) -> TrainResult:
     """Train the unit's model on the unit's data; resume from the newest checkpoint in its workdir.
 
-    ``init`` maps the newly initialised model to the one to start from. ``devices`` are those of the
-    unit's mesh; None means all. ``source`` gives the batches in place of the unit's data. The other
-    arguments are those of `research.training.train`.
+    ``devices`` are those of the unit's mesh; None means all. ``source`` gives the batches in place
+    of the unit's data. The other arguments are those of `research.training.train`.
     """
     return train(
         from_mapping(DecoderConfig, unit.config.model, "model"),

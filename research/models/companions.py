@@ -47,14 +47,22 @@ def family_name(origin: Path) -> str | None:
         return None
 
 
-def write_companions(data: DataConfig, origin: Path) -> None:
-    """Write to ``origin`` the tokenizer of ``data`` and what is beside it, for other programs.
+def write_companions(data: DataConfig | None, origin: Path, start: Path | None = None) -> None:
+    """Write the companions of a run to ``origin``: its tokenizer, and what is beside it.
 
     The names and ids of the tokens that begin and end a text become those of ``data``. Bytes get a
-    ``tokenizer.json`` with the same ids.
+    ``tokenizer.json`` with the same ids. A run without text has the companions of its ``start``.
+
+    Args:
+      start: the folder `ORIGIN` of the model that the run starts from; it has the family.
     """
+    if data is None or data.source == "synthetic":
+        if start is not None and start.is_dir():
+            shutil.copytree(start, origin, dirs_exist_ok=True)
+        return
     tokenizer = tokenizer_of(data)
     origin.mkdir(exist_ok=True)
+    described = {}
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer.save(origin / "tokenizer.json")
         bos, eos = tokenizer.names
@@ -63,18 +71,22 @@ def write_companions(data: DataConfig, origin: Path) -> None:
         if source.resolve() != origin.resolve():
             copy_companions(source, origin)
             shutil.copyfile(data.tokenizer, origin / "tokenizer.json")
-            if family_name(source):
-                shutil.copyfile(source / "config.json", origin / "config.json")
+        if family_name(source):
+            described = _content(source / "config.json")
         bos = None if tokenizer.bos is None else tokenizer.token(tokenizer.bos)
         eos = tokenizer.token(tokenizer.eos)
+    if start is not None and family_name(start):
+        # ids are those of the tokenizer, whatever tokenizer the start had
+        ids = {name: described.get(name) for name in TOKEN_IDS}
+        described = {**_content(start / "config.json"), **ids}
     for name in NAMING:
         path = origin / name
         new = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == NAMING[0] else None
         _change(path, _names(_content(path), bos, eos), new)
-    for name in ("config.json", "generation_config.json"):
-        path = origin / name
-        ids = _ids(_content(path), tokenizer.bos, tokenizer.eos)
-        _change(path, ids, {} if name == "config.json" else None)
+    described |= _ids(described, tokenizer.bos, tokenizer.eos)
+    _change(origin / "config.json", described, {})
+    path = origin / "generation_config.json"
+    _change(path, _ids(_content(path), tokenizer.bos, tokenizer.eos), None)
 
 
 def _content(path: Path) -> dict[str, Any]:

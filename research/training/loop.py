@@ -30,7 +30,7 @@ from research.training.saved import SavedState
 from research.training.source import GrainSource, Source, check_held_out
 from research.training.state import TrainState, abstract_state
 from research.training.step import default_objective, make_step
-from research.training.workdir import begin, differences, record_changed_data
+from research.training.workdir import begin, differences, load_model, record_changed_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def train(
     seed: int = 0,
     workdir: Path | str | None = None,
     mesh: MeshConfig = MeshConfig(),
-    init: Callable[[Any], Any] | None = None,
+    init: Callable[[Any], Any] | Path | str | None = None,
     objective: Objective | None = None,
     source: Source | None = None,
     frozen: Any = None,
@@ -72,8 +72,9 @@ def train(
       data: the configuration of the data; None with a ``source``.
       seed: of the initial weights and of the order of the data.
       workdir: the folder for checkpoints, metrics and the environment; None writes nothing.
-      init: maps the freshly initialised model to the one to start from, of the same configuration;
-        not called on resume.
+      init: the workdir of the model to start from, of the same configuration, whose companions (its
+        tokenizer, its family) are kept; or a function that maps the freshly initialised model to
+        it. Not read on resume.
       objective: what is minimised; None: next token, with ``training.z_loss``.
       source: gives the batches in place of ``data``.
       frozen: trees that the objective reads and that are not trained, see `Objective`. They are
@@ -113,6 +114,9 @@ def train(
     check_run(model, training, mesh, the_mesh, objective=objective, patterns=patterns, **size)
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
+    start = Path(init) if isinstance(init, (str, Path)) else None
+    if start is not None:
+        init = functools.partial(_load_start, start, mesh, model)
     trace = Trace(profile, training.steps, workdir, clock)
     if data is not None:
         source = GrainSource(data, seed)
@@ -122,7 +126,7 @@ def train(
     changed = []
     if workdir is not None:
         parts = dict(model=model, data=data, training=training, mesh=mesh, objective=objective)
-        changed = begin(workdir, parts, seed, lead, patterns, accept_changed_data)
+        changed = begin(workdir, parts, seed, lead, patterns, accept_changed_data, start)
 
     strategy = dict(stage=mesh.zero_stage, patterns=patterns, offload=mesh.offload)
     saved = None
@@ -208,6 +212,12 @@ def _initial(model, training, mesh: Mesh, seed: int, init, **strategy) -> TrainS
         started = init(started)
         _check_start(started, model)
     return fresh_state(started, seed)
+
+
+def _load_start(start: Path, mesh: MeshConfig, model: Any, fresh: Any) -> Any:
+    """The model in the workdir ``start``, in place of ``fresh``."""
+    del fresh
+    return load_model(start, mesh, model=model)
 
 
 def _check_start(started: Any, model: DecoderConfig | ModelConfig) -> None:

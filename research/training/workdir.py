@@ -98,6 +98,7 @@ def begin(
     lead: bool,
     patterns: tuple[str, ...] = trainable.ALL,
     accept_changed_data: bool = False,
+    start: Path | None = None,
 ) -> list[str]:
     """Write the configuration and the fingerprint of the data, or compare with what is there.
 
@@ -105,6 +106,7 @@ def begin(
     `EXECUTION` fields may change from one start to the next; fields that change the numbers may
     not. A start that ended before its first metrics and checkpoint decides nothing: the run begins
     again. Float32 parameters have no float32 copy, so for them ``master`` may change.
+    ``start``: the workdir of the model that the run starts from.
 
     Returns:
       What changed in the data (`research.data.what_changed`), if that is accepted, for
@@ -152,6 +154,7 @@ def begin(
             (workdir / DATA).unlink(missing_ok=True)
         else:
             _write_data(workdir, data)
+        write_companions(data, workdir / ORIGIN, start and start / ORIGIN)
         _write(path, described)
     except OSError as error:
         raise ConfigError(

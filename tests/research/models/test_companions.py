@@ -178,3 +178,38 @@ def test_prompts_spell_special_tokens_only_on_request(imported, tuned):
         special = load_prompt_tokenizer(folder, special_tokens=True)
         assert special.encode("<|im_end|>")[-1] == 1
         assert special.decode([1]) == "<|im_end|>" and text.decode([1]) == ""
+
+
+def test_a_start_that_is_named_gives_the_family_with_any_tokenizer(imported, tmp_path):
+    config = load_model(imported).config
+    train(config, data_of(tmp_path), TRAINING, init=imported, workdir=tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "x")
+    tokenizer, model = loaded_by_transformers(tmp_path / "x", load_model(tmp_path / "run"))
+    assert tokenizer("é")["input_ids"] == [256, *"é".encode()]
+    assert isinstance(model, transformers.Qwen3ForCausalLM)
+    ids = [getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert ids == [256, 257, None]
+
+
+def test_a_run_without_text_has_the_companions_of_its_start(imported, tmp_path):
+    task = DataConfig(source="synthetic", sequence_length=8, batch_size=1)
+    for number, data in enumerate((None, task)):
+        write_companions(data, tmp_path / f"{number}", imported / ORIGIN)
+        names = sorted(path.name for path in (imported / ORIGIN).iterdir())
+        assert sorted(path.name for path in (tmp_path / f"{number}").iterdir()) == names
+    write_companions(task, tmp_path / "none", tmp_path / "absent")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_start_is_loaded_and_not_the_fresh_model(imported, tmp_path):
+    start = load_model(imported)
+    data = data_of(tmp_path)
+    options: dict = dict(progress=lambda *_: None)
+    by_path, by_function = (
+        train(start.config, data, TRAINING, init=init, **options).model
+        for init in (str(imported), lambda fresh: start)
+    )
+    for one, other in zip(*map(jax.tree.leaves, (by_path, by_function)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ConfigError, match="holds no config.json of a run"):
+        train(start.config, data, TRAINING, init=tmp_path / "absent", **options)
