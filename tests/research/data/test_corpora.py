@@ -120,6 +120,19 @@ def test_missing_files_are_refused(tmp_path):
     refuse(files(tmp_path / "p*.txt"), "pipe.txt': must be a file, not a device or a pipe")
 
 
+def test_unreadable_files_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # root may read every file
+        refuse(files(tmp_path / "a.txt"), "a.txt': must be readable")
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("research.data.formats.open", fail, raising=False)
+    refuse(files(tmp_path / "a.txt"), r"a.txt': cannot be read \(Input/output error\)")
+
+
 @pytest.mark.parametrize("again", ["val.txt", "v*.txt", "./val.txt", "../{here}/val.txt", "link"])
 def test_a_file_is_read_once_and_for_one_split(again, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
