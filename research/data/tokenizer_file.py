@@ -135,7 +135,7 @@ def _read(path: str) -> tuple[bytes, tokenizers.Tokenizer]:
     except BaseException as error:  # the library raises bare Exception, or panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error).split())[:200]  # it may quote the file
     if problem:
         raise ConfigError(
             f"tokenizer={path!r}: must be 'byte' or a readable tokenizer.json ({problem})"
@@ -155,7 +155,8 @@ def _problem(tokenizer: tokenizers.Tokenizer, description: Mapping[str, Any]) ->
         if identifier in tokens:
             return f"{tokens[identifier]!r} and {token!r} have the id {identifier}"
         tokens[identifier] = token
-    if max(tokens) >= 2**31:
+    # the library lists all numbers below it that are no ids
+    if max(tokens) >= 2**24:
         return f"the id {max(tokens)} is too large"
     # the library numbers added tokens itself
     for added in description.get("added_tokens") or ():

@@ -116,12 +116,13 @@ class Fields:
     def texts(
         self, name: str, default: Any = REQUIRED, *, count: int | None = None, null: Any = REQUIRED
     ) -> Any:
-        """A list of str, of ``count`` elements if it is given."""
+        """A list of names, of ``count`` elements if it is given."""
         value, given = self._take(name, default, null)
         if given:
             self._check(isinstance(value, list), name, value, "must be a list of texts")
             for i, item in enumerate(value):
-                self._check(isinstance(item, str), f"{name}[{i}]", item, "must be a text")
+                named = isinstance(item, str) and len(item) < _LONG
+                self._check(named, f"{name}[{i}]", item, "must be a name")
             right = count is None or len(value) == count
             self._check(right, name, value, f"must have {count} elements, not {len(value)}")
         return value

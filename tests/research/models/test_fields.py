@@ -26,7 +26,7 @@ def refused(read, value, *args, **limits):
         ("number", (*NUMBERS, 10**400, None)),
         ("flag", (0, 1, 0.0, "true", [], None)),
         ("text", (0, True, ["a"], {}, None)),
-        ("texts", ("ab", {"a": "b"}, [1], ["a", None], None)),
+        ("texts", ("ab", {"a": "b"}, [1], ["a", None], ["a" * 99], None)),
         ("items", ("ab", {"a": "b"}, 1, None)),
     ],
 )
