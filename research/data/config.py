@@ -66,9 +66,9 @@ class DataConfig:
         ends in plain text and here are ``\\n``, also where the file has ``\\r\\n`` or ``\\r``.
       hf_subset, hf_split: the dataset's configuration name and split.
       tokenizer: ``byte`` or the path of a ``tokenizer.json``.
-      bos_token, eos_token: the tokens of ``tokenizer.json`` that begin and end a document (not used
-        by ``byte``). None: those that tokenizer_config.json or special_tokens_map.json beside it
-        name; without such files, ``<bos>`` and ``<eos>``. An empty ``bos_token``: none.
+      bos_token, eos_token: the tokens of ``tokenizer.json`` that begin and end a document. None:
+        those that tokenizer_config.json or special_tokens_map.json beside it name; without such
+        files, ``<bos>`` and ``<eos>``. An empty ``bos_token``: none.
       sequence_length: tokens per row; a longer document continues as further segments.
       batch_size: rows per step over all processes.
       packing: ``concat`` cuts the concatenated documents every ``sequence_length`` tokens (no

@@ -310,8 +310,14 @@ def _load(config: DataConfig, stats: tuple) -> _Loaded:
     del stats  # only part of the cache's key
     tokenizer = tokenizer_of(config)
     corpus = read_corpus(config)
+    encoded = [tokenizer.encode_documents(d) for d in (corpus.train, corpus.validation)]
+    check(
+        any(len(ids) for documents in encoded for ids in documents),
+        "tokenizer",
+        config.tokenizer,
+        "encodes every document by no token",
+    )
     train, validation = (
-        join(tokenizer.encode_documents(d), tokenizer.bos, tokenizer.eos, tokenizer.vocab_size)
-        for d in (corpus.train, corpus.validation)
+        join(ids, tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) for ids in encoded
     )
     return _Loaded(train, validation, corpus.sha256, corpus.parts)

@@ -107,6 +107,12 @@ def load_tokenizer(
       ConfigError: the file cannot be read or parsed, or lacks ``bos_token`` or ``eos_token``.
     """
     if name == "byte":
+        for field, token, own in zip(
+            ("bos_token", "eos_token"), (bos_token, eos_token), ByteTokenizer.names, strict=True
+        ):
+            check(
+                token in (None, own), field, token, f"must be None or {own!r}: bytes have no other"
+            )
         return ByteTokenizer()
     files = (Path(name), *(Path(name).parent / file for file in NAMING))
     return _load_json(name, bos_token, eos_token, tuple(map(_modified, files)))

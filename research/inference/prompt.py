@@ -97,7 +97,12 @@ def _stop_tokens(origin: Path) -> tuple[int, ...]:
     """The ids that end a text: from generation_config.json, or from config.json."""
     for name in ("generation_config.json", "config.json"):
         path = origin / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        content = read_json(path) if path.is_file() else {}
+        check(isinstance(content, dict), "file", str(path), "must hold an object")
+        ids = content.get("eos_token_id")
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+            ids = ids if isinstance(ids, list) else [ids]
+            valid = all(type(i) is int and i >= 0 for i in ids)
+            check(valid, "eos_token_id", ids, f"must be ids in {str(path)!r}")
+            return tuple(ids)
     return ()

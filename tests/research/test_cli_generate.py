@@ -8,6 +8,7 @@ import tokenizers
 from flax import nnx
 
 from layers.attention import AttentionConfig
+from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.cli import main
@@ -74,6 +75,11 @@ def test_an_imported_checkpoint_speaks_with_its_own_tokenizer(imported, capsys):
     assert capsys.readouterr().out.startswith("the")
     (imported / ORIGIN / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert load_prompt_tokenizer(imported).stop_tokens == (7,)
+    for content, message in (('{"eos_token_id": "two"}', "must be ids in"), ("[]", "an object")):
+        (imported / ORIGIN / "generation_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            load_prompt_tokenizer(imported)
+    (imported / ORIGIN / "generation_config.json").unlink()
 
 
 def test_several_models_are_named_and_one_is_taken(run, capsys):

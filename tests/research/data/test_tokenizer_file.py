@@ -183,6 +183,14 @@ def test_an_unknown_word_without_a_token_for_it_is_one_line(tmp_path):
     assert "\n" not in str(error.value) and path in str(error.value)
 
 
+def test_documents_that_give_no_token_are_refused(tmp_path):
+    model = models.BPE({"a": 0, "<bos>": 1, "<eos>": 2}, [])  # drops what it does not know
+    path = save_plain(tokenizers.Tokenizer(model), tmp_path)
+    assert documents_of(path, "a b", tmp_path) == [1, 0, 2]
+    with pytest.raises(ConfigError, match="encodes every document by no token"):
+        documents_of(path, "b", tmp_path)
+
+
 def save_plain(tokenizer, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

@@ -37,6 +37,13 @@ def test_bytes_show_their_special_tokens():
         tokenizer.encode("<eos>", special_tokens=True)
 
 
+def test_bytes_have_no_other_special_tokens():
+    assert load_tokenizer("byte", "<bos>", "<eos>").eos == 257
+    for names in (("<s>", None), ("", None), (None, "</s>")):
+        with pytest.raises(ConfigError, match=r"_token='.*': must be None or '<.os>': bytes have"):
+            load_tokenizer("byte", *names)
+
+
 def test_bytes_decode_a_cut_character():
     assert load_tokenizer("byte").decode("å".encode()[:1]) == "\ufffd"
 
