@@ -76,7 +76,7 @@ def get_config(scale):
     training.eval_batches = 0
     training.log_every = 1
     if scale == "paper":
-        config.model.vocab_size = config.kept.vocabulary
+        config.model.vocab_size = config.kept["vocabulary"]
         config.model = dataclasses.asdict(_compiled(config, "kept"))
         training.optimizer.master = True
     return config

@@ -155,8 +155,9 @@ class Experiment:
 def _with_vocabulary(config: ConfigDict) -> ConfigDict:
     """``config``, whose ``model.vocab_size`` is set to the vocabulary of ``data`` if it is None."""
     model: Any = config.get("model")
-    if isinstance(model, ConfigDict) and model.get("vocab_size", 0) is None and "data" in config:
-        model.vocab_size = vocabulary_size(from_mapping(DataConfig, config.data, "data"))
+    data: Any = config.get("data")
+    if isinstance(model, ConfigDict) and model.get("vocab_size", 0) is None and data is not None:
+        model.vocab_size = vocabulary_size(from_mapping(DataConfig, data, "data"))
     return config
 
 
