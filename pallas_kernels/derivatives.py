@@ -132,6 +132,8 @@ _linear_p.def_effectful_abstract_eval(
     lambda *_, program, plain, pull, fixed: (program.out_avals, program.effects)
 )
 mlir.register_lowering(_linear_p, mlir.lower_fun(_evaluate, multiple_results=True))
+# JAX 0.12 calls this instead if the program contains its ragged products, which it rewrites first
+_linear_p.to_lojax = _evaluate  # type: ignore[attr-defined]
 
 
 def _jvp(primals, tangents, *, program, plain, pull, fixed):
