@@ -12,6 +12,18 @@ from typing import Any
 
 from layers.config import ConfigError, check
 
+_temporaries: set[Path] = set()  # files and folders that are being written
+
+
+def remove_temporaries() -> None:
+    """Remove what is being written: for the end of a process that runs no ``finally``."""
+    for path in list(_temporaries):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)``, sync, and rename onto ``path``; a crash leaves the old file.
@@ -21,6 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    _temporaries.add(temporary)
     try:
         write(temporary)
         _sync(temporary)
@@ -30,6 +43,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+        _temporaries.discard(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,6 +116,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    _temporaries.add(fresh)
     try:
         yield fresh
         fresh.chmod(0o755)
@@ -117,6 +132,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(directory)) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        _temporaries.discard(fresh)
 
 
 def _sync(path: Path) -> None:

@@ -4,12 +4,9 @@
 ``run`` writes, and ``result.json`` (written last, atomically) or ``failed.json``.
 """
 
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,8 +162,8 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
     """Run all units that are not finished; returns (arm, seed) → message of those that failed.
 
     If a unit raises, its failure is recorded and the other units run, except those that start from
-    it. KeyboardInterrupt and SIGTERM (as SystemExit) end the run. Finished work stays, and the same
-    call continues from there.
+    it. KeyboardInterrupt, and SystemExit of a training that a signal stopped, end the run. Finished
+    work stays, and the same call continues from there.
 
     Several processes run each unit together and agree on which units are finished or failed; the
     first process writes the files.
@@ -179,7 +176,7 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
     finished = [state(unit) == "finished" for unit in planned.units]
     if not processes.same_everywhere(np.asarray(finished)):
         raise ConfigError(f"workdir={str(planned.workdir)!r}: must be one folder for all processes")
-    with _terminable(), progress.over(len(planned.units)):
+    with progress.over(len(planned.units)):
         for unit, done in zip(planned.units, finished, strict=True):
             if done:
                 progress.skip(unit.arm, unit.seed)
@@ -281,20 +278,3 @@ def _check_same(unit: Unit) -> None:
                 f"{unit.workdir}: was run with {field}={recorded.get(field, 'absent')!r}, "
                 f"now {current.get(field, 'absent')!r}: choose another --workdir or remove it"
             )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) inside, as Ctrl-C raises KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def stop(number, frame):
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

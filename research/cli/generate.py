@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -68,15 +67,8 @@ def _generate(options) -> int:
         print(*unprinted, text.push(token), sep="", end="", flush=True)
         unprinted.clear()
 
-    try:
-        generate(model, [prompt], sampling, stream=show)
-        print(text.flush())
-    except KeyboardInterrupt:
-        print(text.flush())
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader ended, e.g. `head`; Python must not write to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    generate(model, [prompt], sampling, stream=show)
+    print(text.flush())
     return 0
 
 

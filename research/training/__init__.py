@@ -8,8 +8,8 @@ from research.training.loop import TrainResult, train
 from research.training.models import ModelConfig
 from research.training.objectives import NextToken, Objective, Sums
 from research.training.optimizers import OptimizerConfig
-from research.training.run import Preempted
 from research.training.source import DataError, Source
+from research.training.stopping import Preempted
 from research.training.workdir import load_model, save_model
 
 __all__ = [

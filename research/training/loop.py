@@ -25,11 +25,12 @@ from research.training.objectives import Objective
 from research.training.optimizers import make_optimizer
 from research.training.profile import Trace
 from research.training.progress import bar
-from research.training.run import Progress, Run, signals
+from research.training.run import Progress, Run
 from research.training.saved import SavedState
 from research.training.source import GrainSource, Source, check_held_out
 from research.training.state import TrainState, abstract_state
 from research.training.step import default_objective, make_step
+from research.training.stopping import Stopping
 from research.training.workdir import begin, differences, load_model, record_changed_data
 
 
@@ -64,8 +65,8 @@ def train(
     If one of several processes is lost, the others end (`research.parallel.processes`).
 
     A resumed run gives the same numbers, bit for bit, as a run that was never interrupted, on the
-    same mesh and machine. SIGTERM saves and raises `Preempted` (exit status 0); Ctrl-C saves and
-    raises KeyboardInterrupt.
+    same mesh and machine. From the first step on, SIGTERM and SIGHUP save and raise `Preempted`
+    (exit status 0); Ctrl-C saves and raises KeyboardInterrupt.
 
     Args:
       model: a decoder's configuration, or one that builds another module (`ModelConfig`).
@@ -133,7 +134,9 @@ def train(
     if workdir is not None:
         abstract = functools.partial(_abstract, training, the_mesh, **strategy)
         saved = SavedState(workdir, training.keep, model, abstract, patterns)
+    stopping = Stopping()
     with contextlib.ExitStack() as stack:
+        stack.callback(stopping.close)  # when everything is saved
         stack.enter_context(use_mesh(the_mesh))
         if saved:
             stack.callback(saved.close)
@@ -171,7 +174,7 @@ def train(
             log=log,
             workdir=workdir,
             progress=progress,
-            stopped=stack.enter_context(signals()),
+            stopping=stopping,
             clock=clock,
             trace=trace,
             metrics=dict(position.get("metrics", {})),

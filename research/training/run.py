@@ -1,13 +1,10 @@
 """The training loop: steps until the last one or a signal."""
 
-import contextlib
 import dataclasses
 import functools
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +27,9 @@ from research.training.profile import Trace
 from research.training.source import Feed, Source
 from research.training.state import TrainState
 from research.training.step import scalars
+from research.training.stopping import Stopping
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-
-
-class Preempted(SystemExit):
-    """SIGTERM was received and the run is saved. Exit status 0: the scheduler may restart it."""
-
-    def __init__(self):
-        super().__init__(0)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,7 +52,7 @@ class Run:
     log: Metrics | None
     workdir: Path | None
     progress: Progress
-    stopped: list[int]
+    stopping: Stopping
     clock: Clock
     trace: Trace
     metrics: dict[str, float]
@@ -87,6 +78,7 @@ class Run:
                 with self.clock.during("compile" if done == start else "step"):
                     state, computed = self.step(state, sharded, self.frozen)
             done += 1
+            self.stopping.listen()  # from here on there are steps to save
             self.trace.end(done, computed)
             # The device computes step N while the metrics of step N − 1 are read.
             if pending is not None:
@@ -121,7 +113,7 @@ class Run:
         if stopping and done < training.steps:
             if self.checkpoints:
                 self.checkpoints.close()
-            raise KeyboardInterrupt if signal.SIGINT in self.stopped else Preempted
+            self.stopping.raise_()
         return pending
 
     def _read_metrics(self, step: int, computed, batch) -> None:
@@ -138,10 +130,11 @@ class Run:
         Several processes must save at the same step, so they agree on it when metrics are logged.
         """
         if jax.process_count() == 1:
-            return bool(self.stopped)
+            return bool(self.stopping.received)
         if step % self.training.log_every:
             return False
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(bool(self.stopped)))))
+        received = np.asarray(bool(self.stopping.received))
+        return bool(np.any(multihost_utils.process_allgather(received)))
 
     def _evaluates(self, step: int) -> bool:
         due = step % self.training.eval_every == 0 or step == self.training.steps
@@ -211,24 +204,3 @@ class _Speed:
 def _is_running(pending: tuple | None) -> bool:
     """Whether the device still computes the previous step."""
     return pending is not None and not all(value.is_ready() for value in pending[1].values())
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
-    """The signals to stop that are received while inside; a second Ctrl-C raises at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-
-    def handle(number, frame):
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
