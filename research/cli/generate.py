@@ -1,7 +1,6 @@
 """``ablate generate``: text from a trained or imported model, printed token by token."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -76,11 +75,12 @@ def _check_memory(model, prompt_tokens: int, new_tokens: int) -> None:
     """Raise `ConfigError` if memory cannot hold the state: XLA may wait for ever to allocate it."""
     import jax
 
+    from research.memory import device_memory, spell
+
     state = jax.eval_shape(lambda: model.init_state(1, prompt_tokens + new_tokens))
     needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", host)
-    sizes = f"{needed / 1e9:,.0f} GB of state must fit into {memory / 1e9:,.0f} GB of memory"
+    memory = device_memory(jax.devices()[0])
+    sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
     check(needed <= memory, "max-tokens", new_tokens, sizes)
 
 

@@ -5,6 +5,10 @@ from typing import Any
 
 from layers.config import ConfigError, check, check_choice, check_types
 from research.data.synthetic import TASKS, generate
+from research.memory import host_memory, spell
+
+# of a generated example, its tokens, labels and weights and what their task computes, per token
+_EXAMPLE_BYTES = 64
 
 SOURCES = ("stdlib", "files", "hf", "synthetic")
 PACKINGS = ("concat", "first_fit")
@@ -148,6 +152,9 @@ class DataConfig:
                 f"source={self.source!r} does not read it",
             )
         if self.source == "synthetic":
+            needed, memory = _EXAMPLE_BYTES * self.sequence_length, host_memory()
+            sizes = f"an example, {spell(needed)}, must fit into {spell(memory)} of memory"
+            check(needed <= memory, "sequence_length", self.sequence_length, sizes)
             # generate one example, so that an invalid parameter fails here and not during a run
             try:
                 generate(

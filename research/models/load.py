@@ -17,6 +17,7 @@ from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from layers.weights import flat
 from research.files import read_json
+from research.memory import check_memory, shard_bytes
 from research.models.families import Family, decoder_config, family_of
 from research.models.fields import short
 from research.models.headers import canonical_names, check_headers, check_sizes
@@ -24,6 +25,7 @@ from research.models.pth import SUFFIX, PthReader
 from research.models.reader import Reader
 from research.models.table import Target, from_theirs, targets
 from research.parallel import make_mesh, shardings, use_mesh, validate_model
+from research.parallel.rules import with_shardings
 
 _ROWS = 4096  # of the embedding that are compared at once
 
@@ -55,7 +57,9 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
         _check_head(reader, names, family, config)
         stack.enter_context(use_mesh(mesh))
         shapes: dict[str, Any] = flat(abstract)
-        stored: dict[str, Any] = flat(shardings(abstract, mesh))
+        sharded = with_shardings(abstract, shardings(abstract, mesh))
+        check_memory(shard_bytes(sharded), mesh, f"model={str(source)!r}", "its parameters")
+        stored = {path: leaf.sharding for path, leaf in flat(sharded).items()}
         arrays: dict[str, jax.Array] = {}
         for target in needed.values():
             parts = _read(reader, names.get(target.name), target, config)

@@ -1,16 +1,20 @@
 """Whether the parts of a run fit one another and the devices: the same check for runs and plans."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from layers.config import check
+from layers.config import ConfigError, check
 from layers.decoder import DecoderConfig
 from layers.weights import flat
-from research.parallel import MeshConfig, batch_ways, validate
+from research.memory import check_memory, shard_bytes
+from research.parallel import MeshConfig, abstract_batch, batch_ways, shardings, validate
+from research.parallel.rules import with_shardings
 from research.parallel.zero import check_stage
 from research.training import trainable
 from research.training.config import TrainingConfig
@@ -43,8 +47,8 @@ def check_run(
       patterns: of the trained parameters, see `research.training.trainable`.
 
     Raises:
-      ConfigError: sizes that do not divide or do not fit, a field that changes nothing, or an
-        optimiser that ``mesh`` or ``strategy`` does not support.
+      ConfigError: sizes that do not divide, do not fit one another or do not fit the memory, a
+        field that changes nothing, or an optimiser that ``mesh`` or ``strategy`` does not support.
     """
     ways = batch_ways(mesh)
     check_stage(strategy.zero, model, dict(mesh.shape))
@@ -80,6 +84,9 @@ def check_run(
         f"must divide the {device_rows // rows_together} "
         f"{'rows' if rows_together == 1 else 'groups'} of a device",
     )
+    _check_state(model, training, strategy, mesh, patterns)
+    if isinstance(model, DecoderConfig) and sequence_length is not None:
+        _check_batch(model, mesh, batch_size, sequence_length, microbatches)
     optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
     abstract = jax.eval_shape(lambda: build(model, nnx.Rngs(0)))
     trainable.check_patterns(abstract, patterns)
@@ -131,3 +138,41 @@ def _check_decoder(
     for name in ("dtype", "param_dtype"):
         dtype = getattr(model, name)
         check(dtype != "float16", f"model.{name}", dtype, HALF)
+
+
+def _check_state(
+    model: Any,
+    training: TrainingConfig,
+    strategy: MeshConfig,
+    mesh: Mesh,
+    patterns: Sequence[str],
+) -> None:
+    """Check that parameters, moments and gradients fit the memory of the devices."""
+    optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
+
+    def abstract(model: Any) -> Any:
+        return abstract_state(
+            model, optimizer, mesh, strategy.zero_stage, patterns=patterns, offload=strategy.offload
+        )
+
+    try:  # stacked layers have the same bytes, and any number of them is counted at once
+        stacked = dict(scan=True) if patterns == trainable.ALL else {}
+        state = abstract(dataclasses.replace(model, **stacked))
+    except (ConfigError, TypeError):  # this model or optimiser does not support it, or has no scan
+        state = abstract(model)
+    params, _ = trainable.split(state.model, patterns)
+    gradients = shardings(params, mesh, split=strategy.zero_stage > 1)
+    needed = shard_bytes(state) + shard_bytes(with_shardings(params, gradients))
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+    check_memory(needed, mesh, f"model={count:,} parameters", "with gradients and moments")
+
+
+def _check_batch(
+    model: DecoderConfig, mesh: Mesh, batch_size: int, length: int, microbatches: int
+) -> None:
+    """Check that a batch and the inputs of all layers, for the backward pass, fit the memory."""
+    tokens = batch_size * length // (batch_ways(mesh) * mesh.shape["sequence"] * microbatches)
+    inputs = tokens * model.num_layers * model.width * jnp.dtype(model.dtype).itemsize
+    batch = shard_bytes(abstract_batch(mesh, batch_size, length))
+    subject = f"data.batch_size={batch_size}, data.sequence_length={length}"
+    check_memory(batch + inputs, mesh, subject, "a batch and the inputs of all layers")

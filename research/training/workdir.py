@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint, what_changed
 from research.files import read_json, write_text
+from research.memory import check_memory, shard_bytes
 from research.models.companions import ORIGIN, write_companions
 from research.parallel import MeshConfig, make_mesh, shardings
 from research.parallel.rules import with_shardings
@@ -54,8 +56,9 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
 
     def abstract(config: Any) -> TrainState:
         optimizer = make_optimizer(training.optimizer, training.steps)
-        stage = mesh.zero_stage
-        return abstract_state(config, optimizer, make_mesh(mesh), stage, patterns=patterns)
+        stage, on = mesh.zero_stage, make_mesh(mesh)
+        state = abstract_state(config, optimizer, on, stage, patterns=patterns)
+        return _fits(state, on, workdir)
 
     saved = SavedState(workdir, training.keep, config, abstract, patterns)
     try:
@@ -70,7 +73,8 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
 def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
     """The model that `save_model` wrote."""
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    target = {"model": with_shardings(abstract, shardings(abstract, make_mesh(mesh)))}
+    on = make_mesh(mesh)
+    target = {"model": _fits(with_shardings(abstract, shardings(abstract, on)), on, workdir)}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
         restored = checkpoints.restore(lambda position: target, partial=True)
@@ -79,6 +83,12 @@ def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) ->
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
     return restored[0]["model"]
+
+
+def _fits(tree: Any, mesh: Mesh, workdir: Path) -> Any:
+    """``tree``, if its shards fit the memory of the devices."""
+    check_memory(shard_bytes(tree), mesh, f"workdir={str(workdir)!r}", "its model")
+    return tree
 
 
 def save_model(model: Decoder, workdir: Path) -> None:

@@ -1,0 +1,120 @@
+"""Sizes that no memory holds are refused before anything is allocated."""
+
+import dataclasses
+import resource
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from layers.attention import AttentionConfig
+from layers.config import ConfigError
+from layers.decoder import DecoderConfig
+from layers.mlp import MlpConfig
+from research import memory
+from research.data import DataConfig, SyntheticConfig
+from research.parallel import MeshConfig, make_mesh
+from research.training import TrainingConfig, load_model, train
+from research.training.check import check_run
+
+MODEL = DecoderConfig(
+    vocab_size=16, width=8, num_layers=2, attention=AttentionConfig(num_heads=2), mlp=MlpConfig(16)
+)
+DATA = DataConfig(
+    source="synthetic",
+    sequence_length=8,
+    batch_size=2,
+    synthetic=SyntheticConfig(task="copy", vocab_size=16),
+)
+TRAINING = TrainingConfig(steps=1, eval_batches=0)
+
+
+@pytest.mark.parametrize(
+    "model, data",
+    [
+        (dict(width=4 * 10**9), {}),
+        (dict(width=2 * 10**30), {}),
+        (dict(num_layers=10**9, scan=False), {}),  # too many even to count one by one
+        (dict(num_layers=10**15), {}),
+        (dict(vocab_size=10**12), {}),
+        (dict(mlp=MlpConfig(2**70)), {}),  # more elements than an index can number
+        (dict(attention=AttentionConfig(num_heads=2, head_dim=2**40)), {}),
+        (dict(position="learned", max_length=10**13), {}),
+        ({}, dict(batch_size=10**10)),
+        ({}, dict(source="stdlib", sequence_length=10**10)),
+        ({}, dict(source="stdlib", batch_size=2**40, sequence_length=2**40)),
+    ],
+)
+def test_sizes_beyond_the_memory_are_one_line(model, data, tmp_path):
+    if data:
+        model = dict(vocab_size=300)
+    parts = dataclasses.replace(MODEL, **model), dataclasses.replace(DATA, **data)
+    with pytest.raises(ConfigError, match="per device, must fit into .* of memory$") as caught:
+        train(*parts, TRAINING, workdir=tmp_path / "run")
+    said = str(caught.value)
+    assert said.startswith("data.batch_size=" if data else "model=") and "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bytes_are_those_of_parameters_moments_and_gradients(monkeypatch):
+    """Adam's two moments and a gradient for each parameter, in float32; all but a few scalars."""
+    limit = {}
+    monkeypatch.setattr(memory, "host_memory", lambda: limit["bytes"])
+    shapes = [(16, 8), *[(8, 8)] * 8, *[(8, 16)] * 6, *[(8,)] * 5]  # all matrices and norms
+    count = sum(jnp.zeros(shape).size for shape in shapes)
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    def checked(model, rows=2):
+        check_run(model, TRAINING, MeshConfig(), mesh, batch_size=rows, sequence_length=8)
+
+    for scan in (True, False):
+        model = dataclasses.replace(MODEL, scan=scan)
+        limit["bytes"] = 4 * 4 * count - 1
+        with pytest.raises(ConfigError, match=rf"^model={count:,} parameters: with gradients and"):
+            checked(model)
+        limit["bytes"] += 100  # the step, its key and the moments' count
+        checked(model)
+    # five arrays of a batch, and the input of each layer
+    rows = limit["bytes"] // (8 * (5 * 4 + MODEL.num_layers * MODEL.width * 4)) + 1
+    with pytest.raises(ConfigError, match=rf"^data.batch_size={rows}, data.sequence_length=8: a"):
+        checked(MODEL, rows)
+    checked(MODEL, rows - 1)
+
+
+def test_an_example_that_does_not_fit_is_not_generated():
+    with pytest.raises(ConfigError, match="^sequence_length=1000000000000: an example, 64,000 GB"):
+        dataclasses.replace(DATA, sequence_length=10**12)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(monkeypatch, tmp_path):
+    train(MODEL, DATA, TRAINING, workdir=tmp_path, progress=lambda *_: None)
+    load_model(tmp_path)
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"^workdir=.*: its model, .* must fit into 0.001 MB"):
+        load_model(tmp_path)
+
+
+def test_only_the_shards_of_a_device_count():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    whole = jax.ShapeDtypeStruct((6, 4), jnp.bfloat16)
+    placed = jax.ShapeDtypeStruct(
+        (6, 4), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    assert memory.shard_bytes([whole, placed]) == 2 * 6 * 4 * 2
+
+
+def test_the_limits_of_the_process_count(monkeypatch, tmp_path):
+    unlimited = memory.host_memory()
+    cgroup = tmp_path / "cgroup"
+    cgroup.write_text("0::/jobs/7\n")
+    (tmp_path / "jobs/7").mkdir(parents=True)
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", cgroup)
+    assert memory.host_memory() >= unlimited
+    (tmp_path / "jobs/7/memory.max").write_text("5000000\n")
+    assert memory.host_memory() == 5_000_000
+    limit = lambda kind: (4_000_000, resource.RLIM_INFINITY)  # noqa: E731
+    monkeypatch.setattr(resource, "getrlimit", limit)
+    assert memory.host_memory() == 4_000_000
