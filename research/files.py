@@ -84,6 +84,73 @@ def parse_json(text: str, origin: Path | str) -> Any:
         ) from None
 
 
+def read_fields(path: Path, form: Any, remedy: str) -> dict[str, Any]:
+    """The object in the JSON file ``path``, which has the ``form`` of `mismatch`.
+
+    Raises:
+      ConfigError: it is damaged or has another form; names ``path`` and the ``remedy``.
+    """
+    try:
+        value = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from None
+    if fault := mismatch(value, form):
+        raise ConfigError(f"file={str(path)!r}: {fault}; {remedy}")
+    return value
+
+
+def read_lines(path: Path, form: Any, remedy: str) -> list[dict[str, Any]]:
+    """The objects in the complete lines of ``path``; see `read_fields`."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        origin = f"{path}:{number}"
+        try:
+            rows.append(parse_json(line.decode(), origin))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"file={origin!r}: not JSON: {error}; {remedy}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {remedy}") from None
+        if fault := mismatch(rows[-1], form):
+            raise ConfigError(f"file={origin!r}: {fault}; {remedy}")
+    return rows
+
+
+def mismatch(value: Any, form: Any, name: str = "") -> str:
+    """What is wrong with ``value``, called ``name``, for its ``form``; empty if nothing is.
+
+    A form is a type or a tuple of types and None; a set of allowed values; a list with the form of
+    all items; a dict from names to forms, all of them required; or ``{str: form}`` for any names.
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{name or 'the content'} must be an object"
+        forms = dict.fromkeys(value, form[str]) if str in form else form
+        prefix = f"{name}." if name else ""
+        for key, item in forms.items():
+            if key not in value:
+                return f"{prefix}{key} is missing"
+            if fault := mismatch(value[key], item, f"{prefix}{key}"):
+                return fault
+        return ""
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} must be a list"
+        faults = (mismatch(item, form[0], f"{name}[{i}]") for i, item in enumerate(value))
+        return next(filter(None, faults), "")
+    if isinstance(form, set):
+        allowed = isinstance(value, str) and value in form
+        return "" if allowed else f"{name} must be one of {', '.join(sorted(form))}"
+    types = tuple(type(kind) if kind is None else kind for kind in _several(form))
+    is_bool = isinstance(value, bool) and bool not in types
+    if not is_bool and isinstance(value, types):
+        return ""
+    return f"{name or 'the content'} must be {' or '.join(kind.__name__ for kind in types)}"
+
+
+def _several(form: Any) -> tuple[Any, ...]:
+    return form if isinstance(form, tuple) else (form,)
+
+
 def plain(value: Any) -> Any:
     """``value`` in JSON's types: arrays become lists, scalars Python numbers, paths strings."""
     if isinstance(value, Mapping) or hasattr(value, "items"):

@@ -35,7 +35,7 @@ def host_memory() -> int:
     return min(limits)
 
 
-def device_memory(device: jax.Device) -> int:
+def device_memory(device: Any) -> int:
     """Bytes of memory of ``device``; of a CPU, what this process may use."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return (stats or {}).get("bytes_limit") or host_memory()

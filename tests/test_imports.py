@@ -24,7 +24,7 @@ ROOMS = (
     ("training",),
     ("models",),
     ("data", "parallel"),
-    ("files", "memory"),
+    ("files", "lock", "memory"),
 )
 
 

@@ -19,6 +19,7 @@ with sinusoidal positions at twice that length (same tokens per step). All are t
 from research.ablation import Arm, Claim, Unit, difference
 from research.ablation.language_model import (
     SINUSOIDAL,
+    check_unit,
     evaluate_unit,
     language_model,
     train_unit,
@@ -110,6 +111,9 @@ CLAIMS = (
         margin=0.0,
     ),
 )
+
+
+check = check_unit
 
 
 def run(unit: Unit):

@@ -18,7 +18,7 @@ with each.
 
 from research.ablation import Arm, Claim, Unit, difference, mean, ratio
 from research.ablation.attention_op import AttentionOp
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import check_unit, evaluate_unit, language_model, train_unit
 from research.ablation.measure import growth
 from research.planning.topology import has_compiler
 
@@ -114,6 +114,9 @@ CLAIMS = (
         margin=0.005,
     ),
 )
+
+
+check = check_unit
 
 
 def run(unit: Unit):

@@ -24,8 +24,14 @@ from flax import nnx
 from layers.decoder import Decoder
 from layers.grouping import group_kv_heads
 from research.ablation import Arm, Claim, Unit, difference, mean, ratio
-from research.ablation.language_model import evaluate_unit, language_model, load_source, train_unit
-from research.ablation.measure import decode_speedup, state_bytes
+from research.ablation.language_model import (
+    check_unit,
+    evaluate_unit,
+    language_model,
+    load_source,
+    train_unit,
+)
+from research.ablation.measure import check_decoding, decode_speedup, state_bytes
 
 PAPER = "Ainslie 2023, GQA: Training Generalized Multi-Query Transformer Models, arXiv:2305.13245"
 CODE = ("layers/attention.py", "layers/grouping.py")
@@ -131,6 +137,11 @@ CLAIMS = (
         margin=1.5,
     ),
 )
+
+
+def check(unit: Unit):
+    check_unit(unit)
+    check_decoding(unit, unit.config.decode_batch, unit.config.decode_length)
 
 
 def run(unit: Unit):

@@ -26,7 +26,7 @@ import dataclasses
 from layers.mamba import MambaConfig
 from layers.routing import MoeConfig
 from research.ablation import Arm, Claim, Unit, difference, ratio
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import check_unit, evaluate_unit, language_model, train_unit
 from research.ablation.measure import state_bytes
 
 PAPER = "Lieber 2024, Jamba: A Hybrid Transformer-Mamba Language Model, arXiv:2403.19887"
@@ -151,6 +151,9 @@ CLAIMS = (
         deterministic=True,
     ),
 )
+
+
+check = check_unit
 
 
 def run(unit: Unit):

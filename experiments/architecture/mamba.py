@@ -29,7 +29,7 @@ from layers.config import from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.mamba import MambaConfig
 from research.ablation import Arm, Claim, Unit, difference, mean
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import check_unit, evaluate_unit, language_model, train_unit
 from research.ablation.measure import growth, median_times
 
 PAPER = (
@@ -234,6 +234,11 @@ CLAIMS = (
         margin=0.2,
     ),
 )
+
+
+def check(unit: Unit):
+    if unit.config.part != "time":
+        check_unit(unit)
 
 
 def run(unit: Unit):

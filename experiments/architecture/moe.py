@@ -28,6 +28,7 @@ import numpy as np
 from layers.routing import MoeConfig
 from research.ablation import Arm, Claim, Unit, difference, mean
 from research.ablation.language_model import (
+    check_unit,
     eval_losses,
     evaluate_unit,
     language_model,
@@ -209,6 +210,9 @@ CLAIMS = (
         margin=0.01,
     ),
 )
+
+
+check = check_unit
 
 
 def run(unit: Unit):

@@ -21,6 +21,7 @@ from layers.rotary import rotary
 from research.ablation import Arm, Claim, Unit, difference, mean
 from research.ablation.language_model import (
     SINUSOIDAL,
+    check_unit,
     evaluate_unit,
     language_model,
     train_unit,
@@ -120,6 +121,9 @@ def far_bound(channels: int, far: int = 128) -> float:
     partial = np.cumsum(np.exp(1j * distances[:, None] * theta), axis=1)
     bound = np.abs(partial).mean(axis=1)
     return float(bound[far:].mean() / bound[0])
+
+
+check = check_unit
 
 
 def run(unit: Unit):

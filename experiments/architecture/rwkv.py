@@ -28,8 +28,8 @@ from layers.config import from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.rwkv import RwkvConfig
 from research.ablation import Arm, Claim, Unit, difference, mean
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
-from research.ablation.measure import decode_slowdown, state_bytes
+from research.ablation.language_model import check_unit, evaluate_unit, language_model, train_unit
+from research.ablation.measure import check_decoding, decode_slowdown, state_bytes
 
 PAPER = "Peng 2023, RWKV: Reinventing RNNs for the Transformer Era, arXiv:2305.13048; 2503.14456"
 CODE = ("layers/rwkv.py", "layers/rwkv4.py", "layers/rwkv7.py")
@@ -187,6 +187,13 @@ CLAIMS = (
         margin=0.2,
     ),
 )
+
+
+def check(unit: Unit):
+    config = unit.config
+    check_unit(unit)
+    if config.part != "tracking":
+        check_decoding(unit, config.decode_batch, config.context, config.long * config.context)
 
 
 def run(unit: Unit):

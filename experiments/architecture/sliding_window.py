@@ -16,7 +16,7 @@ tokens after its original, with a window of 16. One layer does not reach so far;
 """
 
 from research.ablation import Arm, Claim, Unit, difference, mean, ratio
-from research.ablation.language_model import evaluate_unit, language_model, train_unit
+from research.ablation.language_model import check_unit, evaluate_unit, language_model, train_unit
 from research.ablation.measure import state_bytes
 
 PAPER = "Jiang 2023, Mistral 7B, arXiv:2310.06825; Beltagy 2020, Longformer, arXiv:2004.05150"
@@ -142,6 +142,9 @@ CLAIMS = (
         ),
     ),
 )
+
+
+check = check_unit
 
 
 def run(unit: Unit):

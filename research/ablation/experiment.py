@@ -120,6 +120,12 @@ class Experiment:
         """Run ``unit`` with its arm's ``run`` or the file's; its metrics."""
         return (self.arm(unit.arm).run or self.module.run)(unit)
 
+    def check(self, unit: Unit) -> None:
+        """Raise `ConfigError` if ``unit`` cannot run here; only files with a ``check`` know it."""
+        checked = getattr(self.module, "check", None)
+        if checked is not None:
+            checked(unit)
+
     def arm(self, name: str) -> Arm:
         """The arm called ``name``; for an unknown name `ConfigError` suggests the nearest."""
         for arm in self.arms:
@@ -149,6 +155,8 @@ class Experiment:
                 assign(changed, name, value(config) if callable(value) else value)
             except ConfigError as error:
                 raise ConfigError(f"{self.name}: arm {arm.name!r}: {error}") from None
+            except (TypeError, ArithmeticError) as error:  # of the function, for an odd value
+                raise ConfigError(f"{self.name}: arm {arm.name!r}: {name}: {error}") from None
         return _with_vocabulary(changed)
 
 
@@ -218,8 +226,9 @@ def _validate(path: str, module: ModuleType) -> None:
         require(isinstance(getattr(module, entry), str), f"{entry} must be text")
         require(getattr(module, entry).strip(), f"{entry} is empty")
     require(callable(module.get_config), "get_config must be a function")
-    planned = getattr(module, "plan_step", None)
-    require(planned is None or callable(planned), "plan_step must be a function")
+    for entry in ("plan_step", "check"):
+        optional = getattr(module, entry, None)
+        require(optional is None or callable(optional), f"{entry} must be a function")
     for entry, kind in (("SEEDS", int), ("ARMS", Arm), ("CLAIMS", Claim), ("CODE", str)):
         values = getattr(module, entry)
         require(isinstance(values, (tuple, list)), f"{entry} must be a tuple of {kind.__name__}")

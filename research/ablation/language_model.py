@@ -9,17 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from layers.attention import AttentionConfig
-from layers.config import check, check_choice, from_mapping
+from layers.config import ConfigError, check, check_choice, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
-from research.data import DataConfig
-from research.files import parse_json
+from research.data import DataConfig, vocabulary_size
+from research.files import read_lines
 from research.parallel import MeshConfig, make_mesh
 from research.training import (
+    DataError,
     Objective,
     Source,
     TrainingConfig,
@@ -28,6 +30,9 @@ from research.training import (
     load_model,
     train,
 )
+from research.training.check import check_run
+from research.training.profile import check_steps
+from research.training.source import Feed, GrainSource, held_out
 
 # scale: width, layers, heads, mlp width, sequence length, batch size, steps
 _SIZES = {
@@ -82,6 +87,33 @@ def language_model(scale: str) -> Any:
     training.eval_every = max(1, steps // 4)
     training.checkpoint_every = max(2, steps // 4)
     return config
+
+
+def check_unit(unit: Unit) -> None:
+    """Raise `ConfigError` if the unit's model cannot be trained here on its data.
+
+    It is the ``check`` of an experiment whose units are trained on all devices by `train_unit`.
+    """
+    model = from_mapping(DecoderConfig, unit.config.model, "model")
+    training = from_mapping(TrainingConfig, unit.config.training, "training")
+    data, mesh = _data(unit), _mesh(unit)
+    check_run(
+        model,
+        training,
+        mesh,
+        make_mesh(mesh),
+        batch_size=data.batch_size,
+        sequence_length=data.sequence_length,
+        vocabulary=vocabulary_size(data),
+    )
+    check_steps(unit.profile, training.steps)
+    try:
+        Feed(GrainSource(data, unit.seed)).next(1, None)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    if training.eval_batches:
+        labels = sum(float(np.sum(b["weights"])) for b in held_out(data, training.eval_batches))
+        check(labels > 0, "data", data.source, "its held-out split has no labels")
 
 
 def train_unit(
@@ -178,8 +210,7 @@ def train_losses(unit: Unit) -> list[float]:
 
 def _logged(unit: Unit, name: str) -> list[float]:
     path = unit.workdir / "metrics.jsonl"
-    lines = enumerate(path.read_text().splitlines(), 1)
-    rows = (parse_json(line, f"{path}:{number}") for number, line in lines)
+    rows = read_lines(path, {"step": int}, "delete its folder to run the unit again")
     return [row[name] for row in rows if name in row]
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from layers.config import check
-from layers.decoder import Decoder
+from layers.config import check, from_mapping
+from layers.decoder import Decoder, DecoderConfig
+from research.ablation.experiment import Unit
+from research.memory import device_memory, spell
 
 
 def state_bytes(model: Decoder, batch: int, length: int) -> int:
@@ -25,6 +28,18 @@ def state_bytes(model: Decoder, batch: int, length: int) -> int:
         for leaf in jax.tree.leaves(state)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     )
+
+
+def check_decoding(unit: Unit, batch: int, *lengths: int) -> None:
+    """Raise `ConfigError` if the unit's model cannot decode ``batch`` rows after ``lengths``."""
+    check(batch > 0, "batch", batch, "must be > 0")
+    model: Any = from_mapping(DecoderConfig, unit.config.model, "model")
+    abstract = jax.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
+    for length in lengths:
+        _chunk(length)
+        needed, memory = state_bytes(abstract, batch, length), device_memory(jax.devices()[0])
+        sizes = f"a state of {spell(needed)} must fit into {spell(memory)} of memory"
+        check(needed <= memory, "length", length, sizes)
 
 
 def decode_speedup(
@@ -80,10 +95,17 @@ def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[[], None]:
-    """A function that decodes the next token of ``batch`` rows after ``length`` cached tokens."""
+def _chunk(length: int) -> int:
+    """The number of tokens that are decoded at once to fill a cache with ``length`` tokens."""
+    check(length > 0, "length", length, "must be > 0")
     chunk = min(length, 128)
     check(length % chunk == 0, "length", length, f"must be a multiple of {chunk}")
+    return chunk
+
+
+def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[[], None]:
+    """A function that decodes the next token of ``batch`` rows after ``length`` cached tokens."""
+    chunk = _chunk(length)
     # through the host: a model that is sharded over a mesh would decode on all of it
     model = jax.tree.map(jnp.asarray, jax.device_get(model))
     # one token more than the rounds, for the call that compiles

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from layers.config import ConfigError
 from pallas_kernels.names import did_you_mean, suggest
+from research.ablation.parts import declared_type, is_optional
 
 
 def assign(config: ConfigDict, field: str, value: Any) -> None:
@@ -30,7 +31,8 @@ def assign_text(config: ConfigDict, text: str) -> str:
     """Apply ``field=value`` from a command line; the type is that of the field's current value.
 
     Numbers, ``true``/``false``, ``None`` and tuples are written as in Python. A text field takes
-    the text as it is. A tuple field also takes a single item. A None field takes any of these.
+    the text as it is. A tuple field also takes a single item, and items with commas between them. A
+    None field takes any of these. A field of a language model that may be None takes ``None``.
 
     Returns:
       The field's name.
@@ -42,6 +44,10 @@ def assign_text(config: ConfigDict, text: str) -> str:
     if not equals:
         raise ConfigError(f"{text}: write an override as --config.field=value")
     parent, name = _find(config, field)
+    if value == "None" and is_optional(declared_type(config, field)):
+        with parent.unlocked():
+            parent[name] = None
+        return field
     assign(config, field, _parse(field, value, parent[name]))
     return field
 
@@ -81,6 +87,8 @@ def _parse(field: str, text: str, current: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     if isinstance(current, (tuple, list)):
+        if isinstance(value, str) and value == text:  # not written as in Python: a,b
+            return tuple(filter(None, (item.strip() for item in text.split(","))))
         return tuple(value) if isinstance(value, (tuple, list)) else (value,)
     expected = {bool: bool, int: int, float: (int, float)}.get(type(current), object)
     if not isinstance(value, expected):

@@ -8,6 +8,7 @@ from typing import Any
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import DecoderConfig
 from research.ablation.experiment import Experiment
+from research.ablation.parts import PARTS
 from research.data import DataConfig, vocabulary_size
 from research.files import plain, write_json, write_text
 from research.parallel import MeshConfig
@@ -20,9 +21,6 @@ from research.training.environment import environment
 
 # arms → their setups to plan
 Wanted = Mapping[tuple[str, ...], Sequence[Setup | CustomSetup]]
-
-# the parts of a language model's configuration
-_PARTS = ("model", "data", "training", "mesh")
 
 
 def topology(experiment: Experiment, scale: str) -> str:
@@ -76,7 +74,7 @@ def setups(
     arms_by_setups: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
-        missing = ", ".join(part for part in _PARTS if part not in arm)
+        missing = ", ".join(part for part in PARTS if part not in arm)
         requirement = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
         check(not missing, "experiment", experiment.name, requirement)
         model = from_mapping(DecoderConfig, arm.model, "model")

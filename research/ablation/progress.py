@@ -5,12 +5,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from research.training.progress import describe
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
+_AFTER = "now evaluates and measures"  # a unit after its last step
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, until the last step."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.finished else super().render(task)
 
 
 class Progress:
@@ -36,7 +45,7 @@ class Progress:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
         )
         with Bars(*columns, console=self._console, transient=True) as self._bars:
             self._units = self._bars.add_task("units", total=total, shown="")
@@ -64,13 +73,16 @@ class Progress:
         if not self._first[0]:
             self._first = (now, step)
         shown = describe(metrics)
+        trained = step >= total
+        if trained:
+            shown = " · ".join(filter(None, (shown, _AFTER)))
         if self._bars:
             self._bars.update(self._steps, completed=step, total=total, shown=shown)
-        elif now - self._printed >= _EVERY:
+        elif trained or now - self._printed >= _EVERY:
             self._printed = now
             start, first = self._first
             left = (now - start) / (step - first) * (total - step) if step > first else None
-            time_left = "" if left is None else f", {left:.0f} s left"
+            time_left = "" if left is None or trained else f", {left:.0f} s left"
             self._console.print(f"{self._label}: step {step}/{total} {shown}{time_left}")
 
     def finish(self, arm: str, seed: int, seconds: float, failure: str) -> None:

@@ -14,7 +14,26 @@ from research.ablation.experiment import discover, folders, load
 from research.ablation.results import comparable, metric_names
 from research.ablation.summary import effect, number
 from research.ablation.techniques import with_table
-from research.files import read_json, write_text
+from research.files import read_fields, write_text
+
+_NUMBER = (int, float, str)  # a text where it is not finite
+_BOUND = (*_NUMBER, None)
+_TEXTS = ("experiment", "title", "paper", "matched", "scale", "command", "date")
+_CLAIM = {
+    **dict.fromkeys(("name", "statement", "paper", "target", "reason"), str),
+    "status": set(STATUSES),
+    "seeds": int,
+    **dict.fromkeys(("mean", "low", "high"), _BOUND),
+}
+# the form of a record, see `research.files.mismatch`
+_RECORD = {
+    **dict.fromkeys(_TEXTS, str),
+    "seeds": [int],
+    "seconds": (int, float),
+    "claims": [_CLAIM],
+    "metrics": {str: {str: {"mean": _NUMBER, "low": _BOUND, "high": _BOUND}}},
+    "environment": dict,
+}
 
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#57606a;--line:#d0d7de;
@@ -56,13 +75,17 @@ def records(root: Path) -> list[dict[str, Any]]:
     """All records of runs below ``root``, sorted by name and scale.
 
     Hidden files, which a killed process left half written, are ignored.
+
+    Raises:
+      ConfigError: a record is damaged; names it.
     """
     paths = [
         path
         for path in root.rglob("*.json")
         if "plans" not in path.relative_to(root).parts and not path.name.startswith(".")
     ]
-    loaded = [dict(read_json(path), path=path) for path in paths]
+    remedy = "restore it, or delete it and run the experiment with --record"
+    loaded = [dict(read_fields(path, _RECORD, remedy), path=path) for path in paths]
     return sorted(loaded, key=lambda record: (record["experiment"], record["scale"]))
 
 

@@ -6,7 +6,8 @@
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ import numpy as np
 from layers.config import ConfigError
 from research.ablation.experiment import Experiment, Unit
 from research.ablation.overrides import flatten
+from research.ablation.parts import check_parts
 from research.ablation.progress import Progress
 from research.ablation.results import Results
-from research.files import plain, read_json, write_json
+from research.files import plain, read_fields, write_json
 from research.parallel import processes
 from research.training import WriteError
 
 RESULT, FAILED, UNIT = "result.json", "failed.json", "unit.json"
+_NUMBER = (int, float, str)  # a text where it is not finite
+_RESULT = {
+    "arm": str,
+    "seed": int,
+    "seconds": (int, float),
+    "metrics": {str: (*_NUMBER, list)},
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,8 @@ def plan(
         fixed = [
             a.name for a in selected if any(_covers(changed, field) for changed in a.overrides)
         ]
-        if len(fixed) == len(selected):
-            raise ConfigError(f"{text}: every arm that runs sets {field} itself")
+        if set(chosen) <= set(fixed):
+            raise ConfigError(f"{text}: every selected arm sets {field} itself: {', '.join(fixed)}")
         warnings += [f"arm {arm!r} sets {field} itself: {text} does not change it" for arm in fixed]
     units = tuple(
         Unit(
@@ -112,6 +121,8 @@ def plan(
     )
     for unit in units:
         _check_same(unit)
+        with _named(unit):
+            check_parts(unit.config)
     return Plan(
         experiment,
         scale,
@@ -169,22 +180,29 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
     first process writes the files.
 
     Raises:
-      ConfigError: an invalid configuration, or a workdir that the processes do not share.
+      ConfigError: an invalid configuration, found before any unit starts if the experiment checks
+        it; a workdir that the processes do not share; or a unit that another process runs.
       WriteError: the disk cannot be written, so that later units would fail too.
     """
     failures: dict[tuple[str, int], str] = {}
     finished = [state(unit) == "finished" for unit in planned.units]
     if not processes.same_everywhere(np.asarray(finished)):
         raise ConfigError(f"workdir={str(planned.workdir)!r}: must be one folder for all processes")
+    unfinished = [u for u, done in zip(planned.units, finished, strict=True) if not done]
+    for unit in {unit.arm: unit for unit in unfinished}.values():  # seeds share a configuration
+        with _named(unit):
+            planned.experiment.check(unit)
     with progress.over(len(planned.units)):
         for unit, done in zip(planned.units, finished, strict=True):
             if done:
                 progress.skip(unit.arm, unit.seed)
                 continue
             started = time.monotonic()
-            progress.start(unit.arm, unit.seed, resumed=state(unit) == "interrupted")
-            missing = [source for source in unit.after if (source, unit.seed) in failures]
-            message = _run_unit(planned.experiment, replace(unit, progress=progress.step), missing)
+            with processes.alone_in(unit.workdir):
+                progress.start(unit.arm, unit.seed, resumed=state(unit) == "interrupted")
+                missing = [source for source in unit.after if (source, unit.seed) in failures]
+                shown = replace(unit, progress=progress.step)
+                message = _run_unit(planned.experiment, shown, missing)
             if message:
                 failures[unit.arm, unit.seed] = message
             progress.finish(unit.arm, unit.seed, time.monotonic() - started, message)
@@ -194,11 +212,16 @@ def execute(planned: Plan, progress: Progress) -> dict[tuple[str, int], str]:
 def results(planned: Plan) -> Results:
     """The metrics of all finished units of the plan."""
     metrics = {
-        (unit.arm, unit.seed): read_json(unit.workdir / RESULT)["metrics"]
+        (unit.arm, unit.seed): read_result(unit)["metrics"]
         for unit in planned.units
         if state(unit) == "finished"
     }
     return Results(metrics, planned.seeds)
+
+
+def read_result(unit: Unit) -> dict[str, Any]:
+    """The content of the unit's ``result.json``; raises `ConfigError` if it is damaged."""
+    return read_fields(unit.workdir / RESULT, _RESULT, "delete it to run the unit again")
 
 
 def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str:
@@ -209,7 +232,6 @@ def _run_unit(experiment: Experiment, unit: Unit, missing: Sequence[str]) -> str
     lead = processes.is_lead()
     fresh = state(unit) == "new"
     described = dict(arm=unit.arm, seed=unit.seed, config=unit.config)
-    unit.workdir.mkdir(parents=True, exist_ok=True)
     if lead:
         (unit.workdir / FAILED).unlink(missing_ok=True)
         write_json(unit.workdir / UNIT, described)
@@ -258,6 +280,15 @@ def _checked(metrics: Any) -> Mapping[str, Any]:
     return numbers
 
 
+@contextmanager
+def _named(unit: Unit) -> Iterator[None]:
+    """A `ConfigError` inside names the unit's arm."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"arm {unit.arm!r}: {error}") from None
+
+
 def _folder(workdir: Path, arm: str, seed: int) -> Path:
     return workdir / arm / f"seed{seed}"
 
@@ -267,11 +298,14 @@ def _covers(changed: str, field: str) -> bool:
 
 
 def _check_same(unit: Unit) -> None:
-    """Raise `ConfigError` if the unit was started with another configuration."""
-    path = unit.workdir / UNIT
+    """Raise `ConfigError` for a unit of another configuration, or with damaged files."""
     if state(unit) == "new":
         return
-    recorded, current = flatten(read_json(path)["config"]), flatten(plain(unit.config))
+    if state(unit) == "finished":
+        read_result(unit)
+    remedy = f"delete {str(unit.workdir)!r} to run the unit again"
+    started = read_fields(unit.workdir / UNIT, {"config": dict}, remedy)
+    recorded, current = flatten(started["config"]), flatten(plain(unit.config))
     for field in (*current, *recorded):
         if recorded.get(field) != current.get(field) or (field in recorded) != (field in current):
             raise ConfigError(

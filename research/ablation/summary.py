@@ -3,22 +3,25 @@
 import datetime
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from layers.config import ConfigError
-from research.ablation.claims import interval95, judge, target
+from research.ablation.claims import NOT_RUN, interval95, judge, target
 from research.ablation.figure import draw
 from research.ablation.results import Results, comparable, metric_names
-from research.ablation.runner import RESULT, Plan, results, state
+from research.ablation.runner import Plan, read_result, results, state
 from research.data import what_changed
-from research.files import plain, read_json, write_atomically, write_json, write_text
+from research.files import plain, write_atomically, write_json, write_text
 from research.training.workdir import data_record
 
-# printed at smoke scale
-PLUMBING = "Smoke scale takes a few steps: verdicts show that all parts work, and are no findings."
+NOT_ASKED = "not asked for"  # a claim about an arm that --arms leaves out
+# the status and the reason of all other claims at smoke scale
+NOT_DECIDED = "not decided at smoke scale"
+PLUMBING = "it takes a few steps: it shows that all parts work and decides nothing"
 
 
 def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> dict[str, Any]:
@@ -27,11 +30,13 @@ def summarize(planned: Plan, environment: Mapping[str, Any], command: str) -> di
     units = []
     for unit in planned.units:
         if state(unit) == "finished":
-            result = read_json(unit.workdir / RESULT)
+            result = read_result(unit)
             units.append({key: result[key] for key in ("arm", "seed", "seconds", "metrics")})
     claims = []
     for claim in experiment.claims:
         verdict = judge(claim, run_results)
+        if planned.scale == "smoke" and verdict.status != NOT_RUN:
+            verdict = replace(verdict, status=NOT_DECIDED, reason=PLUMBING)
         claims.append(
             dict(
                 name=claim.name,
@@ -100,10 +105,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The verdicts and the arms × metrics table as Markdown."""
     lines = [f"# {summary['title']}", "", f"Paper: {summary['paper']}  "]
     lines += [f"Matched on: {summary['matched']}  ", f"Scale: {summary['scale']}", ""]
-    lines += [PLUMBING, ""] if summary["scale"] == "smoke" else []
     lines += ["| claim | paper | verdict | effect | why |", "|---|---|---|---|---|"]
     for claim in summary["claims"]:
-        row = (claim["statement"], claim["paper"], claim["status"], effect(claim), claim["reason"])
+        status = NOT_ASKED if _left_out(claim, summary) else claim["status"]
+        row = (claim["statement"], claim["paper"], status, effect(claim), claim["reason"])
         lines.append(_row(row))
     for change in summary.get("data_changes", []):
         lines += ["", f"Other data: {change}"]
@@ -137,20 +142,21 @@ def arms_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def claim_lines(summary: Mapping[str, Any]) -> list[str]:
     """One sentence per claim; one for all claims that require arms which this run leaves out."""
-    lines = [PLUMBING] if summary["scale"] == "smoke" else []
-    left_out = 0
-    for claim in summary["claims"]:
-        missing = claim.get("missing")
-        if missing is not None and missing not in summary["arms"]:
-            left_out += 1
-            continue
-        lines.append(
-            f"{claim['status'].upper()}: {claim['statement']} ({claim['reason']}; "
-            f"paper: {claim['paper'] or 'no number'})"
-        )
-    if left_out:
-        lines.append(f"NOT RUN: claims that require arms which --arms leaves out: {left_out}")
+    claims = [claim for claim in summary["claims"] if not _left_out(claim, summary)]
+    lines = [
+        f"{claim['status'].upper()}: {claim['statement']} ({claim['reason']}; "
+        f"paper: {claim['paper'] or 'no number'})"
+        for claim in claims
+    ]
+    if left_out := len(summary["claims"]) - len(claims):
+        lines.append(f"{NOT_ASKED}: claims that require arms which --arms leaves out: {left_out}")
     return lines
+
+
+def _left_out(claim: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
+    """Whether the claim requires an arm that this run leaves out."""
+    missing = claim.get("missing")
+    return missing is not None and missing not in summary["arms"]
 
 
 def number(spread: Mapping[str, Any] | None) -> str:
@@ -169,8 +175,8 @@ def effect(claim: Mapping[str, Any]) -> str:
         return f"must be {claim['target']}"
     interval = ""
     if claim["low"] is not None and claim["low"] != claim["high"]:
-        interval = f" [{claim['low']:.4g}, {claim['high']:.4g}]"
-    return f"{claim['mean']:.4g}{interval}, must be {claim['target']}"
+        interval = f" [{float(claim['low']):.4g}, {float(claim['high']):.4g}]"
+    return f"{float(claim['mean']):.4g}{interval}, must be {claim['target']}"
 
 
 def _data_changes(planned: Plan) -> list[str]:

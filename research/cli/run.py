@@ -117,7 +117,10 @@ def _run(options) -> int:
     for (arm, seed), message in failures.items():
         print(f"ablate: {arm} seed {seed} failed: {message}", file=sys.stderr)
     for unit in planned.units:
-        if unit.profile and not (unit.workdir / "profile").exists():
+        folder = unit.workdir / "profile"
+        if unit.profile and folder.exists():
+            console.print(f"trace of {unit.arm}, seed {unit.seed}: {folder}", soft_wrap=True)
+        elif unit.profile:
             print(
                 f"ablate: {unit.arm} seed {unit.seed} has no trace: these steps were done before, "
                 "or the unit has no training",

@@ -26,13 +26,15 @@ _LOOK = 0.02  # seconds between two looks whether training has saved
 
 _stopping = threading.Event()  # a signal was received, or the output was lost
 _goes_on = False  # whether the same command continues what is stopped
+_messages = 2  # standard error, also while a command discards what libraries write there
 _wakeup = -1  # what is written here wakes the thread: the numbers of signals
 
 
 def install() -> None:
     """Watch for signals and for lost output from here to the end of the process."""
-    global _wakeup
+    global _wakeup, _messages
     _open_closed()
+    _messages = os.dup(2)
     sys.stdout = _Output(sys.stdout or open(1, "w", closefd=False), "replace")
     sys.stderr = _Output(sys.stderr or open(2, "w", closefd=False), "backslashreplace")
     read, _wakeup = os.pipe()
@@ -152,7 +154,7 @@ def _silence(descriptors: Iterable[int]) -> None:
 
 
 def _print(text: str) -> None:
-    _write(2, f"ablate: {text}\n")
+    _write(_messages, f"ablate: {text}\n")
 
 
 def _write(descriptor: int, text: str) -> None:

@@ -21,13 +21,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from layers.config import check
+from layers.config import ConfigError, check
+from research.lock import locked
 
 LOST = 3
 PATIENCE = 10  # seconds that a process that fails waits for the others to fail as well
@@ -151,6 +153,25 @@ def first_failure(message: str) -> str:
     gathered = np.asarray(multihost_utils.process_allgather(padded))
     texts = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered)
     return next(filter(None, texts), "")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder`` (`research.lock`). All processes of this run call it.
+
+    Raises:
+      ConfigError: in all processes: another run is in ``folder``.
+    """
+    with contextlib.ExitStack() as stack:
+        message = ""
+        try:
+            if is_lead():
+                stack.enter_context(locked(folder))
+        except ConfigError as error:
+            message = str(error)
+        if message := first_failure(message):
+            raise ConfigError(message)
+        yield
 
 
 def barrier() -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from research.files import read_json, write_json
+from research.files import read_fields, write_json
 
 PARTS: tuple[str, ...] = ("step", "start", "compile", "data", "evaluate", "save", "profile", "lost")
 
@@ -40,7 +40,7 @@ class Clock:
         path, before = workdir / "clock.json", sum(seconds.values())
         if not path.exists():
             write_json(path, {"began": self._called - before})
-        elapsed = self._called - read_json(path)["began"]
+        elapsed = self._called - read_fields(path, {"began": (int, float)}, "delete it")["began"]
         # clocks of hosts differ: with a clock behind that of the previous host, nothing is lost
         self._seconds["lost"] += max(0.0, elapsed - before)
 

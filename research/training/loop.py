@@ -15,7 +15,7 @@ from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, vocabulary_size
 from research.parallel import MeshConfig, make_mesh, shardings, use_mesh
-from research.parallel.processes import fate_shared
+from research.parallel.processes import alone_in, fate_shared
 from research.training.check import check_run
 from research.training.config import TrainingConfig
 from research.training.goodput import Clock
@@ -92,8 +92,8 @@ def train(
 
     Raises:
       ConfigError: parts that do not fit one another or the devices, a split of the data without a
-        document, or a workdir of a run with another configuration or other data; raised before
-        compilation.
+        document, or a workdir of a run with another configuration or other data, or in which
+        another process runs; raised before compilation.
       DivergenceError: a loss or gradient is not finite; the last good checkpoint remains.
       DataError: the data could not give a batch.
       WriteError: a checkpoint or the metrics could not be written. Saves are written during
@@ -124,19 +124,17 @@ def train(
         if training.eval_batches:
             source.held_out(1)  # raises if no document is held out
     assert source is not None
-    changed = []
-    if workdir is not None:
-        parts = dict(model=model, data=data, training=training, mesh=mesh, objective=objective)
-        changed = begin(workdir, parts, seed, lead, patterns, accept_changed_data, start)
-
+    changed: list[str] = []
     strategy = dict(stage=mesh.zero_stage, patterns=patterns, offload=mesh.offload)
-    saved = None
-    if workdir is not None:
-        abstract = functools.partial(_abstract, training, the_mesh, **strategy)
-        saved = SavedState(workdir, training.keep, model, abstract, patterns)
-    stopping = Stopping()
+    saved, stopping = None, Stopping()
     with contextlib.ExitStack() as stack:
         stack.callback(stopping.close)  # when everything is saved
+        if workdir is not None:
+            stack.enter_context(alone_in(workdir))
+            parts = dict(model=model, data=data, training=training, mesh=mesh, objective=objective)
+            changed = begin(workdir, parts, seed, lead, patterns, accept_changed_data, start)
+            abstract = functools.partial(_abstract, training, the_mesh, **strategy)
+            saved = SavedState(workdir, training.keep, model, abstract, patterns)
         stack.enter_context(use_mesh(the_mesh))
         if saved:
             stack.callback(saved.close)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from research.files import parse_json, write_text
+from research.files import read_lines, write_text
 from research.training.disk import writing
 
 
@@ -60,6 +60,5 @@ def _until(path: Path, step: int) -> list[str]:
     """The complete lines of ``path`` up to ``step``."""
     if not path.exists():
         return []
-    lines = path.read_text().rpartition("\n")[0].splitlines()
-    rows = (parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
-    return [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
+    rows = read_lines(path, {"step": int}, "delete its folder to run it again")
+    return [json.dumps(row) for row in rows if row["step"] <= step]

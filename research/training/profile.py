@@ -10,6 +10,14 @@ from layers.config import check
 from research.training.goodput import Clock
 
 
+def check_steps(steps: tuple[int, int] | None, total: int) -> str:
+    """``steps`` as FIRST:END; raises `ConfigError` for steps that a run of ``total`` lacks."""
+    first, end = steps or (1, 2)
+    name, allowed = f"{first}:{end}", f"must be FIRST:END with 1 ≤ FIRST < END ≤ {total + 1}"
+    check(1 <= first < end <= total + 1, "profile", name, allowed)
+    return name
+
+
 class Trace:
     """Traces the steps from ``first`` to before ``end`` of a run; the first step of a run is 1.
 
@@ -29,11 +37,7 @@ class Trace:
         self._tracing = False
         if steps is None:
             return
-        self._name = f"{self._first}:{self._end}"
-        in_run = 1 <= self._first < self._end <= total + 1
-        check(
-            in_run, "profile", self._name, f"must be FIRST:END with 1 ≤ FIRST < END ≤ {total + 1}"
-        )
+        self._name = check_steps(steps, total)
         check(workdir is not None, "profile", self._name, "requires a workdir")
         assert workdir is not None
         self._folder = workdir / "profile"

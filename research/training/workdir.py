@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from layers.config import EXECUTION, ConfigError, check, decides, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from research.data import DataConfig, fingerprint, what_changed
-from research.files import read_json, write_text
+from research.files import read_fields, read_json, write_text
 from research.memory import check_memory, shard_bytes
 from research.models.companions import ORIGIN, write_companions
 from research.parallel import MeshConfig, make_mesh, shardings
@@ -138,7 +138,8 @@ def begin(
         described["trainable"] = patterns
     described = json.loads(json.dumps({**described, "seed": seed}))
     path, data = workdir / "config.json", configuration["data"]
-    previous = read_json(path) if path.exists() else None
+    remedy = f"delete {str(workdir)!r} to start the run again"
+    previous = read_fields(path, dict, remedy) if path.exists() else None
     if previous is not None and not _is_unused(workdir, previous):
         for field, old, new in differences(previous, described):
             if not field.startswith(may_change):

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -59,12 +60,15 @@ time.sleep(30)
 """
 
 
-def start(source, *arguments, **options):
+def start(source, *arguments, before="", closed="", variables=None, **options):
+    """Start ``source`` by a shell, after its commands ``before`` and without streams ``closed``."""
     begin = BEGIN.format(path=str(ROOT / "research/training/stopping.py"))
     command = [sys.executable, "-c", begin + source, *map(str, arguments)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("variables", {})}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=variables, **{**pipes, **options})
+    return subprocess.Popen(
+        ["sh", "-c", f'{before} exec "$@" {closed}', "sh", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})},
+        **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | options,
+    )
 
 
 STOPPED = "ablate: stopped; the same command continues from here\n"
@@ -105,11 +109,7 @@ def test_ignored_signals_stay_ignored():
     source = "send(1, 2)\nlistening = Stopping()\n"
     source += "listening.listen()\nsend(1, 2)\nprint(listening.received)"
 
-    def ignore():
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-
-    process = start(source, preexec_fn=ignore)
+    process = start(source, before='trap "" INT HUP;')
     assert process.communicate(timeout=60) == ("[]\n", "") and process.returncode == 0
 
 
@@ -143,20 +143,19 @@ def test_a_full_disk_behind_the_output_is_named():
     assert error == "ablate: the output cannot be written: No space left on device\n"
 
 
-def test_a_terminal_that_is_gone_lets_training_save():
+def test_a_terminal_that_is_gone_lets_training_save(tmp_path):
     source = TRAINS.replace("threading.Thread(", "print('step')\nif {numbers}: threading.Thread(")
     source = source.replace('print("saved")', "print('s' * 10); Path(sys.argv[1]).touch()")
-    saved = f"/tmp/saved.{os.getpid()}"
+    saved = tmp_path / "saved"
     here, there = pty.openpty()
-    process = start(
-        source.format(numbers="()", saving=0.1), saved, stdin=there, stdout=there, stderr=there,
-        start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0),
-    )  # fmt: skip
+    owned = f"import fcntl; fcntl.ioctl(0, {termios.TIOCSCTTY}, 0)\n"  # the session's terminal
+    source = owned + source.format(numbers="()", saving=0.1)
+    process = start(source, saved, stdin=there, stdout=there, stderr=there, start_new_session=True)
     os.close(there)
     assert os.read(here, 4) == b"step"
     os.close(here)  # the kernel sends SIGHUP to the session of this terminal
     assert process.wait(timeout=60) == 129
-    os.unlink(saved)
+    assert saved.exists()
 
 
 def test_streams_that_are_closed_or_lack_a_character():
@@ -165,7 +164,7 @@ file = open(sys.argv[1], "w")
 assert file.fileno() > 2
 print("a ± b ≤ c │"); print("≤", file=sys.stderr)
 """
-    process = start(source, os.devnull, preexec_fn=lambda: os.closerange(0, 3))
+    process = start(source, os.devnull, closed="<&- >&- 2>&-")
     assert process.wait(timeout=60) == 0
     for encoding, shown in (("cp1252", "a ± b ? c ?"), ("ascii", "a ? b ? c ?")):
         process = start(source, os.devnull, variables={"PYTHONIOENCODING": encoding}, text=False)

@@ -6,7 +6,17 @@ import os
 import pytest
 
 from layers.config import ConfigError
-from research.files import new_directory, read_json, write_atomically, write_json, write_text
+from research.files import (
+    mismatch,
+    new_directory,
+    read_fields,
+    read_json,
+    read_lines,
+    remove_temporaries,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -103,3 +113,70 @@ def test_a_folder_that_could_not_be_filled_is_named(tmp_path):
         with new_directory(tmp_path / "model"), open("/dev/full", "w") as file:
             file.write("more than fits")
     assert list(tmp_path.iterdir()) == []
+
+
+FORM = {
+    "name": str,
+    "seeds": [int],
+    "status": {"good", "bad"},
+    "low": (float, None),
+    "arms": {str: {"x": int}},
+}
+VALID = {"name": "a", "seeds": [0], "status": "good", "low": None, "arms": {"b": {"x": 1, "y": 2}}}
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({}, ""),
+        ({"more": 1, "low": 1.0, "seeds": []}, ""),
+        ({"name": 1}, "name must be str"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": [0, "1"]}, "seeds[1] must be int"),
+        ({"seeds": [True]}, "seeds[0] must be int"),
+        ({"status": "fine"}, "status must be one of bad, good"),
+        ({"status": ["good"]}, "status must be one of bad, good"),
+        ({"low": "x"}, "low must be float or NoneType"),
+        ({"arms": []}, "arms must be an object"),
+        ({"arms": {"b": 3}}, "arms.b must be an object"),
+        ({"arms": {"b": {"y": 3}}}, "arms.b.x is missing"),
+    ],
+)
+def test_the_form_of_a_file(tmp_path, change, fault):
+    assert mismatch(VALID | change, FORM) == fault
+    path = tmp_path / "a.json"
+    write_json(path, VALID | change)
+    if fault:
+        with pytest.raises(ConfigError) as caught:
+            read_fields(path, FORM, "delete it")
+        assert str(caught.value) == f"file={str(path)!r}: {fault}; delete it"
+    else:
+        assert read_fields(path, FORM, "delete it") == VALID | change
+    assert mismatch([], FORM) == "the content must be an object"
+    assert mismatch({}, FORM) == "name is missing"
+
+
+def test_a_damaged_line_is_named_and_an_incomplete_one_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "x": 0.5}\n{"st')
+    assert read_lines(path, {"step": int}, "") == [{"step": 1}, {"step": 2, "x": 0.5}]
+    for damage in (b"[1]", b'{"step": "1"}', b"{", b"\xff"):
+        path.write_bytes(b'{"step": 1}\n' + damage + b"\n")
+        with pytest.raises(ConfigError, match=f"^file='{path}:2': .*; delete it$"):
+            read_lines(path, {"step": int}, "delete it")
+
+
+def test_what_is_being_written_can_be_removed(tmp_path):
+    def end_here(temporary):
+        temporary.write_text("half")
+        remove_temporaries()
+        assert not list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", end_here)
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "new") as fresh:
+        end_here(fresh / "half")
+    write_text(tmp_path / "whole", "")
+    remove_temporaries()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

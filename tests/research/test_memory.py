@@ -6,14 +6,16 @@ import resource
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from layers.attention import AttentionConfig
 from layers.config import ConfigError
-from layers.decoder import DecoderConfig
+from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research import memory
 from research.data import DataConfig, SyntheticConfig
+from research.models import load, save
 from research.parallel import MeshConfig, make_mesh
 from research.training import TrainingConfig, load_model, train
 from research.training.check import check_run
@@ -34,11 +36,11 @@ TRAINING = TrainingConfig(steps=1, eval_batches=0)
     "model, data",
     [
         (dict(width=4 * 10**9), {}),
-        (dict(width=2 * 10**30), {}),
+        (dict(width=2**62), {}),
         (dict(num_layers=10**9, scan=False), {}),  # too many even to count one by one
         (dict(num_layers=10**15), {}),
         (dict(vocab_size=10**12), {}),
-        (dict(mlp=MlpConfig(2**70)), {}),  # more elements than an index can number
+        (dict(mlp=MlpConfig(2**62)), {}),  # more elements than an index can number
         (dict(attention=AttentionConfig(num_heads=2, head_dim=2**40)), {}),
         (dict(position="learned", max_length=10**13), {}),
         ({}, dict(batch_size=10**10)),
@@ -93,6 +95,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "host_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^workdir=.*: its model, .* must fit into 0.001 MB"):
         load_model(tmp_path)
+
+
+def test_an_imported_model_that_does_not_fit_is_refused(monkeypatch, tmp_path):
+    save(Decoder(MODEL, rngs=nnx.Rngs(0)), tmp_path / "theirs", "llama")
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"^model=.*theirs.: its parameters, 0.005\d* MB per dev"):
+        load(tmp_path / "theirs")
 
 
 def test_only_the_shards_of_a_device_count():

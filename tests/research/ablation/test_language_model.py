@@ -14,7 +14,9 @@ from layers.weights import flat
 from research.ablation import language_model as language_model_module
 from research.ablation import load
 from research.ablation.experiment import Arm, Unit
-from research.ablation.language_model import language_model, train_unit
+from research.ablation.language_model import check_unit, language_model, train_unit
+from research.ablation.measure import check_decoding
+from research.ablation.overrides import assign_text
 from research.data import train_bpe
 from research.training import NextToken
 from tests.research.training.test_source import OnPolicy
@@ -92,3 +94,96 @@ def test_too_small_a_vocabulary_names_both_numbers(unit, tokenizer):
 def test_a_tokenizer_that_cannot_be_read_is_named():
     with pytest.raises(ConfigError, match="tokenizer='gone.json': must be"):
         load("architecture/gqa").config("smoke", ["data.tokenizer=gone.json"])
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("training.optimizer.clip_norm=None", None),
+        ("training.optimizer.clip_norm=0.5", 0.5),
+        ("mesh.zero=2", 2),
+        ("mesh.zero=None", None),
+        ("model.logit_cap=30", 30),
+        ("data.hf_subset=None", None),
+        ("data.paths=a.txt", ("a.txt",)),
+        ("data.paths=a.txt,b.txt", ("a.txt", "b.txt")),
+        ("data.paths=a.txt, b.txt,", ("a.txt", "b.txt")),
+        ("data.paths=('a.txt','b,c.txt')", ("a.txt", "b,c.txt")),
+        ("data.paths=()", ()),
+        ("model.pattern=mamba,attention", ("mamba", "attention")),
+        ("training.steps=9223372036854775807", 2**63 - 1),
+    ],
+)
+def test_a_field_takes_what_its_declaration_allows(text, value):
+    config = language_model("smoke").lock()
+    node = config
+    for name in assign_text(config, text).split("."):
+        node = node[name]
+    assert node == value and type(node) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("training.optimizer.learning_rate=None", "learning_rate=None: must be float, like"),
+        ("training.steps=None", "training.steps=None: must be int"),
+    ],
+)
+def test_a_field_refuses_what_its_declaration_does_not_allow(text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        assign_text(language_model("smoke").lock(), text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model.width": 0}, "model.width=0: must be > 0"),
+        ({"model.vocab_size": 63}, "model.vocab_size=63: must be at least the vocabulary of the"),
+        ({"model.width": 10**10}, "model=.* parameters: with gradients and moments, .* of memory"),
+        ({"mesh.tensor": 7}, "mesh=data=-1 × tensor=7: 7 must divide the number of devices"),
+        ({"data.batch_size": 10**12}, "data.batch_size=.* of memory"),
+        (
+            {"data.source": "files", "data.paths": ("/nope",), "model.vocab_size": 300},
+            "/nope",
+        ),
+    ],
+)
+def test_a_unit_is_checked_before_it_runs(unit, fields, message):
+    check_unit(unit)
+    for field, value in fields.items():
+        *parents, name = field.split(".")
+        node = unit.config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_unit(unit)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError) as trained:  # the same as without the check
+        train_unit(unit)
+    assert str(trained.value) == str(caught.value) and not list(unit.workdir.iterdir())
+
+
+def test_steps_to_trace_and_labels_are_checked_before(unit, monkeypatch):
+    with pytest.raises(ConfigError, match="profile='2:9': must be FIRST:END with .* ≤ 3$"):
+        check_unit(dataclasses.replace(unit, profile=(2, 9)))
+    empty = [{"weights": np.zeros(3)}]
+    monkeypatch.setattr(language_model_module, "held_out", lambda data, batches: empty)
+    with pytest.raises(ConfigError, match="data='synthetic': its held-out split has no labels"):
+        check_unit(unit)
+
+
+@pytest.mark.parametrize(
+    "batch, lengths, message",
+    [
+        (0, (16,), "batch=0: must be > 0"),
+        (1, (16, 0), "length=0: must be > 0"),
+        (1, (16, 200), "length=200: must be a multiple of 128"),
+        (1, (128 * 10**12,), "length=.*: a state of .* GB must fit into .* of memory"),
+    ],
+)
+def test_decoding_is_checked_before(unit, batch, lengths, message):
+    check_decoding(unit, 2, 16, 256)
+    with pytest.raises(ConfigError, match=message):
+        check_decoding(unit, batch, *lengths)

@@ -1,13 +1,20 @@
+import errno
+import fcntl
 import io
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
 from layers.config import ConfigError
+from research import lock
 from research.ablation import language_model, load, runner
 from research.ablation.language_model import load_source
 from research.ablation.progress import Progress
+from tests.conftest import ROOT
 from tests.research.conftest import SOURCE
 
 
@@ -192,8 +199,79 @@ def test_overrides_are_typed_and_reach_arms(experiment, work):
 
 
 def test_an_override_that_reaches_nothing_is_an_error(experiment, work):
-    with pytest.raises(ConfigError, match="every arm that runs sets model.width itself"):
+    with pytest.raises(ConfigError, match="every selected arm sets model.width itself: wide"):
         runner.plan(experiment, "cpu", work, arms=["wide"], overrides=["model.width=6"])
+
+
+def test_an_override_must_change_a_selected_arm(experiment, work):
+    """Not only the arm that it starts from, which nobody asked for."""
+    with pytest.raises(ConfigError, match="^steps=4: every selected arm sets steps itself: tuned"):
+        runner.plan(experiment, "cpu", work, arms=["tuned"], overrides=["steps=4"])
+
+
+def test_two_runs_in_one_folder(experiment, work):
+    """The second names the first; when that is killed, nothing of it remains in the way."""
+    held = work / "wide/seed0"
+    held.mkdir(parents=True)
+    code = "import sys, time, pathlib\nfrom research.lock import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, held], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    apart = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
+    assert execute(apart) == {}  # of another folder
+    planned = runner.plan(experiment, "cpu", work, arms=["wide"], seeds=[0])
+    who = f"process {holder.pid} on {socket.gethostname()} since 20.* runs in it: wait for it, or"
+    with pytest.raises(ConfigError, match=f"^workdir='{held}': {who}"):
+        execute(planned)
+    assert not (held / "unit.json").exists()
+    holder.kill()
+    holder.wait()
+    assert execute(planned) == {} and not (held / "lock").exists()
+
+
+def test_a_lock_is_of_the_process_and_survives_what_another_removed(work, monkeypatch):
+    with lock.locked(work), lock.locked(work / "."):
+        assert (work / "lock").exists()
+    assert not (work / "lock").exists()
+    with pytest.raises(KeyError), lock.locked(work):
+        raise KeyError
+    # the file is removed between its opening and its locking, by a process that ends
+    taken, flock = [], fcntl.flock
+
+    def removed_once(descriptor, operation):
+        flock(descriptor, operation)
+        if not taken:
+            (work / "lock").unlink()
+        taken.append(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", removed_once)
+    with lock.locked(work):
+        assert len(taken) == 2 and (work / "lock").exists()
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="No locks available: a second run"), lock.locked(work):
+        pass
+
+
+CHECKED = (
+    SOURCE
+    + """
+from layers.config import ConfigError
+def check(unit):
+    if unit.arm == "tuned":
+        raise ConfigError("steps=5: must be even")
+"""
+)
+
+
+def test_mistakes_are_found_before_the_first_unit_starts(make_package, work):
+    planned = runner.plan(load("branch/checked", make_package(checked=CHECKED)), "cpu", work)
+    with pytest.raises(ConfigError, match="^arm 'tuned': steps=5: must be even$"):
+        execute(planned)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("returned", [None, {}, {"loss": "low"}, {"loss": None}])
@@ -215,12 +293,33 @@ def test_a_damaged_result_is_named(experiment, work):
     planned = runner.plan(experiment, "cpu", work, arms=["narrow"], seeds=[0])
     execute(planned)
     unit, result = (work / "narrow/seed0" / name for name in ("unit.json", "result.json"))
-    result.write_text(result.read_text()[:-9])
-    with pytest.raises(ConfigError, match=f"^file='{result}': not JSON: "):
+    whole = result.read_text()
+    result.write_text(whole[:-9])
+    with pytest.raises(ConfigError, match=f"^file='{result}': not JSON: .*; delete it to run"):
         runner.results(planned)
+    result.write_text(whole)
     unit.write_text("{")
     with pytest.raises(ConfigError, match=f"^file='{unit}': not JSON: "):
         runner.plan(experiment, "cpu", work)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_after_its_last_step_a_unit_evaluates(terminal):
+    screen = io.StringIO()
+    progress = Progress(Console(file=screen, force_terminal=terminal, width=140))
+    with progress.over(1):
+        progress.start("narrow", 0, resumed=False)
+        progress.step(2, 3, {"loss": 1.25})
+        if terminal:
+            progress._bars.refresh()
+        assert "evaluates" not in screen.getvalue()
+        screen.seek(0)
+        screen.truncate()
+        progress.step(3, 3, {"loss": 1.25})
+        if terminal:
+            progress._bars.refresh()
+        shown = screen.getvalue()
+        assert "loss 1.250 · now evaluates and measures" in shown and "0:00:00" not in shown
 
 
 def test_terminal_display_shows_the_unit():

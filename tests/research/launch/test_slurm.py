@@ -119,7 +119,7 @@ def test_an_experiment_to_its_verdicts(stubs, tmp_path):
         variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "NOT RUN: claims that require arms which --arms leaves out" in done.stdout
+    assert "not asked for: claims that require arms which --arms leaves out" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
     folder = tmp_path / "run" / "rotary" / "seed0" / "profile"
     assert [traced(folder / f"process{i}")[0] for i in (0, 1)] == [[2, 3], [2, 3]]
