@@ -1,5 +1,6 @@
 """Whether the parts of a run fit one another and the devices: the same check for runs and plans."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -84,12 +85,11 @@ def check_run(
         f"must divide the {device_rows // rows_together} "
         f"{'rows' if rows_together == 1 else 'groups'} of a device",
     )
-    _check_state(model, training, strategy, mesh, patterns)
     if isinstance(model, DecoderConfig) and sequence_length is not None:
         _check_batch(model, mesh, batch_size, sequence_length, microbatches)
-    optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
-    abstract = jax.eval_shape(lambda: build(model, nnx.Rngs(0)))
-    trainable.check_patterns(abstract, patterns)
+    if tuple(patterns) != trainable.ALL:
+        trainable.check_patterns(jax.eval_shape(lambda: build(model, nnx.Rngs(0))), patterns)
+    abstract = _check_state(model, training, strategy, mesh, patterns)
     trained = flat(trainable.split(abstract, patterns)[0])
     for path, array in trained.items():
         check(array.dtype != jnp.float16, f"model: {path}", "float16", HALF)
@@ -98,10 +98,6 @@ def check_run(
         "training.optimizer.master",
         False,
         "changes nothing: the trained parameters are float32",
-    )
-    # raises if neither the mesh nor the stage shards the moments
-    abstract_state(
-        model, optimizer, mesh, strategy.zero_stage, patterns=patterns, offload=strategy.offload
     )
 
 
@@ -146,8 +142,12 @@ def _check_state(
     strategy: MeshConfig,
     mesh: Mesh,
     patterns: Sequence[str],
-) -> None:
-    """Check that parameters, moments and gradients fit the memory of the devices."""
+) -> Any:
+    """Check that mesh and stage shard the moments, and that all fits the memory of the devices.
+
+    Returns:
+      The abstract module; its layers may be stacked where those of ``model`` are not.
+    """
     optimizer = make_optimizer(training.optimizer, training.steps, offload=strategy.offload)
 
     def abstract(model: Any) -> Any:
@@ -155,16 +155,22 @@ def _check_state(
             model, optimizer, mesh, strategy.zero_stage, patterns=patterns, offload=strategy.offload
         )
 
-    try:  # stacked layers have the same bytes, and any number of them is counted at once
-        stacked = dict(scan=True) if patterns == trainable.ALL else {}
-        state = abstract(dataclasses.replace(model, **stacked))
-    except (ConfigError, TypeError):  # this model or optimiser does not support it, or has no scan
-        state = abstract(model)
+    counted, state = model, None
+    if isinstance(model, DecoderConfig) and tuple(patterns) == trainable.ALL:
+        # stacked layers have the same bytes, and any number of them is counted at once
+        with contextlib.suppress(ConfigError):  # this model does not support it
+            counted = dataclasses.replace(model, scan=True)
+            state = abstract(counted)
+    if state is None:
+        counted, state = model, abstract(model)
     params, _ = trainable.split(state.model, patterns)
     gradients = shardings(params, mesh, split=strategy.zero_stage > 1)
     needed = shard_bytes(state) + shard_bytes(with_shardings(params, gradients))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.model))
     check_memory(needed, mesh, f"model={count:,} parameters", "with gradients and moments")
+    if counted != model:
+        abstract(model)
+    return state.model
 
 
 def _check_batch(
