@@ -14,12 +14,15 @@ from research.models.save import save
 from research.training import load_model, save_model
 
 
-def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> None:
+def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> str:
     """Convert the model in ``source`` to a checkpoint ``to`` for `research.training.load_model`.
 
     Args:
       source: a Hugging Face directory, or an RWKV-7 ``.pth`` file.
       param_dtype: default: that of config.json (or of the file's embedding), or float32.
+
+    Returns:
+      The dtype of the parameters.
 
     Raises:
       ConfigError: an error of `research.models.load`, or ``to`` is neither absent nor empty.
@@ -39,6 +42,7 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
             copy_companions(source, fresh / ORIGIN)
         else:
             (fresh / ORIGIN / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    return param_dtype
 
 
 def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:

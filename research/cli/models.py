@@ -11,6 +11,13 @@ _EXAMPLES = """examples:
   ablate export runs/rwkv7 --to exported/rwkv7.pth   # the rwkv package reads it
 """
 
+# dtype of the parameters → what training does with them
+_IN_TRAINING = {
+    "float32": "",
+    "bfloat16": "; training updates a float32 copy of them, with training.optimizer.master=True",
+    "float16": "; training does not support it: import with --param-dtype=bfloat16 to fine-tune",
+}
+
 
 def add(commands) -> None:
     """Add the two commands to argparse's ``commands``."""
@@ -42,8 +49,9 @@ def _parser(commands, name: str, description: str) -> argparse.ArgumentParser:
 def _import(options) -> int:
     from research.convert import import_directory
 
-    import_directory(options.source, options.to, param_dtype=options.param_dtype)
+    dtype = import_directory(options.source, options.to, param_dtype=options.param_dtype)
     print(f"written: {options.to}")
+    print(f"parameters: {dtype}{_IN_TRAINING[dtype]}")
     return 0
 
 

@@ -67,7 +67,8 @@ def test_there_and_back_transformers_computes_the_same(name, tmp_path, capsys):
     there, back = str(tmp_path / "there"), str(tmp_path / "new" / "back")
     assert main(["import", str(tmp_path / "in"), "--to", there]) == 0
     assert main(["export", there, "--to", back]) == 0
-    assert capsys.readouterr().out == f"written: {there}\nwritten: {back}\n"
+    said = f"written: {there}\nparameters: float32\nwritten: {back}\n"
+    assert capsys.readouterr().out == said
     equal(load_model(there), load(tmp_path / "in"))
     again = type(theirs).from_pretrained(back, attn_implementation="eager")
     np.testing.assert_array_equal(logits_of(again, TOKENS[:1]), logits_of(theirs, TOKENS[:1]))
@@ -89,12 +90,17 @@ def test_everything_beside_the_weights_comes_back(source, tmp_path):
         np.testing.assert_array_equal(tensor, tensors[1][name])
 
 
-def test_parameters_keep_the_dtype_they_came_in_or_get_the_one_asked_for(tmp_path):
+def test_parameters_keep_the_dtype_they_came_in_or_get_the_one_asked_for(tmp_path, capsys):
     model = make("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "in")
-    import_directory(tmp_path / "in", tmp_path / "kept")
-    import_directory(tmp_path / "in", tmp_path / "wide", param_dtype="float32")
-    for name, dtype in (("kept", "bfloat16"), ("wide", "float32")):
+    for name, options, said in (
+        ("kept", (), "bfloat16; training updates a float32 copy"),
+        ("wide", ("--param-dtype=float32",), "float32\n"),
+        ("half", ("--param-dtype=float16",), "float16; training does not support it"),
+    ):
+        assert main(["import", str(tmp_path / "in"), "--to", str(tmp_path / name), *options]) == 0
+        assert f"parameters: {said}" in capsys.readouterr().out
+    for name, dtype in (("kept", "bfloat16"), ("wide", "float32"), ("half", "float16")):
         leaves = jax.tree.leaves(load_model(tmp_path / name))
         assert {leaf.dtype for leaf in leaves} == {np.dtype(dtype)}
     export_checkpoint(tmp_path / "kept", tmp_path / "out")
