@@ -222,8 +222,9 @@ class Attention(nnx.Module):
         def norm(heads: int, axis: str):
             across = config.qk_norm_across_heads
             shape, axes = ((heads, c), (axis, "head_dim")) if across else ((c,), ("head_dim",))
-            options = dict(eps=norm_eps, bias=norm_bias, axes=axes, param_dtype=param_dtype)
-            return Norm(qk_norm, shape, **options)
+            return Norm(
+                qk_norm, shape, eps=norm_eps, bias=norm_bias, axes=axes, param_dtype=param_dtype
+            )
 
         self.query_norm = norm(h, "heads") if config.qk_norm else None
         self.key_norm = norm(k, "kv_heads") if config.qk_norm else None

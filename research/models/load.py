@@ -59,7 +59,7 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
         shapes: dict[str, Any] = flat(abstract)
         sharded = with_shardings(abstract, shardings(abstract, mesh))
         check_memory(shard_bytes(sharded), mesh, f"model={str(source)!r}", "its parameters")
-        stored = {path: leaf.sharding for path, leaf in flat(sharded).items()}
+        stored: dict[str, Any] = {path: leaf.sharding for path, leaf in flat(sharded).items()}
         arrays: dict[str, jax.Array] = {}
         for target in needed.values():
             parts = _read(reader, names.get(target.name), target, config)
