@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,16 +25,32 @@ def canonical_names(names: Iterable[str], family: Family) -> dict[str, str]:
     """Name in the family's rows → name in the checkpoint.
 
     Checkpoints without a head lack the family's prefix, and some call a tensor by another name.
+    Warns of a composite model's tensors that are left out.
     """
     canonical: dict[str, str] = {}
-    for theirs in names:
+    for theirs in _of_text(names, family):
         name = family.renamed.get(theirs, theirs)
+        beginning = next((part for part in family.nested if name.startswith(part)), "")
+        name = family.nested.get(beginning, "") + name.removeprefix(beginning)
         if name != family.head and not name.startswith(family.prefix):
             name = family.prefix + name
         known = canonical.setdefault(name, theirs)
         if known != theirs:
             raise ConfigError(f"tensor={short(theirs)}: is in the checkpoint as {short(known)} too")
     return canonical
+
+
+def _of_text(names: Iterable[str], family: Family) -> list[str]:
+    """The names of a composite model's language model; warns of the others."""
+    names = list(names)
+    skipped = [name for name in names if name.startswith(family.skipped)]
+    if skipped:
+        of = [part for part in family.skipped if any(name.startswith(part) for name in skipped)]
+        warnings.warn(
+            f"{len(skipped)} tensors of {', '.join(of)} are not loaded: only the text part is",
+            stacklevel=4,
+        )
+    return [name for name in names if not name.startswith(family.skipped)]
 
 
 def check_sizes(config: DecoderConfig, family: Family, headers: Headers) -> None:
@@ -110,7 +127,7 @@ def _check_shape(name: str, headers: Headers, shape: tuple[int, ...]) -> None:
     if actual != shape:
         requirement = f"must have shape {list(shape)}"
         raise ConfigError(f"tensor {name}={short(list(actual))}: {requirement}")
-    requirement = f"must be {', '.join(FLOATS)}; quantised weights are not supported"
+    requirement = f"must be {', '.join(FLOATS)}; of quantised weights, only FP8 is supported"
     check(dtype in FLOATS, f"tensor {name}", dtype, requirement)
 
 

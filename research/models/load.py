@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,9 @@ from layers.weights import flat
 from research.files import read_json
 from research.memory import check_memory, shard_bytes
 from research.models.families import Family, decoder_config, family_of
-from research.models.fields import short
+from research.models.families.rotary import with_context
+from research.models.fields import Fields, short
+from research.models.fp8 import DequantizedReader, Tensors, read_block
 from research.models.headers import canonical_names, check_headers, check_sizes
 from research.models.pth import SUFFIX, PthReader
 from research.models.reader import Reader
@@ -30,13 +33,19 @@ from research.parallel.rules import with_shardings
 _ROWS = 4096  # of the embedding that are compared at once
 
 
-def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> Decoder:
-    """The model in ``source``: a directory of config.json and safetensors files, or a .pth file.
+def load(
+    source: Path | str, *, mesh: Mesh | None = None, context: int | None = None, **overrides: Any
+) -> Decoder:
+    """The model in ``source``: a directory of config.json and weights, or a .pth file.
 
-    Each tensor is read, converted and put onto ``mesh`` before the next one is read.
+    Each tensor is read, converted and put onto ``mesh`` before the next one is read. FP8 weights
+    are dequantised.
 
     Args:
       mesh: default: one device.
+      context: the number of tokens that rotations of kind ``longrope`` and ``dynamic`` are for;
+        transformers chooses them for each input, here they are fixed. Default: for ``longrope``
+        max_position_embeddings, so the long factors; for ``dynamic`` the length of training.
       overrides: fields of the `DecoderConfig` that do not change the weights' shapes, e.g.
         ``dtype="bfloat16"``, ``param_dtype``, ``scan``, ``remat``.
 
@@ -49,6 +58,8 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
     hf, reader = open_model(Path(source))
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
+    if context is not None:
+        config = with_context(config, context)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     validate_model(config, mesh)
     with ExitStack() as stack:
@@ -72,7 +83,7 @@ def load(source: Path | str, *, mesh: Mesh | None = None, **overrides: Any) -> D
 
 
 def match(
-    config: DecoderConfig, family: Family, reader: Reader | PthReader
+    config: DecoderConfig, family: Family, reader: Tensors
 ) -> tuple[Decoder, dict[str, Target], dict[str, str]]:
     """The shapes of the model, its tensors by name, and the names of these in the checkpoint.
 
@@ -88,12 +99,22 @@ def match(
     return abstract, needed, names
 
 
-def open_model(source: Path) -> tuple[dict[str, Any], Reader | PthReader]:
+def open_model(source: Path) -> tuple[dict[str, Any], Tensors]:
     """The config.json of ``source`` and a reader of its tensors."""
     if source.suffix == SUFFIX:
         reader = PthReader(source)
         return reader.describe(), reader
-    return read_object(source / "config.json"), Reader(source)
+    hf, reader = read_object(source / "config.json"), Reader(source)
+    block = read_block(Fields(hf))
+    if block is None:
+        return hf, reader
+    dequantized = DequantizedReader(reader, block)
+    warnings.warn(
+        f"{dequantized.count} tensors are FP8 in blocks of {block[0]} × {block[1]}: "
+        "they are dequantised, activations are not quantised",
+        stacklevel=3,
+    )
+    return hf, dequantized
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -107,7 +128,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_head(
-    reader: Reader | PthReader, names: Mapping[str, str], family: Family, config: DecoderConfig
+    reader: Tensors, names: Mapping[str, str], family: Family, config: DecoderConfig
 ) -> None:
     """Refuse a tied head that differs from the embedding; both are read in blocks of rows."""
     if not config.tie_embeddings or family.head not in names:
@@ -121,7 +142,7 @@ def _check_head(
 
 
 def _read(
-    reader: Reader | PthReader, name: str | None, target: Target, config: DecoderConfig
+    reader: Tensors, name: str | None, target: Target, config: DecoderConfig
 ) -> list[np.ndarray]:
     """The tensor called ``name`` in the Decoder's layout: one part for each of ``target.paths``."""
     tensor = np.zeros(target.shape, np.float32) if name is None else reader.read(name)

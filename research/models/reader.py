@@ -1,22 +1,28 @@
-"""`Reader`: the tensors of a directory of safetensors files, whose headers are read first."""
+"""`Reader`: the tensors of a directory of weights, whose headers are read first."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from layers.config import ConfigError, check
 from research.files import read_json
 from research.models.fields import Fields, short
+from research.models.pickled import PickledFile
 
 _LONG = 200  # characters of another library's message
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# a file of weights; with ``.index.json``, an index of several. The first that exists is read.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Reader:
-    """The tensors of a directory of safetensors files, by name, read one at a time.
+    """The tensors of a directory, by name, read one at a time.
+
+    They are in safetensors files, or in files that PyTorch pickled.
 
     Raises:
       ConfigError: a file is missing or damaged, the index and the files disagree, or a name is in
@@ -24,15 +30,16 @@ class Reader:
     """
 
     def __init__(self, directory: Path):
-        self._files: dict[str, tuple[Path, Any]] = {}
-        for path in _files(directory):
-            opened = _open(path)
+        self._files: dict[str, tuple[Path, SafeFile | PickledFile]] = {}
+        single = _weights(directory)
+        for path in _files(directory, single):
+            opened = SafeFile(path) if path.suffix == ".safetensors" else PickledFile(path)
             for name in opened.keys():
                 if name in self._files:
                     other = self._files[name][0].name
                     raise ConfigError(f"tensor={short(name)}: is in {other} and in {path.name}")
                 self._files[name] = path, opened
-        for name, file in _weight_map(directory).items():
+        for name, file in _weight_map(directory, single).items():
             exists = name in self._files and self._files[name][0].name == file
             if not exists:
                 requirement = f"is not in {file}, where the index has it"
@@ -50,40 +57,83 @@ class Reader:
 
     def header(self, name: str) -> tuple[tuple[int, ...], str]:
         """The tensor's shape and dtype (``F32``, ``BF16``, …)."""
-        tensor = self._files[name][1].get_slice(name)
+        return self._files[name][1].header(name)
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or some of its rows."""
+        return self._files[name][1].read(name, rows)
+
+
+class SafeFile:
+    """The tensors of a safetensors file; raises `ConfigError` if it cannot be read."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._file: Any = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"file={str(path)!r}: cannot be read: {_line(error)}") from None
+
+    def keys(self) -> list[str]:
+        """The names of the tensors."""
+        return list(self._file.keys())
+
+    def header(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The tensor's shape and dtype."""
+        tensor = self._file.get_slice(name)
         return tuple(tensor.get_shape()), tensor.get_dtype()
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or some of its rows."""
-        path, opened = self._files[name]
+        if self.header(name)[1] == "F8_E4M3":  # safetensors has no array of it for NumPy
+            return _read_fp8(self._path, name)[rows]
         try:
             if rows == slice(None):
-                return opened.get_tensor(name)
-            return opened.get_slice(name)[rows]
+                return self._file.get_tensor(name)
+            return self._file.get_slice(name)[rows]
         except SafetensorError as error:
-            raise ConfigError(f"file={str(path)!r}: {short(name)}: {_line(error)}") from None
+            raise ConfigError(f"file={str(self._path)!r}: {short(name)}: {_line(error)}") from None
 
 
-def _files(directory: Path) -> list[Path]:
+def _read_fp8(path: Path, name: str) -> np.ndarray:
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[name]
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    bits = np.fromfile(path, np.uint8, end - begin, offset=8 + header_size + begin)
+    return bits.view(jnp.float8_e4m3fn).reshape(shape)
+
+
+def _weights(directory: Path) -> str:
+    """The name in `WEIGHTS` of the file, or of the index, that ``directory`` has."""
+    for name in WEIGHTS:
+        if (directory / name).is_file() or (directory / _index(name)).is_file():
+            return name
+    raise ConfigError(f"directory={str(directory)!r}: must hold {' or '.join(WEIGHTS)}")
+
+
+def _index(single: str) -> str:
+    return f"{single}.index.json"
+
+
+def _files(directory: Path, single: str) -> list[Path]:
     """The files that hold the model's tensors: one, or those that the index names."""
     present = {path.name for path in directory.iterdir() if path.is_file()}
-    named = set(_weight_map(directory).values())
+    named = set(_weight_map(directory, single).values())
     # transformers would read the one file, and older releases of this project did the opposite
-    ambiguous = SINGLE in present and INDEX in present and named != {SINGLE}
-    requirement = f"has {SINGLE} and {INDEX}, of other files: remove one of them"
+    ambiguous = single in present and _index(single) in present and named != {single}
+    requirement = f"has {single} and {_index(single)}, of other files: remove one of them"
     check(not ambiguous, "directory", str(directory), requirement)
-    if not named:
-        check(SINGLE in present, "directory", str(directory), f"must hold {SINGLE}")
-        named = {SINGLE}
+    named = named or {single}
     for name in sorted(named):
         if name not in present:
             raise ConfigError(f"file={short(name)}: is in the index but does not exist")
     return [directory / name for name in sorted(named)]
 
 
-def _weight_map(directory: Path) -> Mapping[str, str]:
+def _weight_map(directory: Path, single: str) -> Mapping[str, str]:
     """Name of a tensor → name of its file; empty if the directory has no index."""
-    path = directory / INDEX
+    path = directory / _index(single)
     if not path.is_file():
         return {}
     try:
@@ -106,13 +156,6 @@ def weight_map(index: Any) -> Mapping[str, str]:
         if Path(file).name != file:
             fields.refuse(name, file, "must be the name of a file in the directory")
     return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"file={str(path)!r}: cannot be read: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

@@ -30,7 +30,7 @@ from layers.rwkv import RwkvConfig
 from layers.weights import dense, flat
 from research.files import check_new, new_directory
 from research.models.companions import TOKEN_IDS, copy_companions, family_name
-from research.models.families import FAMILIES, Family
+from research.models.families import FAMILIES, Family, text_config
 from research.models.families.family import shortest
 from research.models.fields import Fields
 from research.models.load import read_object
@@ -89,10 +89,13 @@ def save(
 
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
     """The config.json of ``config``, after checking that reading it gives ``config`` again."""
-    described = {**source, **family.write(config)}
+    described = {**text_config(source), **family.write(config)}
+    # weights are written as numbers
+    described.pop("quantization_config", None)
     read_back = _normalised(family.read(Fields(described)))
     # the weights do not depend on the length
-    unchecked = {*decides(config, EXECUTION, PRECISION, TRAINING), "max_length"}
+    lengths = {"max_length", "rotary.scaling.length", "sliding_rotary.scaling.length"}
+    unchecked = {*decides(config, EXECUTION, PRECISION, TRAINING), *lengths}
     for field, value in _normalised(config).items():
         if field not in unchecked and value != read_back.get(field):
             raise ConfigError(
@@ -143,7 +146,7 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
         unused = dict(delta_rank=None, head_dim=64, groups=1)
         mamba = dataclasses.replace(mamba, **(unused | used_fields))
     if rwkv is not None and "rwkv7" not in config.pattern:
-        rwkv = RwkvConfig()  # RWKV-4 has no sizes but the width
+        rwkv = RwkvConfig(channels=rwkv.channels or config.width)  # RWKV-4's only size
     if "sliding" in config.pattern:
         sliding_rotary = sliding_rotary or config.rotary
     parts: dict[str, Any] = dict(
@@ -152,7 +155,8 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
     used = {MIXERS[mixer] for mixer, _ in config.layers}
     used |= {FEED_FORWARDS[feed_forward] for _, feed_forward in config.layers}
     parts = {name: part if name in used else None for name, part in parts.items()}
-    return dataclasses.replace(config, sliding_rotary=sliding_rotary, **parts)
+    eps = None if config.norm_position == "post" else config.final_norm_eps or config.norm_eps
+    return dataclasses.replace(config, sliding_rotary=sliding_rotary, final_norm_eps=eps, **parts)
 
 
 def _write_tensors(

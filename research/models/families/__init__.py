@@ -14,8 +14,11 @@ from research.models.families.mixture import MIXTURES
 from research.models.families.rwkv import RWKVS
 from research.models.families.unused import refuse_other_functions, warn_of_the_rest
 from research.models.fields import Fields, short
+from research.models.fp8 import read_block
 
-__all__ = ["FAMILIES", "Family", "decoder_config", "family_of"]
+__all__ = ["FAMILIES", "Family", "decoder_config", "family_of", "text_config"]
+
+TEXT = "text_config"  # the object of a composite model's config.json that describes its text part
 
 FAMILIES = {
     family.model_type: family for family in (*LLAMAS, *GEMMAS, *GPTS, *MIXTURES, *MAMBAS, *RWKVS)
@@ -34,16 +37,22 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         fields.refuse("architectures", named, "must name one")
     kind = fields.text("model_type", None)
     for family in FAMILIES.values():
-        if named and named[0] == family.architecture:
-            if kind not in (None, family.model_type):
-                requirement = f"must be {family.model_type} for architectures={named}"
-                fields.refuse("model_type", kind, requirement)
-            return family
-        if not named and kind == family.model_type:
-            return family
+        for model_type, architectures in family.kinds.items():
+            if named and named[0] in architectures:
+                if kind not in (None, model_type):
+                    requirement = f"must be {model_type} for architectures={named}"
+                    fields.refuse("model_type", kind, requirement)
+                return family
+            if not named and kind == model_type:
+                return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     name = short(named[0] if named else kind)
     raise ConfigError(f"architecture={name}: must be one of {supported}")
+
+
+def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model: those of the file, or of a composite model's text part."""
+    return hf[TEXT] if TEXT in hf else hf
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -57,9 +66,23 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
         type or value; the message names it.
     """
     family, fields = family_of(hf), Fields(hf)
-    for name in ("architectures", "model_type"):
-        fields.unused(name)
-    refuse_other_functions(fields)
-    config = family.read(fields)
+    read_block(fields)
+    config = family.read(_text_fields(fields, family))
     warn_of_the_rest(fields, family.unused, family.architecture)
     return config
+
+
+def _text_fields(fields: Fields, family: Family) -> Fields:
+    """The fields of the language model, after those that only say what the file holds."""
+    parts = [fields]
+    if family.composite and TEXT in fields:
+        text = fields.object(TEXT)
+        # the whole model has the embedding of its text part
+        fields.only(tie_word_embeddings=text.flag("tie_word_embeddings", True))
+        text.only(quantization_config=None)
+        parts.append(text)
+    for part in parts:
+        for name in ("architectures", "model_type"):
+            part.unused(name)
+        refuse_other_functions(part)
+    return parts[-1]

@@ -1,13 +1,13 @@
-"""`Family`, and what several families share: rotary fields, patterns of layers, norm rows."""
+"""`Family`, and what several families share: patterns of layers, norm rows."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from layers.config import check_choice
 from layers.decoder import DecoderConfig
-from layers.rotary import SCALINGS, RotaryConfig, RotaryScaling, yarn_growth
-from research.models.fields import REQUIRED, Fields
+from research.models.fields import Fields
 from research.models.table import Row
 
 Kind = TypeVar("Kind")
@@ -20,11 +20,16 @@ class Family:
 
     Attributes:
       architecture, model_type: as in config.json.
+      also: other names of the architecture.
       read, write: convert a config.json to a `DecoderConfig` and back.
       rows: one per tensor.
       prefix: part of the rows' names; a checkpoint may lack it.
       ignored: endings of the names of tensors that are not parameters.
       renamed: a tensor's other name in some checkpoints → its name in the rows.
+      composite: the type of models that consist of this one and others, such as an encoder of
+        images → their architectures. Their config.json has this model's in ``text_config``.
+      nested: the beginning of names in a composite model → in the rows.
+      skipped: the beginnings of the names of a composite model's other tensors.
       beyond: the beginning of a layer's names, up to its number. Layers after the last are not
         loaded (DeepSeek's predict further tokens).
       absent: tensors that are not used and that a checkpoint may lack; a missing one becomes 0.
@@ -40,9 +45,21 @@ class Family:
     prefix: str = "model."
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    composite: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     beyond: str | None = None
     absent: tuple[str, ...] = ()
     unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """Model types → architectures. ``…Model`` is the model without a head."""
+        names = (self.architecture, *self.also)
+        if not self.composite:
+            names += (re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture),)
+        return {self.model_type: names, **self.composite}
 
     @property
     def head(self) -> str:
@@ -63,129 +80,6 @@ def head_channels(config: DecoderConfig) -> int:
 def read_layers(fields: Fields, name: str = "num_hidden_layers") -> int:
     """The number of layers."""
     return fields.integer(name, at_most=MOST_LAYERS)
-
-
-def read_rotary(
-    fields: Fields,
-    rope: Fields | None = None,
-    *,
-    theta: float = 10_000.0,
-    theta_name: str = "rope_theta",
-    fraction_name: str = "partial_rotary_factor",
-    fraction: float | None = None,
-    kinds: Sequence[str] = ("default", *SCALINGS),
-) -> RotaryConfig:
-    """The rotation that ``rope`` describes; default: `rope_fields`.
-
-    Args:
-      fields: of the whole file; older files have some of rope's fields there.
-      theta, fraction: defaults. ``fraction=None``: all channels rotate, and another fraction is
-        refused: transformers would ignore it.
-      theta_name, fraction_name: names of these two in older files.
-      kinds: allowed values of ``rope_type``.
-    """
-    rope = rope_fields(fields) if rope is None else rope
-    base = _older(fields, rope, theta_name, "rope_theta", theta, above=1)
-    if fraction is None:
-        fields.only(partial_rotary_factor=1.0)
-        rope.only(partial_rotary_factor=1.0)
-    share = _older(
-        fields, rope, fraction_name, "partial_rotary_factor", fraction or 1.0, above=0
-    )  # fmt: skip
-    rope.same("type", "rope_type")
-    kind = rope.text("rope_type" if "rope_type" in rope else "type", "default", choices=kinds)
-    scaling = None
-    if kind == "linear":
-        scaling = RotaryScaling("linear", rope.number("factor", above=0))
-    elif kind == "llama3":
-        scaling = RotaryScaling(
-            "llama3",
-            rope.number("factor", above=0),
-            rope.number("low_freq_factor", above=0),
-            rope.number("high_freq_factor", above=0),
-            _original_length(fields, rope),
-        )
-    elif kind == "yarn":
-        rope.only(truncate=True)
-        factor = rope.number("factor", above=0)
-        magnitude = rope.number("attention_factor", None, above=0)
-        weight, overall = rope.number("mscale", 0.0, null=0.0, at_least=0), read_mscale(rope)
-        if magnitude is None and weight and overall:
-            magnitude = yarn_growth(factor, weight) / yarn_growth(factor, overall)
-        scaling = RotaryScaling(
-            "yarn",
-            factor,
-            rope.number("beta_slow", 1.0, null=1.0, above=0),
-            rope.number("beta_fast", 32.0, null=32.0, above=0),
-            _original_length(fields, rope),
-            magnitude,
-        )
-    return RotaryConfig(base, share, scaling=scaling)
-
-
-def _older(
-    fields: Fields, rope: Fields, older: str, newer: str, default: float, *, above: float
-) -> float:
-    """``rope``'s field ``newer``, or ``older`` of the file; both must agree if both are given."""
-    outside = fields.number(older, default, above=above)
-    inside = rope.number(newer, outside, above=above)
-    if older in fields and inside != outside:
-        fields.refuse(older, outside, f"must be that of {newer} in rope_parameters, {inside}")
-    return inside
-
-
-def _original_length(fields: Fields, rope: Fields) -> int:
-    length = fields.integer("max_position_embeddings", None)
-    return rope.integer("original_max_position_embeddings", REQUIRED if length is None else length)
-
-
-def rope_fields(fields: Fields, newer: Fields | None = None) -> Fields:
-    """The rotary fields: ``newer`` (``rope_parameters``, transformers ≥ 5) or ``rope_scaling``.
-
-    Of both, transformers reads the older one; a file in which they differ is refused.
-    """
-    newer = fields.object("rope_parameters") if newer is None else newer
-    older = fields.object("rope_scaling")
-    if not newer:
-        return older
-    if older:
-        if older.values != newer.values:
-            fields.refuse("rope_scaling", older.values, "must be equal to rope_parameters")
-        older.read_all()
-    return newer
-
-
-def read_mscale(rope: Fields) -> float:
-    """The weight of YaRN's temperature in the factor of the whole score; 0 if there is none."""
-    return rope.number("mscale_all_dim", 0.0, null=0.0, at_least=0)
-
-
-def rope_parameters(rotary: RotaryConfig) -> dict[str, Any]:
-    """``rotary`` as ``rope_parameters`` of transformers ≥ 5."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
-    if rotary.fraction != 1:
-        rope["partial_rotary_factor"] = rotary.fraction
-    if (scaling := rotary.scaling) is not None:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope["low_freq_factor"] = scaling.low_turns
-            rope["high_freq_factor"] = scaling.high_turns
-            rope["original_max_position_embeddings"] = scaling.original_length
-        if scaling.kind == "yarn":
-            rope |= {"beta_slow": scaling.low_turns, "beta_fast": scaling.high_turns}
-            rope["original_max_position_embeddings"] = scaling.original_length
-            if scaling.magnitude is not None:
-                rope["attention_factor"] = scaling.magnitude
-    return rope
-
-
-def write_rotary(rotary: RotaryConfig) -> dict[str, Any]:
-    """``rotary`` in the newer fields, and in the older ones for libraries that read only these."""
-    rope = rope_parameters(rotary)
-    written = {"rope_parameters": rope, "rope_theta": rotary.base}
-    if rotary.fraction != 1:
-        written["partial_rotary_factor"] = rotary.fraction
-    return written | ({"rope_scaling": rope} if rotary.scaling is not None else {})
 
 
 # layer type in config.json → mixer of the Decoder

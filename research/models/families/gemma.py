@@ -1,6 +1,8 @@
 """Gemma 2 and 3 (text): norms on both sides, full layers among sliding ones, scaled embeddings."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from layers.attention import AttentionConfig
@@ -13,10 +15,6 @@ from research.models.families.family import (
     layer_types,
     read_layers,
     read_pattern,
-    read_rotary,
-    rope_fields,
-    rope_parameters,
-    write_rotary,
 )
 from research.models.families.llama import (
     HEAD_NORM_ROWS,
@@ -26,7 +24,9 @@ from research.models.families.llama import (
     PROJECTION_ROWS,
     norm_rows,
 )
-from research.models.fields import Fields
+from research.models.families.rotary import read_rotary, rope_fields, rope_parameters, write_rotary
+from research.models.families.unused import EVERYWHERE
+from research.models.fields import REQUIRED, Fields
 
 
 def _read(
@@ -35,30 +35,34 @@ def _read(
     rotary: RotaryConfig,
     sliding_rotary: RotaryConfig | None = None,
     logit_cap: float | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
     **attention: Any,
 ) -> DecoderConfig:
     """``period``: every such layer is full, if config.json does not list the layers' types.
 
-    ``logit_cap``: the default. ``attention``: further fields of the `AttentionConfig`.
+    ``logit_cap``, ``sizes``: defaults. ``attention``: further fields of the `AttentionConfig`.
     """
     fields.only(hidden_activation="gelu_pytorch_tanh")
     # null and false both mean causal attention
     if fields.flag("use_bidirectional_attention", None):
         fields.refuse("use_bidirectional_attention", True, "must be false")
     layers, width = read_layers(fields), fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads")
+
+    def size(name: str) -> int:
+        return fields.integer(name, sizes.get(name, REQUIRED))
+
     bias = fields.flag("attention_bias", False)
     listed = fields.texts("layer_types", None, count=layers)
     pattern = read_pattern(listed or _every(period, layers))
     slides = "sliding" in pattern
     window = fields.integer("sliding_window", 4096, null=None)
     return DecoderConfig(
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=size("vocab_size"),
         width=width,
         num_layers=layers,
         attention=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads"),
+            num_heads=size("num_attention_heads"),
+            num_kv_heads=size("num_key_value_heads"),
             head_dim=fields.integer("head_dim", 256),
             window=window if slides else None,
             qkv_bias=bias,
@@ -99,7 +103,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "attn_logit_softcapping": attention.soft_cap,
         "final_logit_softcapping": config.logit_cap,
         "rms_norm_eps": config.norm_eps,
-        "sliding_window": attention.window if "sliding" in config.pattern else None,
+        # transformers requires a window even if no layer slides
+        "sliding_window": attention.window or 4096,
         "layer_types": layer_types(config),
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_length or 8192,
@@ -134,7 +139,9 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
     )
     period = fields.integer("sliding_window_pattern", 6)
     fields.only(_sliding_window_pattern=period)
-    return _read(fields, period, full, sliding, qk_norm=True)
+    # published text parts lack what are transformers' defaults
+    sizes = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return _read(fields, period, full, sliding, sizes=sizes, qk_norm=True)
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
@@ -165,9 +172,35 @@ _GEMMA_ROWS = (
 )
 
 _UNUSED = {"hidden_act": "transformers reads hidden_activation"}
+_IMAGES = "of images, which are not supported"
+_GEMMA3_UNUSED = {
+    **_UNUSED,
+    **dict.fromkeys(
+        ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index",
+         "boi_token_id", "eoi_token_id", "image_token_id", "mm_tokens_per_image"),
+        _IMAGES,
+    ),
+    **{f"text_config.{name}": why for name, why in {**EVERYWHERE, **_UNUSED}.items()},
+}  # fmt: skip
+_OTHERS = ("vision_tower.", "multi_modal_projector.")
 GEMMAS = (
     Family("Gemma2ForCausalLM", "gemma2", _read_gemma2, _write_gemma2, _GEMMA_ROWS, unused=_UNUSED),
     Family(
-        "Gemma3ForCausalLM", "gemma3_text", _read_gemma3, _write_gemma3, _GEMMA_ROWS, unused=_UNUSED
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _read_gemma3,
+        _write_gemma3,
+        _GEMMA_ROWS,
+        also=("Gemma3TextModel",),
+        composite={"gemma3": ("Gemma3ForConditionalGeneration", "Gemma3Model")},
+        # as published, as transformers ≥ 5 writes it, and without a head
+        nested={
+            "language_model.model.": "model.",
+            "language_model.lm_head.": "lm_head.",
+            "model.language_model.": "model.",
+            "language_model.": "model.",
+        },
+        skipped=(*_OTHERS, *(f"model.{name}" for name in _OTHERS)),
+        unused=_GEMMA3_UNUSED,
     ),
 )

@@ -1,5 +1,6 @@
 """The GPT family: GPT-2, GPT-NeoX, BLOOM and MPT, each with its own fused query, key, value."""
 
+import warnings
 from typing import Any
 
 from layers.attention import AttentionConfig
@@ -13,15 +14,17 @@ from research.models.families.family import (
     head_channels,
     parts,
     read_layers,
-    read_rotary,
-    write_rotary,
 )
+from research.models.families.rotary import read_rotary, write_rotary
 from research.models.families.unused import EVERYWHERE, refuse_other_functions
 from research.models.fields import Fields
 from research.models.table import Row
 
 # activation in config.json → the Decoder's; of several names the first one is written
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
 
 
 def _read_activation(fields: Fields, name: str, default: str) -> str:
@@ -34,23 +37,30 @@ def _write_activation(config: DecoderConfig) -> str:
     return names[config.part("mlp").activation]
 
 
-def _heads(heads: int, width: int, bias: bool, scale: float | None = None) -> AttentionConfig:
+def _heads(heads: int, width: int, bias: bool, **options: Any) -> AttentionConfig:
     """Multi-head attention whose heads together have the model's width."""
     check(width % heads == 0, "heads", heads, f"must divide the width {width}")
     return AttentionConfig(
-        heads, heads, head_dim=width // heads, qkv_bias=bias, out_bias=bias, scale=scale
+        heads, heads, head_dim=width // heads, qkv_bias=bias, out_bias=bias, **options
     )
 
 
 def _read_gpt2(fields: Fields) -> DecoderConfig:
-    fields.only(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    scaled = fields.flag("scale_attn_weights", True)
+    by_layer = fields.flag("scale_attn_by_inverse_layer_idx", False)
     width = fields.integer("n_embd")
     activation = _read_activation(fields, "activation_function", "gelu_new")
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=read_layers(fields, "n_layer"),
-        attention=_heads(fields.integer("n_head"), width, bias=True),
+        attention=_heads(
+            fields.integer("n_head"),
+            width,
+            bias=True,
+            scale=None if scaled else 1.0,
+            scale_by_layer=by_layer,
+        ),
         mlp=MlpConfig(fields.integer("n_inner", 4 * width, null=4 * width), activation, bias=True),
         position="learned",
         max_length=fields.integer("n_positions"),
@@ -69,6 +79,8 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": config.part("attention").num_heads,
         "n_inner": config.part("mlp").width,
+        "scale_attn_weights": config.part("attention").scale != 1,
+        "scale_attn_by_inverse_layer_idx": config.part("attention").scale_by_layer,
         "activation_function": _write_activation(config),
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
@@ -235,70 +247,117 @@ _BLOOM_ROWS = (
 def _read_mpt(fields: Fields) -> DecoderConfig:
     attention = fields.object("attn_config")
     refuse_other_functions(attention)
-    fields.only(no_bias=True, logit_scale=None, expansion_ratio=4)
+    fields.only(expansion_ratio=4)
     # "low_precision" is that of autocast: the same function
     norms = ("low_precision_layernorm", "layernorm")
     fields.text("norm_type", norms[0], choices=norms)
     attention.only(
-        alibi=True,
-        alibi_bias_max=8,
         attn_type="multihead_attention",
-        clip_qkv=None,
         prefix_lm=False,
-        qk_ln=False,
         attn_uses_sequence_id=False,
+        rope=False,
+        qk_gn=False,
     )
     width, heads = fields.integer("d_model"), fields.integer("n_heads")
-    # for other numbers MPT orders the slopes differently from Press 2022
-    check(heads & (heads - 1) == 0, "n_heads", heads, "must be a power of two")
-    scale = attention.number("softmax_scale", None, above=0)
+    bias = not fields.flag("no_bias", True)
+    alibi, learned = attention.flag("alibi", True), fields.flag("learned_pos_emb", True)
+    largest = attention.number("alibi_bias_max", 8, above=0)
+    position = "alibi" if alibi else "learned" if learned else "none"
+    length = fields.integer("max_seq_len", 2048 if position == "learned" else None)
+    logit_scale = fields.unused("logit_scale")
+    if logit_scale == "inv_sqrt_d_model":
+        logit_scale = width**-0.5
+    else:
+        logit_scale = fields.number("logit_scale", None, above=0)
+    qk_norm = attention.flag("qk_ln", False)
+    differ = {"no_bias": bias, "logit_scale": logit_scale, "qk_ln": qk_norm, "alibi": not alibi}
+    differ |= {"alibi_bias_max": alibi and largest != 8}
+    if named := ", ".join(name for name, value in differ.items() if value):
+        message = f"{named}: applied as in the authors' code (llm-foundry); transformers does not"
+        warnings.warn(message, stacklevel=4)
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=read_layers(fields, "n_layers"),
-        attention=_heads(heads, width, bias=False, scale=scale),
-        mlp=MlpConfig(4 * width, "gelu"),
-        position="alibi",
+        attention=_heads(
+            heads,
+            width,
+            bias,
+            scale=attention.number("softmax_scale", None, above=0),
+            alibi_largest=largest if alibi else 8.0,
+            clip=attention.number("clip_qkv", None, above=0),
+            qk_norm=qk_norm,
+            qk_norm_across_heads=qk_norm,
+            qk_layernorm=qk_norm,
+        ),
+        mlp=MlpConfig(4 * width, "gelu", bias),
+        position=position,
         norm="layernorm",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0),
+        norm_bias=bias,
+        logit_scale=logit_scale,
         tie_embeddings=fields.flag("tie_word_embeddings", True),
-        max_length=fields.integer("max_seq_len", None),
+        max_length=length,
     )
 
 
 def _write_mpt(config: DecoderConfig) -> dict[str, Any]:
-    scale = config.part("attention").scale
-    implied = scale is None or scale == head_channels(config) ** -0.5
+    attention = config.part("attention")
+    implied = attention.scale is None or attention.scale == head_channels(config) ** -0.5
+    alibi = config.position == "alibi"
     return {
         "vocab_size": config.vocab_size,
         "d_model": config.width,
         "n_layers": config.num_layers,
-        "n_heads": config.part("attention").num_heads,
+        "n_heads": attention.num_heads,
         "expansion_ratio": 4,
-        "attn_config": {"alibi": True, "softmax_scale": None if implied else scale},
-        "no_bias": True,
+        "attn_config": {
+            "alibi": alibi,
+            "alibi_bias_max": _whole(attention.alibi_largest),
+            "clip_qkv": attention.clip,
+            "qk_ln": attention.qk_norm,
+            "softmax_scale": None if implied else attention.scale,
+        },
+        "no_bias": not attention.qkv_bias,
+        "learned_pos_emb": config.position != "none",
+        "logit_scale": config.logit_scale,
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_seq_len": config.max_length or 2048,
     }
 
 
+def _whole(number: float) -> float | int:
+    """An int if ``number`` is one: transformers requires it."""
+    return int(number) if number == int(number) else number
+
+
 _BLOCK = "transformer.blocks.{l}."
 _MPT_ROWS = (
     Row("transformer.wte.weight", "v d -> v d", ("embedding/table",)),
+    Row("transformer.wpe.weight", "t d -> t d", ("positions/table",)),
     Row("lm_head.weight", "v d -> d v", ("head/weight",)),
-    Row("transformer.norm_f.weight", "d -> d", ("final_norm/scale",)),
-    Row(_BLOCK + "norm_1.weight", "d -> d", ("mixer_norm/scale",)),
-    Row(_BLOCK + "norm_2.weight", "d -> d", ("mlp_norm/scale",)),
+    *affine("transformer.norm_f", "final_norm"),
+    *affine(_BLOCK + "norm_1", "mixer_norm"),
+    *affine(_BLOCK + "norm_2", "mlp_norm"),
     Row(
         _BLOCK + "attn.Wqkv.weight",
         "(s c) d -> d s c",
         parts("mixer", "weight", "query", "key", "value"),
         join=1,
     ),
+    Row(_BLOCK + "attn.Wqkv.bias", "(s c) -> s c", parts("mixer", "bias", "query", "key", "value")),
+    *(
+        Row(f"{_BLOCK}attn.{name}_ln.{part}", "(h c) -> h c", (f"mixer/{path}_norm/{ours}",))
+        for name, path in (("q", "query"), ("k", "key"))
+        for part, ours in (("weight", "scale"), ("bias", "bias"))
+    ),
     Row(_BLOCK + "attn.out_proj.weight", "d (h c) -> h c d", ("mixer/out/weight",)),
+    Row(_BLOCK + "attn.out_proj.bias", "d -> d", ("mixer/out/bias",)),
     Row(_BLOCK + "ffn.up_proj.weight", "f d -> d f", ("mlp/up/weight",)),
+    Row(_BLOCK + "ffn.up_proj.bias", "f -> f", ("mlp/up/bias",)),
     Row(_BLOCK + "ffn.down_proj.weight", "d f -> f d", ("mlp/down/weight",)),
+    Row(_BLOCK + "ffn.down_proj.bias", "d -> d", ("mlp/down/bias",)),
 )
 
 _SAME = "computes the same function in another way"
@@ -327,7 +386,6 @@ _BLOOM_UNUSED = {
     "n_inner": "transformers reads the width alone",
 }  # fmt: skip
 _MPT_UNUSED = {
-    "learned_pos_emb": "transformers does not read it; ALiBi replaces it",
     "embedding_fraction": "the gradient of embeddings",
     "init_device": "initial weights, which the checkpoint replaces",
     "init_config": "initial weights, which the checkpoint replaces",
@@ -375,6 +433,7 @@ GPTS = (
         _write_mpt,
         _MPT_ROWS,
         prefix="transformer.",
+        also=("MPTForCausalLM", "MPTModel"),
         unused=_MPT_UNUSED,
     ),
 )

@@ -14,9 +14,8 @@ from research.models.families.family import (
     parts,
     read_layers,
     read_pattern,
-    read_rotary,
-    write_rotary,
 )
+from research.models.families.rotary import read_rotary, write_rotary
 from research.models.fields import Fields
 from research.models.table import Row
 
@@ -183,7 +182,9 @@ def _write_olmo2(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_phi3(fields: Fields) -> DecoderConfig:
-    rotary = read_rotary(fields, fraction=1.0, kinds=("default",))
+    # of the other kinds transformers supports none for this family; 4096 is its default
+    kinds = ("default", "longrope", "su")
+    rotary = read_rotary(fields, fraction=1.0, kinds=kinds, original_length=4096)
     return read_windowed(fields, rotary=rotary, eps=1e-5)
 
 
@@ -269,7 +270,7 @@ NO_BIAS = {
 }
 _PHI3_UNUSED = {
     **NO_BIAS,
-    "original_max_position_embeddings": "of longrope, which is refused",
+    "original_max_position_embeddings": "of longrope, which reads it",
 }
 
 LLAMAS = (

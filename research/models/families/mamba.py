@@ -1,6 +1,7 @@
 """Mamba and Mamba-2: a stack of mixers without feed-forward layers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from layers.decoder import DecoderConfig
@@ -75,8 +76,7 @@ def _write_mamba(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_mamba2(fields: Fields) -> DecoderConfig:
     limit = fields.items("time_step_limit", [0.0, math.inf])
-    if [_float(step) for step in limit] != [0.0, math.inf]:
-        fields.refuse("time_step_limit", limit, "must be [0.0, Infinity]")
+    low, high = _range(fields, limit)
     fields.only(rms_norm=True)
     config = _read(
         fields,
@@ -85,21 +85,35 @@ def _read_mamba2(fields: Fields) -> DecoderConfig:
         state=fields.integer("state_size", 128),
         head_dim=fields.integer("head_dim", 64),
         groups=fields.integer("n_groups", 8),
+        delta_limit=None if (low, high) == (0, math.inf) else (low, high),
     )
     fields.only(num_heads=config.part("mamba").heads(config.width))
     return config
 
 
-def _float(value: Any) -> Any:
-    """``value``; JSON has no infinity, and transformers ≥ 5 writes {"__float__": "Infinity"}."""
-    infinite = value in ({"__float__": "Infinity"}, "Infinity")
-    return math.inf if infinite else value
+# JSON has no infinity; transformers ≥ 5 writes this
+_INFINITY = {"__float__": "Infinity"}
+
+
+def _range(fields: Fields, limit: Sequence[Any]) -> tuple[float, float]:
+    """The least and the largest step size of ``limit``, the value of time_step_limit."""
+    values = [math.inf if value in (_INFINITY, "Infinity") else value for value in limit]
+    numeric = all(isinstance(value, (int, float)) and value is not True for value in values)
+    if len(values) != 2 or not numeric or not 0 <= values[0] < values[1]:
+        fields.refuse("time_step_limit", limit, "must be [low, high] with 0 ≤ low < high")
+    return float(values[0]), float(values[1])
 
 
 def _write_mamba2(config: DecoderConfig) -> dict[str, Any]:
     mamba = config.part("mamba")
-    heads = {"num_heads": mamba.heads(config.width), "head_dim": mamba.head_dim}
-    return {**_write(config), **heads, "n_groups": mamba.groups}
+    low, high = mamba.delta_limit or (0.0, math.inf)
+    return {
+        **_write(config),
+        "num_heads": mamba.heads(config.width),
+        "head_dim": mamba.head_dim,
+        "n_groups": mamba.groups,
+        "time_step_limit": [low, _INFINITY if high == math.inf else high],
+    }
 
 
 _MIXER = "backbone.layers.{l}.mixer."

@@ -13,11 +13,7 @@ from research.models.families.family import (
     Family,
     parts,
     read_layers,
-    read_mscale,
-    read_rotary,
-    rope_fields,
     shortest,
-    write_rotary,
 )
 from research.models.families.llama import (
     LAYER,
@@ -30,6 +26,7 @@ from research.models.families.llama import (
     read_windowed,
     write_windowed,
 )
+from research.models.families.rotary import read_mscale, read_rotary, rope_fields, write_rotary
 from research.models.fields import Fields
 from research.models.table import Row
 

@@ -9,25 +9,26 @@ from research.models.families.family import Family, affine, read_layers
 from research.models.fields import Fields
 from research.models.table import Row
 
+# ε of transformers' last norm, whatever layer_norm_epsilon is
+_FINAL_EPS = 1e-5
+
 
 def _read_rwkv4(fields: Fields) -> DecoderConfig:
     width = fields.integer("hidden_size")
-    # the last norm of transformers always has this ε
-    fields.only(layer_norm_epsilon=1e-5)
-    if "attention_hidden_size" in fields:
-        fields.only(attention_hidden_size=width)
-    fields.unused("attention_hidden_size")
+    channels = fields.integer("attention_hidden_size", width, null=width)
+    eps = fields.number("layer_norm_epsilon", _FINAL_EPS, above=0)
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=read_layers(fields),
         mlp=MlpConfig(fields.integer("intermediate_size", 4 * width, null=4 * width)),
-        rwkv=RwkvConfig(),
+        rwkv=RwkvConfig(channels=None if channels == width else channels),
         pattern=("rwkv4",),
         feed_forward=("rwkv4",),
         position="none",
         norm="layernorm",
-        norm_eps=1e-5,
+        norm_eps=eps,
+        final_norm_eps=None if eps == _FINAL_EPS else _FINAL_EPS,
         norm_bias=True,
         embedding_norm=True,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -39,7 +40,7 @@ def _write_rwkv4(config: DecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "attention_hidden_size": config.width,
+        "attention_hidden_size": config.part("rwkv").channels or config.width,
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.part("mlp").width,
         "layer_norm_epsilon": config.norm_eps,

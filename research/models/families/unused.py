@@ -62,7 +62,6 @@ EVERYWHERE: Mapping[str, str] = {
 }
 # a value other than these describes another function, in any family
 SUPPORTED: Mapping[str, Any] = {
-    "quantization_config": None,
     "compression_config": None,
     "per_layer_config": None,
     "is_encoder_decoder": False,

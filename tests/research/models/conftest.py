@@ -29,6 +29,12 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+# every prompt of the tests is longer than the original length, so that transformers takes the long
+# factors for all tokens
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 2.5, 7.0], original_max_position_embeddings=8,
+)  # fmt: skip
 DEEPSEEK = dict(
     LLAMA, num_key_value_heads=4, first_k_dense_replace=1,
     moe_intermediate_size=12, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
@@ -59,10 +65,8 @@ CASES = {
     "phi3_partial": (
         "Phi3",
         dict(
-            LLAMA, pad_token_id=0, hidden_size=32,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75
-            ),
+            LLAMA, pad_token_id=0, hidden_size=32, original_max_position_embeddings=8,
+            rope_parameters=LONGROPE,
         ),
     ),
     "gemma2": ("Gemma2", GEMMA),
@@ -82,7 +86,7 @@ CASES = {
         "Mixtral",
         dict(
             LLAMA, num_local_experts=5, num_experts_per_tok=3, sliding_window=6, head_dim=8,
-            rope_parameters=YARN,
+            rope_parameters=dict(YARN, truncate=False, beta_slow=0.1),
         ),
     ),
     "deepseek": ("DeepseekV3", DEEPSEEK),
@@ -109,12 +113,18 @@ CASES = {
         dict(
             vocab_size=62, hidden_size=16, num_hidden_layers=2, num_heads=8, head_dim=4, n_groups=4,
             state_size=5, tie_word_embeddings=True, use_bias=True, pad_token_id=None,
+            # one token at a time, transformers does not apply the limit
+            time_step_limit=(0.6, 0.8), use_cache=False,
             **ENDLESS,
         ),
     ),
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": (
-        "GPT2", dict(GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False),
+        "GPT2",
+        dict(
+            GPT2, n_inner=40, activation_function="relu", tie_word_embeddings=False,
+            scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False,
+        ),
     ),
     "gpt_neox": (
         "GPTNeoX",
@@ -129,8 +139,21 @@ CASES = {
         "GPTNeoX", dict(NEOX, hidden_size=32, use_parallel_residual=False, attention_bias=False),
     ),
     "bloom": ("Bloom", dict(vocab_size=62, hidden_size=24, n_layer=2, n_head=6, **ENDLESS)),
-    "mpt": ("Mpt", dict(vocab_size=62, d_model=16, n_layers=2, n_heads=4, **ENDLESS)),
-    "rwkv": ("Rwkv", dict(vocab_size=62, hidden_size=16, num_hidden_layers=3, **ENDLESS)),
+    "mpt": (
+        "Mpt",
+        dict(
+            vocab_size=62, d_model=24, n_layers=2, n_heads=6, **ENDLESS,
+            attn_config=dict(clip_qkv=0.5, softmax_scale=0.7),
+        ),
+    ),
+    "rwkv": (
+        "Rwkv",
+        dict(
+            vocab_size=62, hidden_size=16, num_hidden_layers=3, attention_hidden_size=12,
+            # transformers has no state of other sizes than hidden_size
+            layer_norm_epsilon=1e-3, use_cache=False, **ENDLESS,
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -156,6 +179,12 @@ def logits_of(theirs, tokens=TOKENS):
 
     with torch.no_grad():
         return theirs(torch.tensor(tokens)).logits.numpy()
+
+
+@jax.jit
+def logits(model, tokens):
+    """What the Decoder computes; compiled once for all models of one configuration."""
+    return model(tokens).logits_btv
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -29,6 +29,20 @@ EXPECTED = {
     ("*", "use_cache"): "theirs is called without a cache",
     ("mixtral_window", "rope_parameters.original_max_position_embeddings"): "the same channels",
     ("gpt_neox", "rope_parameters.rope_theta"): "two channels rotate, at base ** 0",
+    **dict.fromkeys(
+        (
+            ("mpt", field)
+            for field in (
+                "no_bias",
+                "logit_scale",
+                "learned_pos_emb",
+                "attn_config.alibi",
+                "attn_config.alibi_bias_max",
+                "attn_config.qk_ln",
+            )
+        ),
+        "the authors' code applies it, and transformers does not",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from research.inference import SamplingConfig, generate
 from research.models import FAMILIES, decoder_config, load, save
-from tests.research.models.conftest import CASES, TOKENS, logits_of, make
+from tests.research.models.conftest import CASES, TOKENS, logits, logits_of, make
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,11 +30,6 @@ def described(directory):
     return json.loads((directory / "config.json").read_text())
 
 
-@jax.jit
-def logits(model, tokens):
-    return model(tokens).logits_btv
-
-
 def test_every_family_is_here():
     kinds = {getattr(transformers, f"{kind}Config").model_type for kind, _ in CASES.values()}
     # of RWKV-7 transformers has nothing: see test_rwkv7.py
@@ -52,7 +47,7 @@ def test_greedy_tokens_are_those_of_transformers(pair):
     with torch.no_grad():
         want = theirs.generate(
             torch.tensor(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=0, use_cache=theirs.config.use_cache,
         )[0, 9:].tolist()  # fmt: skip
     got = generate(ours, prompt.tolist(), SamplingConfig(max_new_tokens=12, temperature=0.0))
     assert got[0] == want
@@ -64,6 +59,7 @@ def test_written_back_it_is_the_same_to_the_bit(pair, tmp_path):
     save(ours, out, described(directory)["model_type"], shard_bytes=3_000)
     assert decoder_config(described(out)) == ours.config
     again = type(theirs).from_pretrained(out, attn_implementation="eager")
+    again.config.use_cache = theirs.config.use_cache
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for name in before:

@@ -11,7 +11,7 @@ from layers.config import ConfigError
 from layers.weights import flat
 from research.cli import main
 from research.inference import SamplingConfig, generate
-from research.models import load, pth, save
+from research.models import load, pickled, save
 from research.training import load_model
 from tests.research.models.conftest import make
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_read_or_written_is_said(pair, tmp_path, monkeypatch, cap
     make("llama").save_pretrained(tmp_path / "llama")
     with pytest.raises(ConfigError, match="family='llama': a .pth file requires family"):
         save(load(tmp_path / "llama"), tmp_path / "a.pth", "llama")
-    monkeypatch.setattr(pth.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pickled.importlib.util, "find_spec", lambda name: None)
     assert main(["import", str(torn), "--to", str(tmp_path / "there")]) == 2
     error = capsys.readouterr().err
     assert "requires PyTorch: pip install torch" in error
