@@ -237,10 +237,16 @@ class DecoderConfig:
         if self.attention is not None:
             self._check_attention(self.attention)
         for name, kind, value in (
-            ("mamba.delta_limit", "mamba2", self.mamba and self.mamba.delta_limit),
+            ("mamba.delta_least", "mamba2", self.mamba and (self.mamba.delta_least or None)),
+            ("mamba.delta_most", "mamba2", self.mamba and self.mamba.delta_most),
             ("rwkv.channels", "rwkv4", self.rwkv and self.rwkv.channels),
+            ("rwkv.rescale_every", "rwkv4", self.rwkv and (self.rwkv.rescale_every or None)),
         ):
             check(value is None or kind in self.pattern, name, value, f"requires a {kind!r} layer")
+        if self.rwkv is not None and self.rwkv.rescale_every:
+            alone = set(self.pattern) == {"rwkv4"} and self.norm_position == "pre"
+            every = self.rwkv.rescale_every
+            check(alone, "rwkv.rescale_every", every, "requires rwkv4 layers alone, with pre-norms")
         if self.mamba is not None and "mamba2" in self.pattern:
             try:
                 self.mamba.heads(self.width)

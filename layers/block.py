@@ -47,6 +47,7 @@ class Block(nnx.Module):
         self.mixer: Any = _make_mixer(config, mixer, depth, options)
         self.mlp: Any = _make_feed_forward(config, feed_forward, depth, options)
         self.norm_position = config.norm_position
+        self.rwkv = config.rwkv
         self.parallel = config.parallel_residual
         has_mlp, position = self.mlp is not None, config.norm_position
         shared_norm = self.parallel and config.shared_norm
@@ -77,6 +78,9 @@ class Block(nnx.Module):
         mixer_state, mlp_state = (None, None) if context.state is None else context.state
         has_state, tap = context.state is not None, context.tap
 
+        def rescaled(x):
+            return x if self.rwkv is None else self.rwkv.rescaled(x, context.layer)
+
         def mix(x):
             nonlocal context, mixer_state
             x = tap("mixer.input", x)
@@ -95,15 +99,15 @@ class Block(nnx.Module):
         if self.parallel:
             x = self._parallel(x, mix, feed)
         else:
-            x = tap("residual.middle", self._add_mixer(x, mix))
+            x = tap("residual.middle", self._add_mixer(x, mix, rescaled))
             if self.mlp is not None:
-                x = self._add_feed_forward(x, feed)
+                x = self._add_feed_forward(x, feed, rescaled)
         state = BlockState(mixer_state, mlp_state) if has_state else None
         return x, context.replace(state=state)
 
-    def _add_mixer(self, x, mix):
+    def _add_mixer(self, x, mix, rescaled):
         if self.norm_position == "pre":
-            return x + mix(self.mixer_norm(x))
+            return x + mix(self.mixer_norm(rescaled(x)))
         if self.norm_position == "post":
             return self.mixer_norm(x + mix(x))
         if self.norm_position == "both":
@@ -111,9 +115,9 @@ class Block(nnx.Module):
         assert self.norm_position == "output"
         return x + self.mixer_post_norm(mix(x))
 
-    def _add_feed_forward(self, x, feed):
+    def _add_feed_forward(self, x, feed, rescaled):
         if self.norm_position == "pre":
-            return x + feed(self.mlp_norm(x))
+            return x + feed(self.mlp_norm(rescaled(x)))
         if self.norm_position == "post":
             return self.mlp_norm(x + feed(x))
         if self.norm_position == "both":

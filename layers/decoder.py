@@ -266,6 +266,8 @@ class Decoder(nnx.Module):
     def unembed(self, x_btd: jax.Array, *, tap: Tap | None = None) -> jax.Array:
         """Float32 logits ``[b, t, v]``, or ``[b, t, outputs]``, of the normalised residual."""
         config = self.config
+        if config.rwkv is not None:
+            x_btd = config.rwkv.rescaled(x_btd, config.num_layers)
         if self.final_norm is not None:
             x_btd = self.final_norm(x_btd)
         x_btd = (tap or Tap())("final", x_btd)

@@ -38,8 +38,8 @@ class MambaConfig:
     Mamba-1 only: ``delta_rank``: of the projection to step sizes, default ``width / 16``;
     ``selective``: which of `SELECTIVE` depend on the token; the others are parameters, as in S4
     (§3.1 and Table 7).
-    Mamba-2 only: ``head_dim``; ``groups``: of heads that share ``b`` and ``c``; ``delta_limit``:
-    steps are clipped to this range after softplus.
+    Mamba-2 only: ``head_dim``; ``groups``: of heads that share ``b`` and ``c``;
+    ``delta_least``, ``delta_most``: steps are clipped to this range after softplus.
     ``implementation``: of the scan; None chooses by platform.
     """
 
@@ -54,7 +54,8 @@ class MambaConfig:
     selective: tuple[str, ...] = SELECTIVE
     head_dim: int = 64
     groups: int = 1
-    delta_limit: tuple[float, float] | None = None
+    delta_least: float = 0.0
+    delta_most: float | None = None
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
 
     def __post_init__(self):
@@ -63,9 +64,10 @@ class MambaConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
         low = self.delta_min
         check(low < self.delta_max, "delta_max", self.delta_max, f"must be > delta_min={low}")
-        limit = self.delta_limit
-        fits = limit is None or (len(limit) == 2 and 0 <= limit[0] < limit[1])
-        check(fits, "delta_limit", limit, "must be None or (low, high) with 0 ≤ low < high")
+        least, most = self.delta_least, self.delta_most
+        check(least >= 0, "delta_least", least, "must be ≥ 0")
+        fits = most is None or most > least
+        check(fits, "delta_most", most, f"must be None or > delta_least={least}")
         rank = self.delta_rank
         check(rank is None or rank > 0, "delta_rank", rank, "must be > 0 or None")
         for i, name in enumerate(self.selective):

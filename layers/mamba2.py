@@ -150,8 +150,8 @@ class Mamba2(nnx.Module):
 
             b, c = split(b, config.state), split(c, config.state)
             steps = jax.nn.softplus(delta + bias)
-            if config.delta_limit is not None:
-                steps = jnp.clip(steps, *config.delta_limit)
+            if config.delta_least or config.delta_most is not None:
+                steps = jnp.clip(steps, config.delta_least, config.delta_most)
             if valid is not None:
                 steps = jnp.where(valid[..., None], steps, 0)  # padding does not change the state
             y, end = ssd(

@@ -24,9 +24,12 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS
 class RwkvConfig:
     """The configuration of RWKV layers; the hidden size of the channel-mix is ``mlp.width``.
 
-    ``channels``: of RWKV-4's time-mix; None: the model's width. ``head_dim``: of RWKV-7; must
-    divide the model's width. ``decay_rank``, ``rate_rank``, ``value_rank``, ``gate_rank``: of
-    RWKV-7's low-rank maps for decay, in-context learning rate, value residual and gate.
+    RWKV-4 only: ``channels``: of the time-mix; None: the model's width. ``rescale_every``: norms
+    are of the residual divided by 2 for every so many layers before, as transformers stores it for
+    float16, which changes their ε alone; 0: they are of the residual.
+    RWKV-7 only: ``head_dim``: must divide the model's width. ``decay_rank``, ``rate_rank``,
+    ``value_rank``, ``gate_rank``: of the low-rank maps for decay, in-context learning rate, value
+    residual and gate.
     ``implementation``: of `pallas_kernels.wkv`; None chooses by platform.
     """
 
@@ -36,12 +39,21 @@ class RwkvConfig:
     value_rank: int = 32
     gate_rank: int = 128
     channels: int | None = None
+    rescale_every: int = 0
     implementation: str | None = dataclasses.field(default=None, metadata=EXECUTION)
+
+    def rescaled(self, x: jax.Array, layers: Any) -> jax.Array:
+        """The residual ``x`` after ``layers`` layers, for a norm; ``layers`` may be traced."""
+        if not self.rescale_every:
+            return x
+        halvings = jnp.asarray(layers // self.rescale_every)
+        return x * jnp.ldexp(jnp.float32(1), -halvings).astype(x.dtype)
 
     def __post_init__(self):
         check_types(self)
         for name in ("head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        check(self.rescale_every >= 0, "rescale_every", self.rescale_every, "must be ≥ 0")
         channels = self.channels
         check(channels is None or channels > 0, "channels", channels, "must be > 0 or None")
         if self.implementation is not None:

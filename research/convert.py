@@ -8,18 +8,22 @@ from layers.architecture import DTYPES
 from layers.config import check, check_choice
 from research.files import check_new, new_directory
 from research.models.companions import ORIGIN, copy_companions, family_name
-from research.models.families import FAMILIES
+from research.models.families import FAMILIES, text_config
 from research.models.load import load, open_model
 from research.models.save import save
 from research.training import load_model, save_model
 
 
-def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) -> str:
+def import_directory(
+    source: Path, to: Path, *, param_dtype: str | None = None, context: int | None = None
+) -> str:
     """Convert the model in ``source`` to a checkpoint ``to`` for `research.training.load_model`.
 
     Args:
       source: a Hugging Face directory, or an RWKV-7 ``.pth`` file.
       param_dtype: default: that of config.json (or of the file's embedding), or float32.
+      context: the number of tokens that rotations which depend on it are for; see
+        `research.models.load`.
 
     Returns:
       The dtype of the parameters.
@@ -29,11 +33,12 @@ def import_directory(source: Path, to: Path, *, param_dtype: str | None = None) 
     """
     check_new(to)
     hf, _ = open_model(source)
-    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    described = {**text_config(hf), **hf}
+    dtype = described.get("dtype") or described.get("torch_dtype")
     if param_dtype is None:
         param_dtype = dtype if dtype in DTYPES else "float32"
     check_choice("param_dtype", param_dtype, DTYPES)
-    model = load(source, param_dtype=param_dtype)
+    model = load(source, param_dtype=param_dtype, context=context)
     with new_directory(to) as fresh:
         save_model(model, fresh)
         (fresh / ORIGIN).mkdir()

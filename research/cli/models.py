@@ -22,10 +22,12 @@ _IN_TRAINING = {
 def add(commands) -> None:
     """Add the two commands to argparse's ``commands``."""
     parser = _parser(commands, "import", "convert a Hugging Face directory to a checkpoint")
-    what = "config.json and safetensors, or an RWKV-7 .pth file"
+    what = "config.json and weights, or an RWKV-7 .pth file"
     parser.add_argument("source", metavar="DIR", type=Path, help=what)
     parser.add_argument("--to", metavar="CKPT", type=Path, required=True, help="a new folder")
     parser.add_argument("--param-dtype", help="e.g. float32; default: the dtype in config.json")
+    what = "tokens that a rope_type of longrope or dynamic is for; default: see docs/models.md"
+    parser.add_argument("--context", type=int, metavar="N", help=what)
     parser.set_defaults(command=_import)
 
     parser = _parser(commands, "export", "convert a checkpoint to a Hugging Face directory")
@@ -49,7 +51,9 @@ def _parser(commands, name: str, description: str) -> argparse.ArgumentParser:
 def _import(options) -> int:
     from research.convert import import_directory
 
-    dtype = import_directory(options.source, options.to, param_dtype=options.param_dtype)
+    dtype = import_directory(
+        options.source, options.to, param_dtype=options.param_dtype, context=options.context
+    )
     print(f"written: {options.to}")
     print(f"parameters: {dtype}{_IN_TRAINING[dtype]}")
     return 0

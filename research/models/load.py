@@ -56,6 +56,8 @@ def load(
         any tensor is read.
     """
     hf, reader = open_model(Path(source))
+    if isinstance(reader, DequantizedReader):
+        warnings.warn(f"{reader.count} tensors are FP8: they are dequantised", stacklevel=2)
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)
     if context is not None:
@@ -108,13 +110,7 @@ def open_model(source: Path) -> tuple[dict[str, Any], Tensors]:
     block = read_block(Fields(hf))
     if block is None:
         return hf, reader
-    dequantized = DequantizedReader(reader, block)
-    warnings.warn(
-        f"{dequantized.count} tensors are FP8 in blocks of {block[0]} × {block[1]}: "
-        "they are dequantised, activations are not quantised",
-        stacklevel=3,
-    )
-    return hf, dequantized
+    return hf, DequantizedReader(reader, block)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def save(
 
 def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
     """The config.json of ``config``, after checking that reading it gives ``config`` again."""
-    described = {**text_config(source), **family.write(config)}
+    token_ids = {name: source[name] for name in TOKEN_IDS if name in source}
+    described = {**text_config(source), **token_ids, **family.write(config)}
     # weights are written as numbers
     described.pop("quantization_config", None)
     read_back = _normalised(family.read(Fields(described)))
@@ -146,7 +147,10 @@ def _explicit(config: DecoderConfig) -> DecoderConfig:
         unused = dict(delta_rank=None, head_dim=64, groups=1)
         mamba = dataclasses.replace(mamba, **(unused | used_fields))
     if rwkv is not None and "rwkv7" not in config.pattern:
-        rwkv = RwkvConfig(channels=rwkv.channels or config.width)  # RWKV-4's only size
+        # RWKV-4 has no other sizes
+        rwkv = RwkvConfig(
+            channels=rwkv.channels or config.width, rescale_every=rwkv.rescale_every
+        )  # fmt: skip
     if "sliding" in config.pattern:
         sliding_rotary = sliding_rotary or config.rotary
     parts: dict[str, Any] = dict(

@@ -53,10 +53,15 @@ STACKS = {
         pattern=("mamba2",),
         feed_forward=("none",),
         # the least step is not 0: padding must not take it
-        mamba=MambaConfig(state=3, convolution=3, head_dim=8, groups=2, delta_limit=(0.1, 0.4)),
+        mamba=MambaConfig(
+            state=3, convolution=3, head_dim=8, groups=2, delta_least=0.004, delta_most=0.4
+        ),
     ),
     "rwkv4": dict(
-        pattern=("rwkv4",), feed_forward=("rwkv4",), rwkv=RwkvConfig(channels=12), **LAYER_NORM
+        pattern=("rwkv4",),
+        feed_forward=("rwkv4",),
+        rwkv=RwkvConfig(channels=12, rescale_every=1),
+        **LAYER_NORM,
     ),
     "rwkv7": dict(pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, **LAYER_NORM),
     "hybrid": dict(

@@ -234,6 +234,8 @@ def test_taps_see_the_mixers_output():
         (dict(rwkv=None), "rwkv=None: is required by 'rwkv4' layers"),
         (dict(rwkv=RwkvConfig(8, channels=8), pattern=("rwkv7",)),
          "rwkv.channels=8: requires a 'rwkv4' layer"),
+        (dict(rwkv=RwkvConfig(8, rescale_every=2), pattern=("rwkv4", "rwkv7")),
+         "rwkv.rescale_every=2: requires rwkv4 layers alone, with pre-norms"),
         (dict(final_norm_eps=1e-5, norm_position="post"),
          "final_norm_eps=1e-05: requires a norm_position other than 'post': there is no norm "
          "after the last layer"),

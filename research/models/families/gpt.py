@@ -23,7 +23,8 @@ from research.models.table import Row
 # activation in config.json → the Decoder's; of several names the first one is written
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
 
 

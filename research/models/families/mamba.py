@@ -85,7 +85,8 @@ def _read_mamba2(fields: Fields) -> DecoderConfig:
         state=fields.integer("state_size", 128),
         head_dim=fields.integer("head_dim", 64),
         groups=fields.integer("n_groups", 8),
-        delta_limit=None if (low, high) == (0, math.inf) else (low, high),
+        delta_least=low,
+        delta_most=None if high == math.inf else high,
     )
     fields.only(num_heads=config.part("mamba").heads(config.width))
     return config
@@ -106,13 +107,15 @@ def _range(fields: Fields, limit: Sequence[Any]) -> tuple[float, float]:
 
 def _write_mamba2(config: DecoderConfig) -> dict[str, Any]:
     mamba = config.part("mamba")
-    low, high = mamba.delta_limit or (0.0, math.inf)
     return {
         **_write(config),
         "num_heads": mamba.heads(config.width),
         "head_dim": mamba.head_dim,
         "n_groups": mamba.groups,
-        "time_step_limit": [low, _INFINITY if high == math.inf else high],
+        "time_step_limit": [
+            mamba.delta_least,
+            _INFINITY if mamba.delta_most is None else mamba.delta_most,
+        ],
     }
 
 

@@ -6,7 +6,7 @@ from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from research.models.families.family import Family, affine, read_layers
-from research.models.fields import Fields
+from research.models.fields import LARGEST, Fields
 from research.models.table import Row
 
 # ε of transformers' last norm, whatever layer_norm_epsilon is
@@ -17,12 +17,16 @@ def _read_rwkv4(fields: Fields) -> DecoderConfig:
     width = fields.integer("hidden_size")
     channels = fields.integer("attention_hidden_size", width, null=width)
     eps = fields.number("layer_norm_epsilon", _FINAL_EPS, above=0)
+    # 0 or less: never
+    every = fields.integer("rescale_every", 6, at_least=-LARGEST)
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=read_layers(fields),
         mlp=MlpConfig(fields.integer("intermediate_size", 4 * width, null=4 * width)),
-        rwkv=RwkvConfig(channels=None if channels == width else channels),
+        rwkv=RwkvConfig(
+            channels=None if channels == width else channels, rescale_every=max(0, every)
+        ),
         pattern=("rwkv4",),
         feed_forward=("rwkv4",),
         position="none",
@@ -44,8 +48,7 @@ def _write_rwkv4(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "intermediate_size": config.part("mlp").width,
         "layer_norm_epsilon": config.norm_eps,
-        # halving activations every few layers is for float16; norms undo it except for their ε
-        "rescale_every": 0,
+        "rescale_every": config.part("rwkv").rescale_every,
         "tie_word_embeddings": config.tie_embeddings,
         "context_length": config.max_length or 1024,
     }
@@ -147,10 +150,6 @@ _RWKV7_ROWS = (
     Row(_FEED + "value.weight", "d f -> f d", ("mlp/value/weight",)),
 )
 
-_RWKV4_UNUSED = {
-    "rescale_every": "halves activations for float16; norms undo it, except for their ε",
-}
-
 RWKVS = (
     Family(
         "RwkvForCausalLM",
@@ -160,7 +159,6 @@ RWKVS = (
         _RWKV4_ROWS,
         "rwkv.",
         ignored=(),
-        unused=_RWKV4_UNUSED,
     ),
     Family(
         "RWKV_x070",

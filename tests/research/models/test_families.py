@@ -60,11 +60,12 @@ def test_written_back_it_is_the_same_to_the_bit(pair, tmp_path):
     assert decoder_config(described(out)) == ours.config
     again = type(theirs).from_pretrained(out, attn_implementation="eager")
     again.config.use_cache = theirs.config.use_cache
+    # first: an RWKV's weights are changed in place in its first call
+    np.testing.assert_array_equal(logits_of(again), logits_of(theirs))
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
-    np.testing.assert_array_equal(logits_of(again), logits_of(theirs))
 
 
 def test_rotary_fields_are_read_in_their_older_spelling(pair):

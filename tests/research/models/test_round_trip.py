@@ -1,5 +1,6 @@
 """What is read is what was written: any configuration, dtype, naming and mesh."""
 
+import math
 import warnings
 
 import jax
@@ -62,6 +63,18 @@ def tiny(draw, family):
         state_size=draw(st.integers(1, 3)),
         conv_kernel=draw(st.integers(1, 3)),
         n_groups=draw(st.sampled_from([1, 3])),
+        time_step_limit=draw(st.sampled_from([[0.0, math.inf], [0.5, math.inf], [0, 0.1]])),
+        attention_hidden_size=draw(st.sampled_from([None, 5])),
+        rescale_every=draw(st.integers(-1, 2)),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-3])),
+        scale_attn_weights=draw(st.booleans()),
+        scale_attn_by_inverse_layer_idx=draw(st.booleans()),
+        no_bias=draw(st.booleans()),
+        logit_scale=draw(st.sampled_from([None, 0.5, "inv_sqrt_d_model"])),
+        attn_config=dict(
+            alibi=draw(st.booleans()), qk_ln=draw(st.booleans()),
+            clip_qkv=draw(st.sampled_from([None, 6])), alibi_bias_max=draw(st.integers(1, 16)),
+        ),
         num_heads=12 // channels,
         **{f"{low}_rank": draw(st.integers(1, 3)) for low in ("decay", "rate", "value", "gate")},
         use_bias=bias,
