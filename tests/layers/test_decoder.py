@@ -511,4 +511,4 @@ def test_decoding_copies_neither_parameters_nor_caches():
         cost = compiled.cost_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * weights
-        assert cost["bytes accessed"] <= 1.5 * (weights + cache), batch
+        assert cost["bytes accessed"] <= 1.6 * (weights + cache), batch

