@@ -170,7 +170,8 @@ def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
             return muon.update(updates, state, params)
         # explicit sharding does not support x xᵀ of a sharded x: XLA chooses the shardings
         stored = jax.tree.map(axes_of, (updates, state))
-        return jax.sharding.auto_axes(muon.update, out_sharding=stored)(updates, state, params)
+        run: Any = jax.sharding.auto_axes(muon.update, out_sharding=stored)
+        return run(updates, state, params)
 
     return optax.GradientTransformation(muon.init, update)
 
@@ -245,9 +246,9 @@ def muon_dimensions(params: Any) -> Any:
     """
 
     def dimensions(array, declared):
-        is_matrix = declared.role is not None and declared.role.name == "matrix"
-        if not is_matrix:
+        role = declared.role
+        if role is None or role.name != "matrix":
             return None
-        return optax.contrib.MuonDimensionNumbers(*declared.role.sides(array, declared.axes))
+        return optax.contrib.MuonDimensionNumbers(*role.sides(array, declared.axes))
 
     return map_declared(dimensions, params)
