@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all: to a temporary name, synced, then renamed."""
+"""Read JSON by form, and write files and folders completely or not at all."""
 
 import contextlib
 import json
