@@ -197,7 +197,7 @@ from layers.config import ConfigError
 from research.models import load
 from research.parallel import MeshConfig, make_mesh
 for sizes, message in (
-    (dict(tensor=4, data=2), "attention.num_kv_heads=2: must be a multiple of mesh tensor=4"),
+    (dict(tensor=4, data=2), "attention.num_kv_heads=2: must be a multiple of mesh.tensor=4"),
     (dict(stage=8), "num_layers=2: "),
 ):
     with pytest.raises(ConfigError, match=message) as raised:
