@@ -85,11 +85,11 @@ def check_run(
         f"must divide the {device_rows // rows_together} "
         f"{'rows' if rows_together == 1 else 'groups'} of a device",
     )
-    if isinstance(model, DecoderConfig) and sequence_length is not None:
-        _check_batch(model, mesh, batch_size, sequence_length, microbatches)
     if tuple(patterns) != trainable.ALL:
         trainable.check_patterns(jax.eval_shape(lambda: build(model, nnx.Rngs(0))), patterns)
     abstract = _check_state(model, training, strategy, mesh, patterns)
+    if isinstance(model, DecoderConfig) and sequence_length is not None:
+        _check_batch(model, mesh, batch_size, sequence_length, microbatches)
     trained = flat(trainable.split(abstract, patterns)[0])
     for path, array in trained.items():
         check(array.dtype != jnp.float16, f"model: {path}", "float16", HALF)
