@@ -15,7 +15,8 @@ import jax
 from ml_collections import ConfigDict
 from research.ablation import Arm, Claim, mean
 
-PAPER, CODE, MATCHED, SEEDS = "Nobody 2020, arXiv:0000.00000", ("branch/pair.py",), "steps", (0,)
+PAPER, MATCHED, SEEDS = "Nobody 2020, arXiv:0000.00000", "steps", (0,)
+CODE = (__name__.replace(".", "/") + ".py",)
 ARMS = (Arm("first"), Arm("second", {"steps": 2}), Arm("last", {"steps": 3}, after=("first",)))
 CLAIMS = (Claim("small", "It is small", "", mean("loss", "second"), "<", 3.0),)
 
