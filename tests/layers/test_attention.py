@@ -269,7 +269,7 @@ def test_refuses_shapes_that_do_not_go_together():
         ),
         (dict(num_heads=4, qk_layernorm=True), "qk_layernorm=True: requires qk_norm=True"),
         (dict(num_heads=4, clip=0.0), "clip=0.0: must be > 0 or None"),
-        (dict(num_heads=4, alibi_largest=0), "alibi_largest=0: must be > 0"),
+        (dict(num_heads=4, alibi_largest=0), "alibi_largest=0.0: must be > 0"),
         (dict(num_heads=4, soft_cap=0.0), "soft_cap=0.0: must be > 0 or None"),
         (dict(num_heads=4, scale=-2.0), r"scale=-2.0: must be > 0 or None"),
     ],
