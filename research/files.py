@@ -115,11 +115,26 @@ def read_lines(path: Path, form: Any, remedy: str) -> list[dict[str, Any]]:
     return rows
 
 
+class Number:
+    """The form of a float in JSON: a number, or as `write_json` writes it, the text of one."""
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, (int, float, str)):
+        return False
+    try:
+        float(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
 def mismatch(value: Any, form: Any, name: str = "") -> str:
     """What is wrong with ``value``, called ``name``, for its ``form``; empty if nothing is.
 
-    A form is a type or a tuple of types and None; a set of allowed values; a list with the form of
-    all items; a dict from names to forms, all of them required; or ``{str: form}`` for any names.
+    A form is a type (also `Number`), or a tuple of types, lists and None; a set of allowed values;
+    a list with the form of all items; a dict from names to forms, all of them required; or
+    ``{str: form}`` for any names.
     """
     if isinstance(form, dict):
         if not isinstance(value, dict):
@@ -140,9 +155,13 @@ def mismatch(value: Any, form: Any, name: str = "") -> str:
     if isinstance(form, set):
         allowed = isinstance(value, str) and value in form
         return "" if allowed else f"{name} must be one of {', '.join(sorted(form))}"
+    lists = [kind for kind in _several(form) if isinstance(kind, list)]
+    if lists and isinstance(value, list):
+        return mismatch(value, lists[0], name)
     types = tuple(type(kind) if kind is None else kind for kind in _several(form))
+    types = tuple(list if isinstance(kind, list) else kind for kind in types)
     is_bool = isinstance(value, bool) and bool not in types
-    if not is_bool and isinstance(value, types):
+    if not is_bool and (isinstance(value, types) or (Number in types and _is_number(value))):
         return ""
     return f"{name or 'the content'} must be {' or '.join(kind.__name__ for kind in types)}"
 

@@ -14,10 +14,9 @@ from research.ablation.experiment import discover, folders, load
 from research.ablation.results import comparable, metric_names
 from research.ablation.summary import effect, number
 from research.ablation.techniques import with_table
-from research.files import read_fields, write_text
+from research.files import Number, read_fields, write_text
 
-_NUMBER = (int, float, str)  # a text where it is not finite
-_BOUND = (*_NUMBER, None)
+_BOUND = (Number, None)
 _TEXTS = ("experiment", "title", "paper", "matched", "scale", "command", "date")
 _CLAIM = {
     **dict.fromkeys(("name", "statement", "paper", "target", "reason"), str),
@@ -31,7 +30,7 @@ _RECORD = {
     "seeds": [int],
     "seconds": (int, float),
     "claims": [_CLAIM],
-    "metrics": {str: {str: {"mean": _NUMBER, "low": _BOUND, "high": _BOUND}}},
+    "metrics": {str: {str: {"mean": Number, "low": _BOUND, "high": _BOUND}}},
     "environment": dict,
 }
 

@@ -20,17 +20,16 @@ from research.ablation.overrides import flatten
 from research.ablation.parts import check_parts
 from research.ablation.progress import Progress
 from research.ablation.results import Results
-from research.files import plain, read_fields, write_json
+from research.files import Number, plain, read_fields, write_json
 from research.parallel import processes
 from research.training import WriteError
 
 RESULT, FAILED, UNIT = "result.json", "failed.json", "unit.json"
-_NUMBER = (int, float, str)  # a text where it is not finite
 _RESULT = {
     "arm": str,
     "seed": int,
     "seconds": (int, float),
-    "metrics": {str: (*_NUMBER, list)},
+    "metrics": {str: (Number, [Number])},
 }
 
 

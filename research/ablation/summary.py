@@ -164,7 +164,7 @@ def number(spread: Mapping[str, Any] | None) -> str:
     if spread is None:
         return ""
     average = f"{float(spread['mean']):.4g}"
-    if spread["low"] is None:
+    if spread["low"] is None or spread["high"] is None:
         return average
     return f"{average} ± {(float(spread['high']) - float(spread['low'])) / 2:.2g}"
 
@@ -174,7 +174,7 @@ def effect(claim: Mapping[str, Any]) -> str:
     if claim["mean"] is None:
         return f"must be {claim['target']}"
     interval = ""
-    if claim["low"] is not None and claim["low"] != claim["high"]:
+    if None not in (claim["low"], claim["high"]) and claim["low"] != claim["high"]:
         interval = f" [{float(claim['low']):.4g}, {float(claim['high']):.4g}]"
     return f"{float(claim['mean']):.4g}{interval}, must be {claim['target']}"
 

@@ -1,11 +1,13 @@
 """The kinds of files that are fuzzed: valid files of each, and how this project reads one."""
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,10 @@ from tokenizers import models, pre_tokenizers
 
 from layers.config import ConfigError
 from layers.decoder import Decoder
+from research.ablation.language_model import eval_losses, train_losses
+from research.ablation.report import build, results_folder
+from research.ablation.results import NotRun, Results
+from research.ablation.runner import read_result
 from research.data import train_bpe
 from research.data.tokenizers import load_tokenizer
 from research.models import FAMILIES, decoder_config, save
@@ -27,7 +33,7 @@ from research.models.headers import canonical_names, check_headers, check_sizes
 from research.models.load import match, read_object
 from research.models.reader import INDEX, SINGLE, Reader
 from research.models.table import from_theirs
-from tests.fuzzing.mutate import Codec, of_json, of_safetensors
+from tests.fuzzing.mutate import Codec, of_json, of_lines, of_safetensors
 
 SIZES = dict(
     vocab_size=11, hidden_size=12, n_embd=12, d_model=12, n_layer=2, n_layers=2, n_head=2,
@@ -220,9 +226,63 @@ def tokenizer_json() -> Kind:
     return Kind(seeds, of_json, read, _words(seeds))
 
 
+def result_json() -> Kind:
+    """result.json of a unit: the metrics that claims are measured on."""
+    folder = _scratch() / "result"
+    folder.mkdir(exist_ok=True)
+    unit: Any = types.SimpleNamespace(workdir=folder)
+    metrics = {"loss": 1.5, "losses": [2.0, 1.5], "steps": 3}
+    described = dict(arm="a", seed=0, config={"model": {"width": 8}}, metrics=metrics)
+    seeds = [json.dumps({**described, "started": 1.0, "seconds": 2.0}).encode()]
+
+    def read(content: bytes) -> None:
+        (folder / "result.json").write_bytes(content)
+        results = Results({("a", 0): read_result(unit)["metrics"]}, (0,))
+        results.scalars("a")
+        for name in ("loss", "losses"):
+            with contextlib.suppress(NotRun):
+                results.metric("a", name)
+
+    return Kind(seeds, of_json, read, _words(seeds))
+
+
+def metrics_jsonl() -> Kind:
+    """metrics.jsonl of a training, from which curves are drawn."""
+    folder = _scratch() / "metrics"
+    folder.mkdir(exist_ok=True)
+    rows = [{"step": step, "loss": 2.0 / step, "eval_loss": 3.0 / step} for step in range(1, 9)]
+    seeds = ["".join(json.dumps(row) + "\n" for row in rows).encode()]
+
+    def read(content: bytes) -> None:
+        (folder / "metrics.jsonl").write_bytes(content)
+        unit: Any = types.SimpleNamespace(workdir=folder)
+        eval_losses(unit)
+        train_losses(unit)
+
+    return Kind(seeds, of_lines, read, ("step", "loss", "eval_loss", "other", "NaN"))
+
+
+def record_json() -> Kind:
+    """The record of a complete run, from which the board is written."""
+    recorded = results_folder()
+    paths = sorted(recorded.rglob("*-*.json"), key=lambda path: (path.stat().st_size, path))
+    seeds = [path.read_bytes() for path in paths if "plans" not in path.parts][:2]
+    folder = _scratch() / "records"
+    folder.mkdir(exist_ok=True)
+
+    def read(content: bytes) -> None:
+        (folder / "record-cpu.json").write_bytes(content)
+        build(folder)
+
+    return Kind(seeds, of_json, read, _words(seeds))
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
     "config.json": config_json,
     "model.safetensors.index.json": safetensors_index,
     "model.safetensors": safetensors,
     "tokenizer.json": tokenizer_json,
+    "result.json": result_json,
+    "metrics.jsonl": metrics_jsonl,
+    "record.json": record_json,
 }
