@@ -17,6 +17,15 @@ from research.training.offload import with_moments_on_host
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 MOMENTS = ("full", "8bit")
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
+# optimiser or schedule → the fields that it does not read
+_UNREAD = {
+    "adafactor": ("b1", "b2", "eps"),
+    "lion": ("eps",),
+    "sgd": ("b2", "eps"),
+    "cosine": ("decay_fraction",),
+    "linear": ("decay_fraction",),
+    "constant": ("final_fraction", "decay_fraction"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,12 @@ class OptimizerConfig:
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         check(self.eps > 0, "eps", self.eps, "must be > 0")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be ≥ 0")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for choice in ("name", "schedule"):
+            chosen = getattr(self, choice)
+            for name in _UNREAD.get(chosen, ()):
+                unread = f"changes nothing: {choice}={chosen!r} does not read it"
+                check(getattr(self, name) == defaults[name], name, getattr(self, name), unread)
         clip = self.clip_norm
         check(clip is None or clip > 0, "clip_norm", clip, "must be > 0 or None")
         if self.moments != "full":

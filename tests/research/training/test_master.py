@@ -77,7 +77,8 @@ def is_master(node):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_master_copy_and_its_moments_are_those_of_float32_parameters(model, name):
     """Exactly: the copy does not know that the parameters are its rounding."""
-    optimizer = make_optimizer(OptimizerConfig(name, learning_rate=1e-5, b2=0.999), 9)
+    slow = dict(b2=0.999) if name in ("adamw", "lion", "muon") else {}
+    optimizer = make_optimizer(OptimizerConfig(name, learning_rate=1e-5, **slow), 9)
     rounded, state = steps(optimizer, model, 3)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), model)
     want, want_state = steps(optimizer, wide, 3)

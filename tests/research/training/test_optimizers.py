@@ -157,6 +157,11 @@ def test_adamw_and_clipping_against_torch(model):
         (dict(eps=0.0), "eps=0.0: must be > 0"),
         (dict(weight_decay=-1.0), "weight_decay=-1.0: must be ≥ 0"),
         (dict(clip_norm=0.0), "clip_norm=0.0: must be > 0 or None"),
+        (dict(name="sgd", b2=0.9), "b2=0.9: changes nothing: name='sgd' does not read it"),
+        (dict(name="lion", eps=1e-6), "eps=1e-06: changes nothing: name='lion' does not"),
+        (dict(name="adafactor", b1=0.0), "b1=0.0: changes nothing: name='adafactor' does not"),
+        (dict(decay_fraction=0.1), "decay_fraction=0.1: changes nothing: schedule='cosine'"),
+        (dict(schedule="constant", final_fraction=0.0), "final_fraction=0.0: changes nothing: sch"),
     ],
 )
 def test_optimiser_options_out_of_range(options, message):
