@@ -82,7 +82,8 @@ def test_converts_int_to_float_list_to_tuple_and_none():
         (dict(shared_norm=False),
          "model.shared_norm=False: requires parallel_residual=True"),
         (dict(sliding_rotary=dict(scaling=dict(kind="ntk"))),
-         "model.sliding_rotary.scaling.kind='ntk': must be one of linear, dynamic, llama3, yarn, longrope"),
+         "model.sliding_rotary.scaling.kind='ntk': must be one of linear, dynamic, llama3, yarn, "
+         "longrope"),
         (dict(attention=dict(num_heads=3)),
          "model.attention.num_heads=3: must divide width=8 without head_dim"),
         (dict(attention=dict(num_heads=8)),

@@ -11,6 +11,7 @@ from research.models.families.gpt import GPTS
 from research.models.families.llama import LLAMAS
 from research.models.families.mamba import MAMBAS
 from research.models.families.mixture import MIXTURES
+from research.models.families.mpt import MPT
 from research.models.families.rwkv import RWKVS
 from research.models.families.unused import refuse_other_functions, warn_of_the_rest
 from research.models.fields import Fields, short
@@ -21,7 +22,8 @@ __all__ = ["FAMILIES", "Family", "decoder_config", "family_of", "text_config"]
 TEXT = "text_config"  # the object of a composite model's config.json that describes its text part
 
 FAMILIES = {
-    family.model_type: family for family in (*LLAMAS, *GEMMAS, *GPTS, *MIXTURES, *MAMBAS, *RWKVS)
+    family.model_type: family
+    for family in (*LLAMAS, *GEMMAS, *GPTS, MPT, *MIXTURES, *MAMBAS, *RWKVS)
 }
 
 
