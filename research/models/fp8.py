@@ -45,12 +45,8 @@ def read_block(fields: Fields) -> tuple[int, int] | None:
     for name in ("activation_scheme", "scale_fmt", "modules_to_not_convert"):
         quantization.unused(name)
     sizes = quantization.items("weight_block_size")
-    check(
-        len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes),
-        "quantization_config.weight_block_size",
-        sizes,
-        "must be two integers > 0",
-    )
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        quantization.refuse("weight_block_size", sizes, "must be two integers > 0")
     return sizes[0], sizes[1]
 
 

@@ -49,6 +49,9 @@ _YARN = dict(
     rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=8, beta_fast=32,
     beta_slow=1, mscale=1.0, mscale_all_dim=0.7, attention_factor=1.0, truncate=True,
 )  # fmt: skip
+_FP8 = dict(
+    quant_method="fp8", fmt="e4m3", weight_block_size=[4, 4], activation_scheme="dynamic"
+)  # fmt: skip
 _LLAMA3 = dict(
     rope_type="llama3", factor=8.0, rope_theta=1e4, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8,
@@ -57,7 +60,9 @@ _LLAMA3 = dict(
 _MORE: dict[str, dict[str, Any]] = {
     "llama": dict(rope_parameters=_LLAMA3, rope_theta=1e4),
     "qwen3": dict(rope_scaling=_YARN, rope_parameters=None, use_sliding_window=True),
-    "deepseek_v3": dict(rope_scaling=_YARN, rope_parameters=_YARN, aux_loss_alpha=0.1),
+    "deepseek_v3": dict(
+        rope_scaling=_YARN, rope_parameters=_YARN, aux_loss_alpha=0.1, quantization_config=_FP8
+    ),
     "mixtral": dict(router_jitter_noise=0.1, output_router_logits=True),
     "mamba2": dict(time_step_limit=[0.0, {"__float__": "Infinity"}], chunk_size=256),
     "mpt": dict(attn_config=dict(alibi=True, attn_pdrop=0.0, clip_qkv=None), norm_type="layernorm"),
