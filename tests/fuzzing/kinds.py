@@ -29,12 +29,16 @@ from research.data import train_bpe
 from research.data.tokenizers import load_tokenizer
 from research.models import FAMILIES, decoder_config, save
 from research.models.families import family_of
+from research.models.fields import Fields
+from research.models.fp8 import read_block
 from research.models.headers import canonical_names, check_headers, check_sizes
 from research.models.load import match, read_object
-from research.models.reader import INDEX, SINGLE, Reader
+from research.models.reader import WEIGHTS, Reader
 from research.models.table import from_theirs
 from tests.fuzzing.mutate import Codec, of_json, of_lines, of_safetensors
 
+SINGLE = WEIGHTS[0]
+INDEX = f"{SINGLE}.index.json"
 SIZES = dict(
     vocab_size=11, hidden_size=12, n_embd=12, d_model=12, n_layer=2, n_layers=2, n_head=2,
     n_heads=2, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -143,6 +147,7 @@ def config_json() -> Kind:
     def read(content: bytes) -> None:
         path.write_bytes(content)
         hf = read_object(path)
+        read_block(Fields(hf))
         config, family = decoder_config(hf), family_of(hf)
         if config not in compared:  # shapes take a while, and most mutations change none
             compared.add(config)
