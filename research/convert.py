@@ -9,6 +9,7 @@ from layers.config import check, check_choice
 from research.files import check_new, new_directory
 from research.models.companions import ORIGIN, copy_companions, family_name
 from research.models.families import FAMILIES, text_config
+from research.models.fields import Fields
 from research.models.load import load, open_model
 from research.models.save import save
 from research.training import load_model, save_model
@@ -29,14 +30,15 @@ def import_directory(
       The dtype of the parameters.
 
     Raises:
-      ConfigError: an error of `research.models.load`, or ``to`` is neither absent nor empty.
+      ConfigError: an error of `research.models.load`, a dtype in config.json that parameters cannot
+        have, or ``to`` is neither absent nor empty.
     """
     check_new(to)
     hf, _ = open_model(source)
-    described = {**text_config(hf), **hf}
-    dtype = described.get("dtype") or described.get("torch_dtype")
     if param_dtype is None:
-        param_dtype = dtype if dtype in DTYPES else "float32"
+        fields = Fields({**text_config(hf), **hf})
+        named = [fields.text(name, None, choices=DTYPES) for name in ("dtype", "torch_dtype")]
+        param_dtype = named[0] or named[1] or "float32"
     check_choice("param_dtype", param_dtype, DTYPES)
     model = load(source, param_dtype=param_dtype, context=context)
     with new_directory(to) as fresh:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layers.config import ConfigError, check
 from layers.decoder import Decoder, DecoderConfig
 from layers.weights import flat
+from pallas_kernels.names import suggest
 from research.files import read_json
 from research.memory import check_memory, shard_bytes
 from research.models.families import Family, decoder_config, family_of
@@ -55,6 +56,9 @@ def load(
         model. The message names it in one line. All but the values of a tied head is checked before
         any tensor is read.
     """
+    fields = [field.name for field in dataclasses.fields(DecoderConfig)]
+    for name, value in overrides.items():
+        check(name in fields, name, value, f"no such field; {suggest(name, fields)}")
     hf, reader = open_model(Path(source))
     if isinstance(reader, DequantizedReader):
         warnings.warn(f"{reader.count} tensors are FP8: they are dequantised", stacklevel=2)

@@ -149,15 +149,23 @@ def without(name):
     return change
 
 
-def renamed(source):
-    path = source / "config.json"
-    path.write_text(path.read_text().replace("Qwen3ForCausalLM", "BambaForCausalLM"))
+def with_field(name, value):
+    def change(source):
+        path = source / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (renamed, "architecture='BambaForCausalLM': must be one of LlamaForCausalLM"),
+        (
+            with_field("architectures", ["Bamba"]),
+            "architecture='Bamba': must be one of LlamaForCausalLM",
+        ),
+        (with_field("dtype", "float64"), "dtype='float64': must be one of float32"),
+        (with_field("dtype", ["float32"]), "dtype=['float32']: must be a text"),
         (without("model.norm.weight"), "tensor='model.norm.weight': is missing"),
         (lambda source: (source / "config.json").unlink(), "must hold config.json"),
     ],

@@ -189,6 +189,11 @@ def test_a_tied_head_must_be_the_embedding(tmp_path):
             load(tmp_path)
 
 
+def test_a_field_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="^param_dtyp='bfloat16': no such field; did you mean"):
+        load(tmp_path, param_dtyp="bfloat16")
+
+
 def test_a_mesh_that_does_not_divide_the_model_is_named(tmp_path, run_script):
     make("llama").save_pretrained(tmp_path)
     run_script(f"""
