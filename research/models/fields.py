@@ -80,10 +80,8 @@ class Fields:
         value, given = self._take(name, default, null)
         if not given:
             return value
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self._check(numeric, name, value, "must be a number")
-        finite = abs(value) <= sys.float_info.max  # also of an integer; false for NaN
-        self._check(finite, name, value, "must be finite")
+        self._check(_is_number(value), name, value, "must be a number")
+        self._check(is_finite(value), name, value, "must be finite")
         self._check(value > above, name, value, f"must be > {above:g}")
         self._check(value >= at_least, name, value, f"must be ≥ {at_least:g}")
         self._check(value < below, name, value, f"must be < {below:g}")
@@ -190,6 +188,15 @@ class Fields:
     def _check(self, condition: bool, name: str, value: Any, requirement: str) -> None:
         if not condition:
             self.refuse(name, value, requirement)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number that float64 holds: no NaN, infinity or longer integer."""
+    return _is_number(value) and abs(value) <= sys.float_info.max  # false for NaN
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def short(value: Any) -> str:

@@ -8,7 +8,7 @@ from layers.decoder import DecoderConfig
 from layers.mamba import MambaConfig
 from layers.mamba2 import CONVOLVED
 from research.models.families.family import Family, parts, read_layers
-from research.models.fields import Fields
+from research.models.fields import Fields, is_finite
 from research.models.table import Row
 
 
@@ -99,7 +99,7 @@ _INFINITY = {"__float__": "Infinity"}
 def _range(fields: Fields, limit: Sequence[Any]) -> tuple[float, float]:
     """The least and the largest step size of ``limit``, the value of time_step_limit."""
     values = [math.inf if value in (_INFINITY, "Infinity") else value for value in limit]
-    numeric = all(isinstance(value, (int, float)) and value is not True for value in values)
+    numeric = all(is_finite(value) or value == math.inf for value in values)
     if len(values) != 2 or not numeric or not 0 <= values[0] < values[1]:
         fields.refuse("time_step_limit", limit, "must be [low, high] with 0 ≤ low < high")
     return float(values[0]), float(values[1])

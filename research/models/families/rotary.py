@@ -7,7 +7,7 @@ from typing import Any
 from layers.config import check
 from layers.decoder import DecoderConfig
 from layers.rotary import BY_LENGTH, SCALINGS, RotaryConfig, RotaryScaling, yarn_growth
-from research.models.fields import REQUIRED, Fields
+from research.models.fields import REQUIRED, Fields, is_finite
 
 # the name of LongRoPE in older files
 _SU = "su"
@@ -125,9 +125,8 @@ def _original_length(fields: Fields, rope: Fields, default: int | None) -> int:
 def _factors(rope: Fields, name: str) -> tuple[float, ...]:
     values = rope.items(name)
     for i, value in enumerate(values):
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        if not numeric:
-            rope.refuse(f"{name}[{i}]", value, "must be a number > 0")
+        if not (is_finite(value) and value > 0):
+            rope.refuse(f"{name}[{i}]", value, "must be a finite number > 0")
     return tuple(float(value) for value in values)
 
 
