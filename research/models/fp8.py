@@ -14,6 +14,7 @@ from research.models.fields import Fields
 
 FP8 = "F8_E4M3"  # the dtype's name in safetensors
 SCALE = "_scale_inv"  # a tensor's name and this is the name of its scales
+_SCALE_DTYPES = ("F32", "BF16")
 
 
 def dequantize(weight_nm: np.ndarray, scale_ij: np.ndarray, block: tuple[int, int]) -> np.ndarray:
@@ -24,8 +25,10 @@ def dequantize(weight_nm: np.ndarray, scale_ij: np.ndarray, block: tuple[int, in
       scale_ij: ``[⌈n / block[0]⌉, ⌈m / block[1]⌉]``.
     """
     n, m = weight_nm.shape
+    # a block may be larger than the matrix, and is not larger in memory
+    rows, columns = min(block[0], n), min(block[1], m)
     scale = scale_ij.astype(np.float32)
-    scale = scale.repeat(block[0], axis=0)[:n].repeat(block[1], axis=1)[:, :m]
+    scale = scale.repeat(rows, axis=0)[:n].repeat(columns, axis=1)[:, :m]
     return weight_nm.astype(np.float32) * scale
 
 
@@ -86,9 +89,11 @@ class DequantizedReader:
             check(dtype == FP8, f"tensor {name}", dtype, f"must be {FP8}: it has scales")
             check(len(shape) == 2, f"tensor {name}", list(shape), "must be a matrix: it has scales")
             blocks = [-(-n // m) for n, m in zip(shape, self._block, strict=True)]
-            actual = list(self._reader.header(name + SCALE)[0])
+            actual, dtype = self._reader.header(name + SCALE)
             requirement = f"must have shape {blocks}: one for each block of {name}"
-            check(actual == blocks, f"tensor {name}{SCALE}", actual, requirement)
+            check(list(actual) == blocks, f"tensor {name}{SCALE}", list(actual), requirement)
+            requirement = f"must be {' or '.join(_SCALE_DTYPES)}"
+            check(dtype in _SCALE_DTYPES, f"tensor {name}{SCALE}", dtype, requirement)
 
     def __enter__(self) -> "DequantizedReader":
         self._reader.__enter__()

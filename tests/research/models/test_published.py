@@ -526,6 +526,13 @@ def test_fp8_is_the_formula_of_the_authors():
     np.testing.assert_array_equal(dequantize(weight, scale, (128, 128)), want.numpy())
 
 
+def test_a_block_that_is_larger_than_the_matrix_takes_no_memory():
+    weight = np.array([[1, -2, 3], [4, 0.5, 6]], jnp.float8_e4m3fn)
+    scale = np.full((1, 1), 0.5, np.float32)
+    got = dequantize(weight, scale, (2**31, 10**400))
+    np.testing.assert_array_equal(got, 0.5 * weight.astype(np.float32))
+
+
 FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
@@ -538,6 +545,8 @@ FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"
          f"tensor {FP8}='F32': must be F8_E4M3: it has scales"),
         (lambda t: t.update({FP8 + "_scale_inv": np.ones((2, 2), np.float32)}),
          rf"tensor {FP8}_scale_inv=\[2, 2\]: must have shape \[3, 6\]"),
+        (lambda t: t.update({FP8 + "_scale_inv": np.ones((3, 6), jnp.float8_e8m0fnu)}),
+         f"tensor {FP8}_scale_inv='F8_E8M0': must be F32 or BF16"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*tensors are FP8")
