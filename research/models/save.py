@@ -71,10 +71,7 @@ def save(
     chosen = FAMILIES[family]
     config = model.config
     parameters = flat(dense(model, jnp.dtype(config.param_dtype)))
-    kept = read_object(source / "config.json") if source else {}
-    if source and family_name(source) != family:
-        kept = {name: kept.get(name) for name in TOKEN_IDS}
-    described = _describe(config, chosen, kept)
+    described = _describe(config, chosen, _kept(source, family) if source else {})
     tensors = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:
         check(family == "rwkv7", "family", family, f"a {SUFFIX} file requires family rwkv7")
@@ -87,10 +84,16 @@ def save(
         (fresh / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
-def _describe(config: DecoderConfig, family: Family, source: Mapping[str, Any]) -> dict:
+def _kept(source: Path, family: str) -> dict[str, Any]:
+    """The fields of the config.json in ``source`` that `save` keeps."""
+    hf = read_object(source / "config.json")
+    token_ids = {name: hf[name] for name in TOKEN_IDS if name in hf}
+    return {**text_config(hf), **token_ids} if family_name(source) == family else token_ids
+
+
+def _describe(config: DecoderConfig, family: Family, kept: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of ``config``, after checking that reading it gives ``config`` again."""
-    token_ids = {name: source[name] for name in TOKEN_IDS if name in source}
-    described = {**text_config(source), **token_ids, **family.write(config)}
+    described = {**kept, **family.write(config)}
     # weights are written as numbers
     described.pop("quantization_config", None)
     read_back = _normalised(family.read(Fields(described)))

@@ -178,6 +178,16 @@ def test_an_import_that_fails_leaves_nothing(source, change, message, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.filterwarnings("ignore:config.json. text_config. not applied")
+@pytest.mark.parametrize("value", [None, 3, {"initializer_range": 0.1}])
+def test_a_text_config_of_a_model_of_text_alone_is_not_read(value, source, tmp_path):
+    with_field("text_config", value)(source)
+    import_directory(source, tmp_path / "there")
+    export_checkpoint(tmp_path / "there", tmp_path / "back")
+    described = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert described["initializer_range"] == 0.5 and described["text_config"] == value
+
+
 def test_nothing_is_written_over_anything(source, tmp_path, capsys):
     there = tmp_path / "there"
     import_directory(source, there)

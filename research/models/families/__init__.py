@@ -53,8 +53,17 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of the language model: those of the file, or of a composite model's text part."""
-    return hf[TEXT] if TEXT in hf else hf
+    """The fields of the language model: those of the file, or of a composite model's text part.
+
+    Raises:
+      ConfigError: an unsupported architecture, or a text part that is not an object.
+    """
+    fields = Fields(hf)
+    return fields.object(TEXT).values if _has_text_part(fields, family_of(hf)) else hf
+
+
+def _has_text_part(fields: Fields, family: Family) -> bool:
+    return bool(family.composite) and TEXT in fields
 
 
 def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -77,7 +86,7 @@ def decoder_config(hf: Mapping[str, Any]) -> DecoderConfig:
 def _text_fields(fields: Fields, family: Family) -> Fields:
     """The fields of the language model, after those that only say what the file holds."""
     parts = [fields]
-    if family.composite and TEXT in fields:
+    if _has_text_part(fields, family):
         text = fields.object(TEXT)
         # the whole model has the embedding of its text part
         fields.only(tie_word_embeddings=text.flag("tie_word_embeddings", True))
