@@ -133,10 +133,15 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
     fields.only(attn_logit_softcapping=None)
     # transformers ≥ 5 has one table per layer type; before, scaling applied to full layers only
     tables = fields.object("rope_parameters")
-    full = read_rotary(fields, rope_fields(fields, tables.object("full_attention")), theta=1e6)
-    sliding = read_rotary(
-        fields, tables.object("sliding_attention"), theta_name="rope_local_base_freq"
-    )
+    full_table = rope_fields(fields, tables.object("full_attention"))
+    sliding_table = tables.object("sliding_attention")
+    # it reads these two from other places than for one table: the length from the tables alone,
+    # and truncate beside them
+    fields.only(original_max_position_embeddings=None)
+    for table in (tables, full_table, sliding_table):
+        table.only(truncate=True)
+    full = read_rotary(fields, full_table, theta=1e6)
+    sliding = read_rotary(fields, sliding_table, theta_name="rope_local_base_freq")
     period = fields.integer("sliding_window_pattern", 6)
     fields.only(_sliding_window_pattern=period)
     # published text parts lack what are transformers' defaults

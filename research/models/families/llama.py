@@ -264,29 +264,29 @@ _PHI3_ROWS = (
 )
 
 # fields of Llama that other families lack, and that their files may have
-NO_BIAS = {
-    "attention_bias": "the projections have no biases; a tensor of one is refused",
-    "mlp_bias": "the MLP has no biases; a tensor of one is refused",
-}
+BIASES: dict[str, str] = dict.fromkeys(
+    ("attention_bias", "mlp_bias"),
+    "the family fixes which maps have biases; a tensor of another one is refused",
+)
 _PHI3_UNUSED = {
-    **NO_BIAS,
+    **BIASES,
     "original_max_position_embeddings": "of longrope, which reads it",
 }
 
 LLAMAS = (
     Family("LlamaForCausalLM", "llama", read_llama, _write_llama, _LLAMA_ROWS),
     Family(
-        "MistralForCausalLM", "mistral", _read_mistral, write_windowed, _LLAMA_ROWS, unused=NO_BIAS
+        "MistralForCausalLM", "mistral", _read_mistral, write_windowed, _LLAMA_ROWS, unused=BIASES
     ),
-    Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2, _LLAMA_ROWS, unused=NO_BIAS),
+    Family("Qwen2ForCausalLM", "qwen2", _read_qwen2, _write_qwen2, _LLAMA_ROWS, unused=BIASES),
     Family(
         "Qwen3ForCausalLM",
         "qwen3",
         _read_qwen3,
         _write_qwen3,
         _LLAMA_ROWS + HEAD_NORM_ROWS,
-        unused=NO_BIAS,
+        unused=BIASES,
     ),
-    Family("Olmo2ForCausalLM", "olmo2", _read_olmo2, _write_olmo2, _OLMO2_ROWS, unused=NO_BIAS),
+    Family("Olmo2ForCausalLM", "olmo2", _read_olmo2, _write_olmo2, _OLMO2_ROWS, unused=BIASES),
     Family("Phi3ForCausalLM", "phi3", _read_phi3, write_windowed, _PHI3_ROWS, unused=_PHI3_UNUSED),
 )

@@ -16,10 +16,10 @@ from research.models.families.family import (
     shortest,
 )
 from research.models.families.llama import (
+    BIASES,
     LAYER,
     MLP_ROWS,
     MODEL_ROWS,
-    NO_BIAS,
     OUT_ROWS,
     PRE_NORM_ROWS,
     PROJECTION_ROWS,
@@ -248,7 +248,7 @@ MIXTURES = (
         _read_mixtral,
         _write_mixtral,
         _MIXTRAL_ROWS,
-        unused=NO_BIAS,
+        unused=BIASES,
     ),
     Family(
         "DeepseekV3ForCausalLM",

@@ -24,6 +24,7 @@ NAMES = (
     "llama", "mistral_window", "qwen2_window", "qwen3", "olmo2", "phi3", "gemma2", "gemma3",
     "mixtral_window", "deepseek", "mamba", "mamba2", "gpt2", "gpt_neox", "bloom", "mpt", "rwkv",
 )  # fmt: skip
+NESTED = ("rope_parameters", "full_attention", "sliding_attention", "attn_config")
 SHORT = TOKENS[:1, :9]  # longer than the windows
 # (family, field) → why only one side changes
 EXPECTED = {
@@ -110,7 +111,7 @@ def changes(hf):
             others = (value * 1.5 + 0.1,)
         elif value is None:
             others = (True, 2, 0.3)
-        elif isinstance(value, dict) and name in ("rope_parameters", "attn_config"):
+        elif isinstance(value, dict) and name in NESTED:
             yield from ((f"{name}.{inner}", {**hf, name: other}) for inner, other in changes(value))
         for other in others:
             if other != value or type(other) is not type(value):

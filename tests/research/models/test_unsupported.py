@@ -25,6 +25,16 @@ from research.models import FAMILIES, decoder_config
         ("gemma2", dict(use_bidirectional_attention=True), "must be false"),
         ("gemma3_text", dict(layer_types=["chunked_attention"]),
          r"layer_types\[0\]='chunked_attention': must be one of full_attention, sliding"),
+        # transformers reads these two from other places than for a single table
+        *(
+            ("gemma3_text", dict(outside, rope_parameters=dict(beside, full_attention=dict(
+                inside, rope_type="yarn", factor=2.0))), message)
+            for inside, beside, outside, message in (
+                (dict(truncate=False), {}, {}, "full_attention.truncate=False: must be true"),
+                ({}, dict(truncate=False), {}, "rope_parameters.truncate=False: must be true"),
+                ({}, {}, dict(original_max_position_embeddings=8), "embeddings=8: must be null"),
+            )
+        ),
         ("qwen2", dict(layer_types=["sliding_attention"]), "layer_types="),
         ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)),
          "rope_scaling.type='linear': must be one of default, longrope, su"),
