@@ -1,10 +1,13 @@
 """Small transformers models of every family, random throughout."""
 
+import json
 import os
 
 import jax
 import numpy as np
 import pytest
+
+from layers.weights import flat
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -157,15 +160,20 @@ CASES = {
 }  # fmt: skip
 
 
+def transformers_model(kind, **fields):
+    """A new model of transformers, with its own initial weights."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    config._attn_implementation = "eager"
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def make(name, seed=0):
     """A random transformers model; biases and norms are not left at 0 and 1."""
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     kind, fields = CASES[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**fields)
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers_model(kind, **fields)
     with torch.no_grad():
         biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
         for parameter in (*model.parameters(), *biases):
@@ -185,6 +193,33 @@ def logits_of(theirs, tokens=TOKENS):
 def logits(model, tokens):
     """What the Decoder computes; compiled once for all models of one configuration."""
     return model(tokens).logits_btv
+
+
+def assert_same(one, other):
+    """Assert that two Decoders have the same configuration, dtypes and parameters."""
+    assert one.config == other.config
+    for (name, a), b in zip(flat(one).items(), flat(other).values(), strict=True):
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def assert_close(ours, theirs, tokens=TOKENS):
+    """Assert that a Decoder has the logits of a transformers model."""
+    np.testing.assert_allclose(
+        logits(ours, tokens), logits_of(theirs, tokens), atol=1e-5, rtol=1e-5
+    )
+
+
+def described(directory):
+    """The content of its config.json."""
+    return json.loads((directory / "config.json").read_text())
+
+
+def edit(directory, **fields):
+    """Change fields of its config.json; ``...`` removes one."""
+    hf = {**described(directory), **fields}
+    kept = {name: value for name, value in hf.items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(kept))
 
 
 @pytest.fixture(autouse=True, scope="package")

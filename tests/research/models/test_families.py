@@ -1,15 +1,24 @@
 """Every family's weights in and out of Hugging Face directories, against transformers."""
 
-import json
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
+from layers.mlp import ACTIVATIONS
 from research.inference import SamplingConfig, generate
 from research.models import FAMILIES, decoder_config, load, save
-from tests.research.models.conftest import CASES, TOKENS, logits, logits_of, make
+from tests.research.models.conftest import (
+    CASES,
+    GPT2,
+    TOKENS,
+    described,
+    logits,
+    logits_of,
+    make,
+    transformers_model,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,10 +33,6 @@ def pair(request, tmp_path_factory):
         # each field that transformers writes is read, or known to change nothing
         warnings.simplefilter("error", UserWarning)
         return theirs, load(directory), directory
-
-
-def described(directory):
-    return json.loads((directory / "config.json").read_text())
 
 
 def test_every_family_is_here():
@@ -136,3 +141,35 @@ def test_an_absent_window_is_what_transformers_takes_it_for():
     assert decoder_config({**theirs, **sizes}).attention.window == default
     full = decoder_config({**theirs, **sizes, "sliding_window": None})
     assert full.attention.window is None and full.pattern == ("attention",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu",
+        "relu",
+    ],
+)  # fmt: skip
+def test_activations_of_gpt2_are_those_of_transformers(name):
+    fields = dict(GPT2, architectures=["GPT2LMHeadModel"], activation_function=name)
+    config = decoder_config({**fields, "reorder_and_upcast_attn": True})
+    assert config == decoder_config(fields)
+    x = np.linspace(-4, 4, 41, dtype=np.float32)
+    activation, _ = ACTIVATIONS[config.mlp.activation]
+    want = transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(activation(x), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_gemma_whose_layers_are_all_full_runs_in_transformers(name, tmp_path):
+    kind, fields = CASES[name]
+    full = ["full_attention"] * fields["num_hidden_layers"]
+    theirs = transformers_model(kind, **dict(fields, layer_types=full))
+    theirs.save_pretrained(tmp_path / "in")
+    ours = load(tmp_path / "in")
+    assert ours.config.pattern == ("attention",)
+    save(ours, tmp_path / "out", theirs.config.model_type)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    )
+    np.testing.assert_array_equal(logits_of(again), logits_of(theirs))

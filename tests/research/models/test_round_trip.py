@@ -4,6 +4,7 @@ import math
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from layers.decoder import Decoder
 from layers.weights import flat
 from research.models import FAMILIES, decoder_config, load, save
-from tests.research.models.conftest import TOKENS, logits_of, make
+from tests.research.models.conftest import CASES, TOKENS, assert_same, logits_of, make
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -132,6 +133,39 @@ def test_bfloat16_is_read_and_kept(tmp_path):
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("name", ["deepseek", "mamba", "mamba2", "rwkv", "mixtral"])
+def test_what_is_kept_in_float32_stays_float32(name, tmp_path):
+    """A checkpoint in bfloat16, but for what transformers or the authors keep in float32."""
+    kind, fields = CASES[name]
+    kept = {
+        "deepseek": ("mlp.gate.weight", "e_score_correction_bias"),
+        "mamba": ("A_log", "mixer.D"),
+        "mamba2": ("A_log", "mixer.D"),
+        "rwkv": ("time_decay", "time_first"),
+        "mixtral": ("gate.weight",),
+    }[name]
+    theirs = make(name)
+    theirs.save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = {
+        name: tensor if name.endswith(kept) else tensor.astype(jnp.bfloat16)
+        for name, tensor in load_file(path).items()
+    }
+    assert any(tensor.dtype == np.float32 for tensor in tensors.values())
+    save_file(tensors, path)
+    ours = load(tmp_path / "in", param_dtype="bfloat16")
+    save(ours, tmp_path / "out", theirs.config.model_type)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for tensor_name, tensor in tensors.items():
+        assert written[tensor_name].dtype == tensor.dtype, tensor_name
+        np.testing.assert_array_equal(written[tensor_name], tensor, err_msg=tensor_name)
+    if name == "deepseek":
+        again = type(theirs).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        gates = [t for n, t in again.state_dict().items() if n.endswith(kept)]
+        assert gates and {gate.dtype for gate in gates} == {torch.float32}
+
+
 def test_a_bare_gpt2_without_prefix_or_head_is_read(tmp_path):
     model = make("gpt2")
     model.save_pretrained(tmp_path)
@@ -142,8 +176,7 @@ def test_a_bare_gpt2_without_prefix_or_head_is_read(tmp_path):
     save_file(tensors, path)
     bare = load(tmp_path)
     model.save_pretrained(tmp_path)
-    for one, other in zip(*map(jax.tree.leaves, (bare, load(tmp_path))), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(bare, load(tmp_path))
 
 
 def test_gpt_neox_is_read_under_either_name_of_its_head(tmp_path):
@@ -154,8 +187,7 @@ def test_gpt_neox_is_read_under_either_name_of_its_head(tmp_path):
     for name in ("embed_out.weight", "lm_head.weight"):
         save_file({**tensors, name: head}, path)
         models.append(load(tmp_path))
-    for one, other in zip(*map(jax.tree.leaves, models), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(*models)
 
 
 def test_sharded_over_8_devices_it_is_the_same_and_rests_where_the_table_says(run_script, tmp_path):
