@@ -60,7 +60,7 @@ def load(
     for name, value in overrides.items():
         check(name in fields, name, value, f"no such field; {suggest(name, fields)}")
     hf, reader = open_model(Path(source))
-    if isinstance(reader, DequantizedReader):
+    if isinstance(reader, DequantizedReader) and reader.count:
         warnings.warn(f"{reader.count} tensors are FP8: they are dequantised", stacklevel=2)
     family = family_of(hf)
     config = dataclasses.replace(decoder_config(hf), **overrides)

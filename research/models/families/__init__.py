@@ -90,7 +90,7 @@ def _text_fields(fields: Fields, family: Family) -> Fields:
         text = fields.object(TEXT)
         # the whole model has the embedding of its text part
         fields.only(tie_word_embeddings=text.flag("tie_word_embeddings", True))
-        text.only(quantization_config=None)
+        text.only(model_type=family.model_type, quantization_config=None)
         parts.append(text)
     for part in parts:
         for name in ("architectures", "model_type"):

@@ -114,6 +114,8 @@ def test_a_text_part_lacks_what_are_the_defaults_of_transformers():
         config = decoder_config(file)
     theirs = transformers.Gemma3TextConfig(**copy.deepcopy(text)).to_dict()
     assert config == decoder_config({**theirs, "max_position_embeddings": None})
+    with pytest.raises(ConfigError, match="^text_config.model_type='llama': must be gemma3_text$"):
+        decoder_config({**file, "text_config": {**text, "model_type": "llama"}})
     with pytest.raises(ConfigError, match="^text_config.num_hidden_layers: is missing$"):
         decoder_config({**file, "text_config": {}})
     with pytest.raises(ConfigError, match="text_config.num_hidden_layers='4': must be an integer"):

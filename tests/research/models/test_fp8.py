@@ -1,5 +1,7 @@
 """Weights in FP8 with a scale for each block."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,6 +91,14 @@ def test_a_block_that_is_larger_than_the_matrix_takes_no_memory():
     scale = np.full((1, 1), 0.5, np.float32)
     got = dequantize(weight, scale, (2**31, 10**400))
     np.testing.assert_array_equal(got, 0.5 * weight.astype(np.float32))
+
+
+def test_nothing_is_said_of_fp8_where_there_is_none(tmp_path):
+    make("deepseek").save_pretrained(tmp_path)
+    edit(tmp_path, quantization_config=dict(quant_method="fp8", weight_block_size=BLOCK))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(tmp_path)
 
 
 FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"
