@@ -64,6 +64,9 @@ class RotaryScaling:
             self.high_turns,
             f"must be > low_turns={self.low_turns}",
         )
+        for name in ("factor", "low_turns", "high_turns"):  # so that logarithms and powers exist
+            value = getattr(self, name)
+            check(1e-30 < value < 1e30, name, value, "must be between 1e-30 and 1e30")
         for name in ("magnitude", "length"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be > 0 or None")
@@ -117,7 +120,8 @@ class RotaryScaling:
 
         first, last = index(self.high_turns), index(self.low_turns)
         if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
+            # float: of a base near 1 they may exceed int32
+            first, last = float(math.floor(first)), float(math.ceil(last))
         first, last = max(first, 0), min(last, 2 * count - 1)
         # as in the released code, so that nothing is divided by 0
         width = last - first or 0.001

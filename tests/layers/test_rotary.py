@@ -87,6 +87,19 @@ def test_keeps_lengths_dtype_and_position_zero():
     np.testing.assert_array_equal(rotary(X, np.zeros((1, 5), np.int32)), X)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RotaryScaling("yarn", 9e29, 2e-30, 9e29, original_length=1),
+        RotaryScaling("yarn", original_length=2**62),
+        RotaryScaling("dynamic", 9e29, original_length=1, length=2**62),
+    ],
+)
+@pytest.mark.parametrize("base", [1 + 1e-15, 1e308])
+def test_extreme_numbers_give_frequencies(scaling, base):
+    assert scaling(frequencies(8, base), base).shape == (4,)
+
+
 def test_scaling_maps_the_frequencies():
     """Position interpolation by 2: position 2p turns as far as p did."""
     got = rotary(X, 2 * NEAR, scaling=lambda theta, base: theta / 2)
@@ -183,6 +196,15 @@ def longrope(short, **fields):
         (lambda: RotaryScaling("ntk"), "^kind='ntk': must be one of linear, dynamic, llama3"),
         (lambda: RotaryScaling("yarn", magnitude=0.0), "^magnitude=0.0: must be > 0 or None$"),
         (lambda: RotaryScaling(factor=0.0), "^factor=0.0: must be > 0$"),
+        (
+            lambda: RotaryScaling("dynamic", 1e300),
+            "^factor=1e.300: must be between 1e-30 and 1e30$",
+        ),
+        (
+            lambda: RotaryScaling("yarn", low_turns=1e-320),
+            "^low_turns=1e-320: must be between 1e-30",
+        ),
+        (lambda: RotaryScaling("yarn", high_turns=1e308), "^high_turns=1e.308: must be between"),
         (lambda: RotaryScaling(low_turns=4.0), "^high_turns=4.0: must be > low_turns=4.0$"),
         (lambda: RotaryScaling(length=4), "^length=4: requires kind=dynamic or longrope$"),
         (lambda: RotaryScaling("dynamic", length=0), "^length=0: must be > 0 or None$"),
