@@ -62,7 +62,7 @@ def save(
 
     Raises:
       ConfigError: an unknown family, a model that the family does not support (the message names
-        the field), or a directory that is not empty.
+        the field) or that is sharded over several processes, or a directory that is not empty.
     """
     check_choice("family", family, FAMILIES)
     check(shard_bytes > 0, "shard_bytes", shard_bytes, "must be > 0")
@@ -71,6 +71,9 @@ def save(
     chosen = FAMILIES[family]
     config = model.config
     parameters = flat(dense(model, jnp.dtype(config.param_dtype)))
+    for path, array in parameters.items():
+        whole = getattr(array, "is_fully_addressable", True)
+        check(whole, "parameter", path, "must be on the devices of this process")
     described = _describe(config, chosen, _kept(source, family) if source else {})
     tensors = targets(chosen.rows, config, parameters)
     if directory.suffix == SUFFIX:

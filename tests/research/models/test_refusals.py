@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import resource
+import sys
 import types
 
 import ml_dtypes
@@ -303,6 +304,13 @@ def refused(model, family, message, tmp_path):
         save(model, tmp_path / "a", family)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_on_devices_of_other_processes_is_not_written(held, tmp_path, monkeypatch):
+    elsewhere = {"final_norm/scale": types.SimpleNamespace(is_fully_addressable=False)}
+    monkeypatch.setattr(sys.modules["research.models.save"], "flat", lambda tree: elsewhere)
+    message = "parameter='final_norm/scale': must be on the devices of this process"
+    refused(held["llama"], "llama", message, tmp_path)
 
 
 def test_what_is_there_is_not_overwritten_and_a_family_is_named(held, tmp_path):
