@@ -74,7 +74,7 @@ class DequantizedReader:
     def __init__(self, reader: Tensors, block: tuple[int, int]):
         self._reader, self._block = reader, block
         names = set(reader.names)
-        self._scaled = {name for name in names if name + SCALE in names}
+        self._scaled = {n for n in names if n + SCALE in names and not n.endswith(SCALE)}
         for name in names:
             self._check(name)
 

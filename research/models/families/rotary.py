@@ -194,7 +194,8 @@ def with_context(config: DecoderConfig, length: int) -> DecoderConfig:
     Raises:
       ConfigError: no rotation of the model depends on the length.
     """
-    check(length > 0, "context", length, "must be > 0")
+    whole = isinstance(length, int) and not isinstance(length, bool)
+    check(whole and length > 0, "context", length, "must be an integer > 0")
     changed = {}
     for name in ("rotary", "sliding_rotary"):
         rotary: RotaryConfig | None = getattr(config, name)

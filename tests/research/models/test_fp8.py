@@ -109,6 +109,8 @@ FP8 = "model.layers.1.mlp.experts.3.up_proj.weight"
     [
         (lambda t: t.pop(FP8 + "_scale_inv"), f"tensor='{FP8}': is F8_E4M3: requires {FP8}_scale"),
         (lambda t: t.pop(FP8), f"tensor='{FP8}_scale_inv': is the scale of a tensor that does not"),
+        (lambda t: t.update({FP8 + 2 * "_scale_inv": np.ones((1, 1), np.float32)}),
+         f"tensor='{FP8}_scale_inv_scale_inv': is the scale of a tensor that does not"),
         (lambda t: t.update({FP8: t[FP8].astype(np.float32)}),
          f"tensor {FP8}='F32': must be F8_E4M3: it has scales"),
         (lambda t: t.update({FP8 + "_scale_inv": np.ones((2, 2), np.float32)}),

@@ -115,6 +115,7 @@ def test_a_context_chooses_the_rotation_for_the_whole_run(tmp_path):
 def test_a_context_that_changes_nothing_is_refused(tmp_path):
     make("llama").save_pretrained(tmp_path)
     for context, message in ((8, "requires a model with a rope_type of dynamic or longrope"),
-                             (0, "must be > 0")):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"^context={context}: {message}$"):
+                             (0, "must be an integer > 0"), ("8", "must be an integer > 0"),
+                             (8.0, "must be an integer > 0")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^context={context!r}: {message}$"):
             load(tmp_path, context=context)
