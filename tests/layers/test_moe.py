@@ -1,6 +1,7 @@
 """Mixtures of experts against transformers, NumPy in float64, and one another."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -144,12 +145,15 @@ def test_padding_is_neither_routed_nor_counted():
         np.testing.assert_allclose(stats.loss, same.loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("router", ["softmax", "sigmoid", "expert_choice"])
-@pytest.mark.parametrize("group", ["row", "segment", None])
+@pytest.mark.parametrize(
+    "router, group",
+    [
+        *itertools.product(("softmax", "sigmoid"), ("row", "segment", None)),
+        ("expert_choice", "row"),
+    ],
+)
 def test_padding_takes_no_capacity(router, group):
     """Left, right and between: the tokens go where they go alone."""
-    if router == "expert_choice" and group != "row":
-        return
     moe = make(router=router, **(dict(capacity_factor=0.5, capacity_group=group) if group else {}))
     alone, stats = run(moe, X[:, :3], POSITIONS[:, :3])
     for places in ((4, 5, 6), (0, 1, 2), (1, 3, 5)):
