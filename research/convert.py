@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from layers.architecture import DTYPES
 from layers.config import check, check_choice
@@ -35,10 +37,7 @@ def import_directory(
     """
     check_new(to)
     hf, _ = open_model(source)
-    if param_dtype is None:
-        fields = Fields({**text_config(hf), **hf})
-        named = [fields.text(name, None, choices=DTYPES) for name in ("dtype", "torch_dtype")]
-        param_dtype = named[0] or named[1] or "float32"
+    param_dtype = _dtype(hf) if param_dtype is None else param_dtype
     check_choice("param_dtype", param_dtype, DTYPES)
     model = load(source, param_dtype=param_dtype, context=context)
     with new_directory(to) as fresh:
@@ -50,6 +49,13 @@ def import_directory(
         else:
             (fresh / ORIGIN / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
     return param_dtype
+
+
+def _dtype(hf: Mapping[str, Any]) -> str:
+    """The dtype that a config.json names, or float32."""
+    fields = Fields({**text_config(hf), **hf})
+    named = [fields.text(name, None, choices=DTYPES) for name in ("dtype", "torch_dtype")]
+    return named[0] or named[1] or "float32"
 
 
 def export_checkpoint(source: Path, to: Path, *, family: str | None = None) -> None:
