@@ -67,6 +67,17 @@ _MORE: dict[str, dict[str, Any]] = {
     "deepseek_v3": dict(
         rope_scaling=_YARN, rope_parameters=_YARN, aux_loss_alpha=0.1, quantization_config=_FP8
     ),
+    "phi3": dict(
+        original_max_position_embeddings=8,
+        rope_scaling=dict(type="longrope", short_factor=[1, 1.5, 2], long_factor=[2, 3.5, 8]),
+        rope_parameters=None,
+    ),
+    "gemma3_text": dict(
+        rope_parameters=dict(
+            full_attention=dict(_YARN, rope_theta=1e6), sliding_attention=dict(rope_theta=1e4)
+        ),
+        sliding_window_pattern=2,
+    ),
     "mixtral": dict(router_jitter_noise=0.1, output_router_logits=True),
     "mamba2": dict(time_step_limit=[0.0, {"__float__": "Infinity"}], chunk_size=256),
     "mpt": dict(attn_config=dict(alibi=True, attn_pdrop=0.0, clip_qkv=None), norm_type="layernorm"),
