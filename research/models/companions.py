@@ -14,7 +14,7 @@ from layers.config import ConfigError, check
 from research.data import DataConfig, tokenizer_of
 from research.data.tokenizer_file import NAMING, named_token
 from research.data.tokenizers import ByteTokenizer
-from research.files import read_json
+from research.files import read_json, write_text
 from research.models.families import family_of
 
 # of a model besides its configuration and weights
@@ -117,4 +117,4 @@ def _change(path: Path, fields: Mapping[str, Any], new: Mapping[str, Any] | None
     """Set ``fields`` of the JSON object at ``path``; ``new``: of a file that is absent, or None."""
     if path.is_file() or new is not None:
         content = {**(_content(path) or new or {}), **fields}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
