@@ -20,25 +20,35 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def host_memory() -> int:
-    """Bytes that this process may use: the machine's, its control group's, or of ``ulimit -v``."""
+    """Bytes that this process may use: of the machine, its control groups and ``ulimit -v``."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         limits.append(limit)
     with contextlib.suppress(OSError):
-        # a line of version 2 is "0::/path"; a container has its own at the root
-        own = _OWN_CGROUP.read_text().rpartition("::")[2].strip().strip("/")
-        for folder in {_CGROUPS, _CGROUPS / own}:
-            for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        for line in _OWN_CGROUP.read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:  # version 2
+                folder, name = _CGROUPS, "memory.max"
+            elif "memory" in controllers.split(","):
+                folder, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            for part in ("", *Path(group).parts[1:]):  # a group limits those inside it
+                folder /= part
                 with contextlib.suppress(OSError, ValueError):  # absent, or "max"
                     limits.append(int((folder / name).read_text()))
     return min(limits)
 
 
-def device_memory(device: Any) -> int:
-    """Bytes of memory of ``device``; of a CPU, what this process may use."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return (stats or {}).get("bytes_limit") or host_memory()
+def device_memory(device: Any) -> int | None:
+    """Bytes of memory of ``device``; of a CPU, what this process may use. None if it says none.
+
+    A GPU says none with ``XLA_PYTHON_CLIENT_ALLOCATOR=platform``.
+    """
+    if device.platform == "cpu":
+        return host_memory()
+    return (device.memory_stats() or {}).get("bytes_limit") or None
 
 
 def shard_bytes(tree: Any) -> int:
@@ -50,7 +60,7 @@ def shard_bytes(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if sharding is not None and sharding.memory_kind in ("pinned_host", "unpinned_host"):
-            if sharding.mesh.devices.flat[0].platform != "cpu":
+            if next(iter(sharding.device_set)).platform != "cpu":
                 continue
         count = 1
         for size in leaf.shape if sharding is None else sharding.shard_shape(leaf.shape):
@@ -63,12 +73,14 @@ def check_memory(needed: int, mesh: Mesh, subject: str, what: str) -> None:
     """Raise `ConfigError`, with both numbers, if ``needed`` bytes per device exceed its memory.
 
     ``subject`` is ``field=value``; ``what`` requires the memory. The CPU devices of a process share
-    its memory. Devices that do not exist have no memory to check.
+    its memory. Devices that do not exist, or do not say how much they have, are not checked.
     """
     if mesh.devices.flat[0] not in jax.devices():
         return
     device = mesh.local_devices[0]
     memory = device_memory(device)
+    if memory is None:
+        return
     if device.platform == "cpu":
         memory //= len(mesh.local_devices)
     if needed > memory:

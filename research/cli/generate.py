@@ -80,8 +80,9 @@ def _check_memory(model, prompt_tokens: int, new_tokens: int) -> None:
     state = jax.eval_shape(lambda: model.init_state(1, prompt_tokens + new_tokens))
     needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     memory = device_memory(jax.devices()[0])
-    sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
-    check(needed <= memory, "max-tokens", new_tokens, sizes)
+    if memory is not None:
+        sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
+        check(needed <= memory, "max-tokens", new_tokens, sizes)
 
 
 def _number(kind, option: str, text: str):

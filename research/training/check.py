@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from layers.architecture import OFFLOADED
 from layers.config import ConfigError, check
 from layers.decoder import DecoderConfig
 from layers.weights import flat
@@ -89,7 +90,8 @@ def check_run(
         trainable.check_patterns(jax.eval_shape(lambda: build(model, nnx.Rngs(0))), patterns)
     abstract = _check_state(model, training, strategy, mesh, patterns)
     if isinstance(model, DecoderConfig) and sequence_length is not None:
-        _check_batch(model, mesh, batch_size, sequence_length, microbatches)
+        every = tuple(patterns) == trainable.ALL
+        _check_batch(model, mesh, batch_size, sequence_length, microbatches, every)
     trained = flat(trainable.split(abstract, patterns)[0])
     for path, array in trained.items():
         check(array.dtype != jnp.float16, f"model: {path}", "float16", HALF)
@@ -163,22 +165,38 @@ def _check_state(
             state = abstract(counted)
     if state is None:
         counted, state = model, abstract(model)
-    params, _ = trainable.split(state.model, patterns)
-    gradients = shardings(params, mesh, split=strategy.zero_stage > 1)
-    needed = shard_bytes(state) + shard_bytes(with_shardings(params, gradients))
+    needed = shard_bytes(state)
+    summed, clipped = training.gradient_accumulation > 1, training.optimizer.clip_norm is not None
+    if summed or clipped:  # otherwise the update may use each gradient when it is computed
+        params, _ = trainable.split(state.model, patterns)
+        # the gradients of one micro-batch are reduced, one by one, before they are clipped
+        stored = shardings(params, mesh, split=strategy.zero_stage > 1 or not summed)
+        needed += shard_bytes(with_shardings(params, stored))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.model))
-    check_memory(needed, mesh, f"model={count:,} parameters", "with gradients and moments")
+    what = f"with {'gradients and ' * (summed or clipped)}moments"
+    check_memory(needed, mesh, f"model={count:,} parameters", what)
     if counted != model:
         abstract(model)
     return state.model
 
 
 def _check_batch(
-    model: DecoderConfig, mesh: Mesh, batch_size: int, length: int, microbatches: int
+    model: DecoderConfig,
+    mesh: Mesh,
+    batch_size: int,
+    length: int,
+    microbatches: int,
+    every: bool,
 ) -> None:
-    """Check that a batch and the inputs of all layers, for the backward pass, fit the memory."""
-    tokens = batch_size * length // (batch_ways(mesh) * mesh.shape["sequence"] * microbatches)
-    inputs = tokens * model.num_layers * model.width * jnp.dtype(model.dtype).itemsize
-    batch = shard_bytes(abstract_batch(mesh, batch_size, length))
+    """Check that a batch and the inputs of all layers, for the backward pass, fit the memory.
+
+    The inputs are not counted if they are offloaded, or unless ``every`` parameter is trained: the
+    backward pass ends at the first layer with a trained one.
+    """
+    needed, what = shard_bytes(abstract_batch(mesh, batch_size, length)), "a batch"
+    if every and model.remat not in OFFLOADED:
+        tokens = batch_size * length // (batch_ways(mesh) * mesh.shape["sequence"] * microbatches)
+        needed += tokens * model.num_layers * model.width * jnp.dtype(model.dtype).itemsize
+        what += " and the inputs of all layers"
     subject = f"data.batch_size={batch_size}, data.sequence_length={length}"
-    check_memory(batch + inputs, mesh, subject, "a batch and the inputs of all layers")
+    check_memory(needed, mesh, subject, what)

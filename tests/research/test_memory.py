@@ -2,9 +2,11 @@
 
 import dataclasses
 import resource
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -17,7 +19,7 @@ from research import memory
 from research.data import DataConfig, SyntheticConfig
 from research.models import load, save
 from research.parallel import MeshConfig, make_mesh
-from research.training import TrainingConfig, load_model, train
+from research.training import OptimizerConfig, TrainingConfig, check, load_model, train
 from research.training.check import check_run
 
 MODEL = DecoderConfig(
@@ -84,6 +86,49 @@ def test_the_bytes_are_those_of_parameters_moments_and_gradients(monkeypatch):
     checked(MODEL, rows - 1)
 
 
+@pytest.mark.parametrize(
+    "training, arrays",
+    [
+        (dict(optimizer=OptimizerConfig(clip_norm=None)), 3),  # each gradient is used at once
+        (dict(optimizer=OptimizerConfig(clip_norm=None), gradient_accumulation=2), 4),
+    ],
+)
+def test_gradients_count_only_if_all_are_stored(monkeypatch, training, arrays):
+    model = jax.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0)))
+    size, limit = memory.shard_bytes(model), {}
+    monkeypatch.setattr(memory, "host_memory", lambda: limit["bytes"])
+    training = dataclasses.replace(TRAINING, **training)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    limit["bytes"] = arrays * size - 1
+    with pytest.raises(ConfigError, match="^model="):
+        check_run(MODEL, training, MeshConfig(), mesh, batch_size=2)
+    limit["bytes"] += 100
+    check_run(MODEL, training, MeshConfig(), mesh, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "model, patterns",
+    [(dict(remat="full_offload"), ("*",)), ({}, ("*final_norm*",))],  # offloaded, not needed
+)
+def test_only_inputs_that_are_stored_on_the_device_count(monkeypatch, model, patterns):
+    monkeypatch.setattr(check, "check_host", lambda *_: None)  # as if this were no CPU
+    monkeypatch.setattr(memory, "host_memory", lambda: limit)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    rows, arrays = 10**6, 5 * 4 * 8
+    limit = rows * arrays
+    model = dataclasses.replace(MODEL, **model)
+
+    def checked(rows):
+        sizes = dict(batch_size=rows, sequence_length=8, patterns=patterns)
+        check_run(model, TRAINING, MeshConfig(), mesh, **sizes)
+
+    checked(rows)
+    with pytest.raises(
+        ConfigError, match="^data.batch_size=.*: a batch, 0.160 GB per device, must"
+    ):
+        checked(rows + 1)
+
+
 def test_an_example_that_does_not_fit_is_not_generated():
     with pytest.raises(ConfigError, match="^sequence_length=1000000000000: an example, 64,000 GB"):
         dataclasses.replace(DATA, sequence_length=10**12)
@@ -113,16 +158,40 @@ def test_only_the_shards_of_a_device_count():
     assert memory.shard_bytes([whole, placed]) == 2 * 6 * 4 * 2
 
 
-def test_the_limits_of_the_process_count(monkeypatch, tmp_path):
+def test_memory_that_a_device_does_not_tell_is_not_checked(monkeypatch):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    stats = {"bytes_limit": 10}
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    ours = types.SimpleNamespace(devices=mesh.devices, local_devices=[gpu])
+    monkeypatch.setattr(memory, "host_memory", lambda: 0)
+    memory.check_memory(10, ours, "model=1", "its parameters")
+    with pytest.raises(ConfigError, match="^model=1: its parameters, 0.000011 MB per dev"):
+        memory.check_memory(11, ours, "model=1", "its parameters")
+    stats = None  # another allocator
+    memory.check_memory(11, ours, "model=1", "its parameters")
+
+
+def test_arrays_of_a_single_device_count():
+    assert memory.shard_bytes({"a": jnp.zeros((6, 4)), "b": np.zeros(3, np.int8)}) == 99
+
+
+@pytest.mark.parametrize(
+    "line, name, root",
+    [("0::/jobs/7", "memory.max", ""), ("4:cpu,memory:/jobs/7", "memory.limit_in_bytes", "memory")],
+)
+def test_the_limits_of_the_process_count(monkeypatch, tmp_path, line, name, root):
     unlimited = memory.host_memory()
     cgroup = tmp_path / "cgroup"
-    cgroup.write_text("0::/jobs/7\n")
-    (tmp_path / "jobs/7").mkdir(parents=True)
-    (tmp_path / "memory.max").write_text("max\n")
+    cgroup.write_text(f"1:pids:/other\n{line}\n")
+    root = tmp_path / root
+    (root / "jobs/7").mkdir(parents=True)
+    (root / "jobs/7" / name).write_text("max\n")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "_OWN_CGROUP", cgroup)
     assert memory.host_memory() >= unlimited
-    (tmp_path / "jobs/7/memory.max").write_text("5000000\n")
+    (root / "jobs" / name).write_text("6000000\n")  # of all jobs together
+    assert memory.host_memory() == 6_000_000
+    (root / "jobs/7" / name).write_text("5000000\n")
     assert memory.host_memory() == 5_000_000
     limit = lambda kind: (4_000_000, resource.RLIM_INFINITY)  # noqa: E731
     monkeypatch.setattr(resource, "getrlimit", limit)
