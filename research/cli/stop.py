@@ -9,6 +9,7 @@ save, replaces the handlers until they are saved (`research.training.stopping`).
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import select
@@ -44,6 +45,8 @@ def install() -> None:
     heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heeded:
         signal.signal(number, _heed)
+    # a forked process would write its signals to this one's thread
+    os.register_at_fork(after_in_child=functools.partial(_forget, heeded))
     threading.Thread(target=_watch, args=(read, heeded), name="signals", daemon=True).start()
 
 
@@ -57,6 +60,13 @@ def settle() -> None:
     """If the process is being stopped, wait for its end."""
     while _stopping.is_set():
         time.sleep(1)
+
+
+def _forget(heeded: list[int]) -> None:
+    """Let the signals of a forked process, which has no thread that watches, end it."""
+    signal.set_wakeup_fd(-1)
+    for number in heeded:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _heed(number: int, frame: object) -> None:
@@ -92,15 +102,17 @@ def _saves_first() -> list:
 
 def _end(number: int) -> NoReturn:
     """End the process with the exit code of one that the signal ``number`` stopped."""
-    if os.isatty(1):
-        _write(1, "\x1b[?25h\n")  # the cursor, which a progress bar hides
-    if number != signal.SIGPIPE:
-        _print("stopped; the same command continues from here" if _goes_on else "stopped")
-    remove_temporaries()
-    processes = sys.modules.get("research.parallel.processes")
-    if processes:
-        processes.leave(128 + number)
-    os._exit(128 + number)
+    try:
+        if os.isatty(1):
+            _write(1, "\x1b[?25h\n")  # the cursor, which a progress bar hides
+        if number != signal.SIGPIPE:
+            _print("stopped; the same command continues from here" if _goes_on else "stopped")
+        remove_temporaries()
+        processes = sys.modules.get("research.parallel.processes")
+        if processes:
+            processes.leave(128 + number)
+    finally:  # no error in this thread may keep the process, which waits for its end
+        os._exit(128 + number)
 
 
 class _Output(io.TextIOWrapper):

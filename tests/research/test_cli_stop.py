@@ -104,6 +104,28 @@ def test_a_second_ctrl_c_does_not_wait_for_the_save():
     assert process.returncode == 130 and not out
 
 
+def test_a_signal_to_a_forked_process_ends_it_alone():
+    source = """
+child = os.fork()
+if not child:
+    time.sleep(30)
+    os._exit(0)
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+time.sleep(0.2)
+"""
+    process = start(source)
+    assert process.communicate(timeout=60) == ("-15\n", "") and process.returncode == 0
+
+
+def test_an_error_while_the_command_ends_does_not_keep_it():
+    source = "stop.remove_temporaries = lambda: 1 / 0\nsend(15)\nstop.settle()"
+    process = start(source)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+
+
 def test_ignored_signals_stay_ignored():
     """As of a shell's background job, and under nohup."""
     source = "send(1, 2)\nlistening = Stopping()\n"
