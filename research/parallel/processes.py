@@ -101,7 +101,7 @@ def is_lead() -> bool:
     In a run of one process this does not initialise JAX's devices: an experiment may still choose
     their number.
     """
-    return not _name or jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager

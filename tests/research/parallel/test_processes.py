@@ -6,8 +6,10 @@ import signal
 import sys
 import time
 
+import jax
 import pytest
 
+from research.parallel.processes import alone_in
 from tests.conftest import finish_together, start_together
 from tests.research.parallel.test_training import MODEL
 
@@ -183,6 +185,14 @@ def test_processes_that_fail_alike_all_say_so(tmp_path):
 def test_processes_agree(tmp_path, what):
     for code, _, error in end(tmp_path, what):
         assert code == 0, error
+
+
+def test_only_the_first_process_locks_however_they_were_connected(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        with alone_in(tmp_path):
+            assert (tmp_path / "lock").exists() == (index == 0)
 
 
 def test_a_mesh_whose_rows_do_not_divide_over_processes_is_refused(tmp_path, start):
