@@ -5,6 +5,7 @@ that a difference between two arms is a difference between two techniques.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from layers.config import ConfigError, check, check_choice, from_mapping
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
-from research.data import DataConfig, vocabulary_size
+from research.data import DataConfig, make_dataset, vocabulary_size
 from research.files import read_lines
 from research.parallel import MeshConfig, make_mesh
 from research.training import (
@@ -32,7 +33,7 @@ from research.training import (
 )
 from research.training.check import check_run
 from research.training.profile import check_steps
-from research.training.source import Feed, GrainSource, held_out
+from research.training.source import Feed, GrainSource
 
 # scale: width, layers, heads, mlp width, sequence length, batch size, steps
 _SIZES = {
@@ -112,8 +113,10 @@ def check_unit(unit: Unit) -> None:
     except DataError as error:
         raise ConfigError(str(error)) from None
     if training.eval_batches:
-        labels = sum(float(np.sum(b["weights"])) for b in held_out(data, training.eval_batches))
-        check(labels > 0, "data", data.source, "its held-out split has no labels")
+        # those of all processes: the share of one may be padding
+        batches = itertools.islice(make_dataset(data, "validation"), training.eval_batches)
+        labels = any(np.any(batch["weights"]) for batch in batches)
+        check(labels, "data", data.source, "its held-out split has no labels")
 
 
 def train_unit(

@@ -169,8 +169,16 @@ def test_steps_to_trace_and_labels_are_checked_before(unit, monkeypatch):
     with pytest.raises(ConfigError, match="profile='2:9': must be FIRST:END with .* ≤ 3$"):
         check_unit(dataclasses.replace(unit, profile=(2, 9)))
     empty = [{"weights": np.zeros(3)}]
-    monkeypatch.setattr(language_model_module, "held_out", lambda data, batches: empty)
+    monkeypatch.setattr(language_model_module, "make_dataset", lambda data, split: empty)
     with pytest.raises(ConfigError, match="data='synthetic': its held-out split has no labels"):
+        check_unit(unit)
+
+
+def test_a_process_without_a_held_out_row_passes_as_the_others_do(unit, monkeypatch):
+    unit.config.data.synthetic.validation_examples = 1
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for index in (0, 1):  # the share of the second is padding
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
         check_unit(unit)
 
 
