@@ -159,7 +159,7 @@ def _store(name: str, seed: int, number: int, reason: str, folder: Path, stored:
     if cause in stored:
         return
     stored.add(cause)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.{seed}.{number}"
     path.write_bytes(content_of(KINDS[name](), name, seed, number))
     print(f"FAILED {path}: {reason}", flush=True)

@@ -56,11 +56,12 @@ def test_a_failure_is_stored_and_replayed(monkeypatch, tmp_path, capsys):
         "    print('KeyError at a.py:1: a' if number == 1 else 'refused', flush=True)\n"
     )
     monkeypatch.setattr(fuzz, "__file__", str(script))
-    assert fuzz.fuzz("broken", 0, 6, tmp_path / "failures") == 2
+    failures = tmp_path / "runs/failures"
+    assert fuzz.fuzz("broken", 0, 6, failures) == 2
     printed = capsys.readouterr().out
     assert "broken seed 0: 6/6" in printed and "0 read, 4 refused, 2 failed" in printed
-    stored = sorted(path.name for path in (tmp_path / "failures").iterdir())
+    stored = sorted(path.name for path in failures.iterdir())
     assert stored == ["broken.0.1", "broken.0.3"]
-    assert (tmp_path / "failures/broken.0.1").read_bytes() == fuzz.content_of(kind, "broken", 0, 1)
+    assert (failures / "broken.0.1").read_bytes() == fuzz.content_of(kind, "broken", 0, 1)
     with pytest.raises(KeyError):
-        fuzz.replay(tmp_path / "failures" / "broken.0.1")
+        fuzz.replay(failures / "broken.0.1")
