@@ -24,7 +24,7 @@ def what_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
             found.append(f"{name}: {_size(before)} then, {_size(now)} now")
     if before.get("tokenizer_sha256") != now.get("tokenizer_sha256"):
         hashes = (str(r.get("tokenizer_sha256"))[:12] for r in (before, now))
-        found.append("tokenizer {!r}: sha256 {} then, {} now".format(now["tokenizer"], *hashes))
+        found.append("tokenizer {!r}: sha256 {} then, {} now".format(now.get("tokenizer"), *hashes))
     if not found:  # another version of what reads or tokenises the same bytes
         found += [
             f"{name}: {before.get(name)} then, {now.get(name)} now"

@@ -28,6 +28,10 @@ from research.training.saved import SavedState
 from research.training.state import TrainState, abstract_state
 
 DATA = "data.json"
+_PART = {"name": str, "split": str, "bytes": int, "sha256": str}
+_CHANGE = {"step": int, "changes": [str]}
+# the forms of its fields that are read; only the first is in each
+_DATA = {"sha256": str, "bytes": int, "parts": [_PART], "history": [_CHANGE]}
 
 
 def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: Any = None) -> Any:
@@ -181,7 +185,7 @@ def record_changed_data(workdir: Path, data: DataConfig, step: int, changed: lis
     the hashes before.
     """
     path = workdir / DATA
-    before = read_json(path) if path.exists() else {}
+    before = _read_data(path) if path.exists() else {}
     hashes = {name: before.get(name) for name in ("sha256", "tokenizer_sha256")}
     entry = {"step": step, "changes": changed, "before": hashes}
     with writing(workdir):
@@ -189,11 +193,23 @@ def record_changed_data(workdir: Path, data: DataConfig, step: int, changed: lis
 
 
 def data_record(workdir: Path) -> tuple[Any, dict[str, Any]] | None:
-    """The configuration of the data of the run in ``workdir`` and its ``data.json``, if any."""
+    """The configuration of the data of the run in ``workdir`` and its ``data.json``, if any.
+
+    Raises:
+      ConfigError: one of the two files is damaged.
+    """
     config, record = workdir / "config.json", workdir / DATA
     if not (config.exists() and record.exists()):
         return None
-    return read_json(config).get("data"), read_json(record)
+    remedy = f"delete {str(workdir)!r} to run it again"
+    return read_fields(config, dict, remedy).get("data"), _read_data(record)
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    """The content of the ``data.json`` at ``path``; raises `ConfigError` if it is damaged."""
+    remedy = "delete it; accept_changed_data=True (ablate run --accept-changed-data) continues"
+    present = {"sha256", *read_fields(path, dict, remedy)}
+    return read_fields(path, {name: _DATA[name] for name in _DATA if name in present}, remedy)
 
 
 def _write_data(workdir: Path, data: DataConfig, **more: Any) -> None:
@@ -219,7 +235,7 @@ def _changed_data(workdir: Path, data: DataConfig) -> list[str]:
     path = workdir / DATA
     if not path.exists():
         return [f"{DATA}, which describes the data, is missing"]
-    return what_changed(read_json(path), fingerprint(data))
+    return what_changed(_read_data(path), fingerprint(data))
 
 
 def differences(previous: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

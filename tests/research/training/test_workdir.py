@@ -209,6 +209,28 @@ def test_a_run_without_its_record_of_the_data_is_refused(corpus):
         start(FILES)
 
 
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ("{", "not JSON: "),
+        ("[]", "the content must be "),
+        ("{}", "sha256 is missing; delete it"),
+        ('{"sha256": "0", "bytes": "9"}', "bytes must be int; delete it"),
+        ('{"sha256": "0", "parts": [{"name": "a.txt"}]}', r"parts\[0\].split is missing"),
+        ('{"sha256": "0", "history": [{"step": 1}]}', r"history\[0\].changes is missing"),
+    ],
+)
+def test_a_damaged_record_of_the_data_is_named(content, fault, corpus):
+    begun(FILES)
+    (RUN / "data.json").write_text(content)
+    for read in (lambda: start(FILES, accept=True), lambda: data_record(RUN)):
+        with pytest.raises(ConfigError, match=f"^file='run/data.json': {fault}"):
+            read()
+    (RUN / "data.json").unlink()
+    record_changed_data(RUN, FILES, 1, start(FILES, accept=True))
+    assert start(FILES) == []
+
+
 @pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/2", "unreadable/2"])
 def test_a_start_that_did_nothing_is_begun_again(trace, corpus):
     begin_again = dataclasses.replace(TRAINING, steps=9)
