@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,11 @@ def begin(
         if data is None:
             (workdir / DATA).unlink(missing_ok=True)
         else:
-            _write_data(workdir, data)
-        write_companions(data, workdir / ORIGIN, start and start / ORIGIN)
+            _write(workdir / DATA, fingerprint(data))
+        origin = workdir / ORIGIN
+        if previous is not None and not (data and _is_in(Path(data.tokenizer), origin)):
+            shutil.rmtree(origin, ignore_errors=True)  # the tokenizer and the family of that start
+        write_companions(data, origin, start and start / ORIGIN)
         _write(path, described)
     except OSError as error:
         raise ConfigError(
@@ -189,7 +193,9 @@ def record_changed_data(workdir: Path, data: DataConfig, step: int, changed: lis
     hashes = {name: before.get(name) for name in ("sha256", "tokenizer_sha256")}
     entry = {"step": step, "changes": changed, "before": hashes}
     with writing(workdir):
-        _write_data(workdir, data, history=[*before.get("history", []), entry])
+        history = [*before.get("history", []), entry]
+        _write(path, {**fingerprint(data), "history": history})
+        write_companions(data, workdir / ORIGIN)
 
 
 def data_record(workdir: Path) -> tuple[Any, dict[str, Any]] | None:
@@ -212,11 +218,8 @@ def _read_data(path: Path) -> dict[str, Any]:
     return read_fields(path, {name: _DATA[name] for name in _DATA if name in present}, remedy)
 
 
-def _write_data(workdir: Path, data: DataConfig, **more: Any) -> None:
-    """Write ``data.json``, with ``more`` fields, and the files of the tokenizer."""
-    _write(workdir / DATA, {**fingerprint(data), **more})
-    if data.source != "synthetic":
-        write_companions(data, workdir / ORIGIN)
+def _is_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _is_unused(workdir: Path, configuration: Any) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from layers.config import ConfigError
 from research.data import DataConfig, SyntheticConfig, dataset, tokenizers, train_bpe
+from research.models.companions import family_name
 from research.parallel import MeshConfig
 from research.training import TrainingConfig, loop, train
 from research.training.workdir import begin, data_record, record_changed_data
@@ -249,6 +250,20 @@ def test_a_start_that_did_nothing_is_begun_again(trace, corpus):
         path.mkdir(parents=True)
     with pytest.raises(ConfigError, match="training.steps=4: workdir 'run' was begun with 9"):
         start(FILES)
+
+
+def test_a_start_that_did_nothing_leaves_no_tokenizer_and_no_family(corpus):
+    Path("chat_template.jinja").write_text("{{ messages }}")
+    Path("config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    origin = RUN / "hugging_face"
+    start(FILES)
+    kept = dataclasses.replace(FILES, tokenizer=str(origin / "tokenizer.json"))
+    for data in (FILES, kept):  # the tokenizer may be that of the workdir itself
+        start(data)
+        assert (origin / "chat_template.jinja").exists() and family_name(origin) == "llama"
+    start(dataclasses.replace(FILES, tokenizer="byte"))
+    assert (origin / "tokenizer.json").exists()
+    assert not (origin / "chat_template.jinja").exists() and family_name(origin) is None
 
 
 def test_a_folder_that_is_no_run_keeps_its_config(corpus):
