@@ -62,7 +62,7 @@ def settle() -> None:
         time.sleep(1)
 
 
-def _forget(heeded: list[int]) -> None:
+def _forget(heeded: Iterable[int]) -> None:
     """Let the signals of a forked process, which has no thread that watches, end it."""
     signal.set_wakeup_fd(-1)
     for number in heeded:
