@@ -287,6 +287,12 @@ def _split_of(config: DataConfig, split: str) -> TokenizedDocuments:
             f"validation_fraction={config.validation_fraction}: leaves none of {total} documents "
             f"for {split}; change it, or for files give validation_paths"
         )
+    check(
+        documents.inputs > 0,
+        "tokenizer",
+        config.tokenizer,
+        f"encodes every document for {split} by no token",
+    )
     return documents
 
 

@@ -191,6 +191,24 @@ def test_documents_that_give_no_token_are_refused(tmp_path):
         documents_of(path, "b", tmp_path)
 
 
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_a_split_that_gives_no_token_is_refused(packing, tmp_path):
+    model = models.BPE({"a": 0, "<eos>": 1}, [])
+    for name, text in (("train", "a"), ("held", "b")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = DataConfig(
+        source="files",
+        paths=(f"{tmp_path}/train.txt",),
+        validation_paths=(f"{tmp_path}/held.txt",),
+        tokenizer=save_plain(tokenizers.Tokenizer(model), tmp_path),
+        bos_token="",
+        packing=packing,
+    )
+    make_dataset(data)
+    with pytest.raises(ConfigError, match="encodes every document for validation by no token"):
+        make_dataset(data, "validation")
+
+
 def save_plain(tokenizer, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
