@@ -84,7 +84,7 @@ def _parse(field: str, text: str, current: Any) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # of `literal_eval`
         value = text
     if isinstance(current, (tuple, list)):
         if isinstance(value, str) and value == text:  # not written as in Python: a,b

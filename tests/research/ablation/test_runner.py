@@ -176,6 +176,7 @@ def test_another_configuration_is_refused_not_overwritten(experiment, work):
         ("model.widht=3", "did you mean 'width'?"),
         ("steps=many", "steps='many': must be int"),
         ("steps=2.5", "steps=2.5: must be int"),
+        ("steps={[]: 1}", "steps='{[]: 1}': must be int"),
         ("steps=true", "steps=True: must be int"),
         ("model=3", "model=3: a group"),
         ("steps.x=3", "steps has no fields"),
