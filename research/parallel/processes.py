@@ -64,6 +64,8 @@ def initialize() -> None:
     if not address and os.environ.get("ABLATE_DISTRIBUTED") != "1":
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # it would take SIGTERM from the handlers of this process (`research.training.stopping`)
+    jax.config.update("jax_enable_preemption_service", False)
     heartbeat = _number("ABLATE_HEARTBEAT_SECONDS", "30")
     if address:
         # "deactivate": else JAX under Slurm hides all devices but one, see below

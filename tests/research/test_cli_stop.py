@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -83,6 +84,18 @@ def test_the_command_ends_while_the_main_thread_runs_no_python(tmp_path, numbers
     assert (process.returncode, out, error) == (128 + first, "compiles\n", STOPPED)
     assert time.monotonic() - began < 10
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_ends_one_of_several_processes_before_its_first_step():
+    """JAX's service for several processes has a handler of its own."""
+    source = "from research.parallel import initialize\ninitialize()\nsend(15)\ntime.sleep(30)"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    several = dict(JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0", JAX_COORDINATOR_ADDRESS=address)
+    process = start(source, variables={**several, "JAX_PLATFORMS": "cpu"})
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and error.endswith(STOPPED)
 
 
 def test_a_signal_in_a_callback_is_not_lost():
