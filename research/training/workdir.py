@@ -63,7 +63,8 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
         optimizer = make_optimizer(training.optimizer, training.steps)
         stage, on = mesh.zero_stage, make_mesh(mesh)
         state = abstract_state(config, optimizer, on, stage, patterns=patterns)
-        return _fits(state, on, workdir)
+        _check_fits(state.model, on, workdir)  # moments are not read
+        return state
 
     saved = SavedState(workdir, training.keep, config, abstract, patterns)
     try:
@@ -79,7 +80,8 @@ def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) ->
     """The model that `save_model` wrote."""
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     on = make_mesh(mesh)
-    target = {"model": _fits(with_shardings(abstract, shardings(abstract, on)), on, workdir)}
+    target = {"model": with_shardings(abstract, shardings(abstract, on))}
+    _check_fits(target, on, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
         restored = checkpoints.restore(lambda position: target, partial=True)
@@ -90,10 +92,8 @@ def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) ->
     return restored[0]["model"]
 
 
-def _fits(tree: Any, mesh: Mesh, workdir: Path) -> Any:
-    """``tree``, if its shards fit the memory of the devices."""
+def _check_fits(tree: Any, mesh: Mesh, workdir: Path) -> None:
     check_memory(shard_bytes(tree), mesh, f"workdir={str(workdir)!r}", "its model")
-    return tree
 
 
 def save_model(model: Decoder, workdir: Path) -> None:

@@ -136,8 +136,11 @@ def test_an_example_that_does_not_fit_is_not_generated():
 
 def test_a_checkpoint_that_does_not_fit_is_refused(monkeypatch, tmp_path):
     train(MODEL, DATA, TRAINING, workdir=tmp_path, progress=lambda *_: None)
-    load_model(tmp_path)
-    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    size = memory.shard_bytes(load_model(tmp_path))
+    count = len(make_mesh().local_devices)
+    monkeypatch.setattr(memory, "host_memory", lambda: count * size)
+    load_model(tmp_path)  # without moments
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000 * count)
     with pytest.raises(ConfigError, match=r"^workdir=.*: its model, .* must fit into 0.001 MB"):
         load_model(tmp_path)
 
