@@ -115,9 +115,10 @@ def train(
     check_run(model, training, mesh, the_mesh, objective=objective, patterns=patterns, **size)
     workdir = None if workdir is None else Path(workdir)
     lead = jax.process_index() == 0
-    start = Path(init) if isinstance(init, (str, Path)) else None
-    if start is not None:
-        init = functools.partial(_load_start, start, mesh, model)
+    start, load = None, None
+    if isinstance(init, (str, Path)):
+        start, init = Path(init), None
+        load = functools.partial(load_model, start, mesh, model=model)
     trace = Trace(profile, training.steps, workdir, clock)
     if data is not None:
         source = GrainSource(data, seed)
@@ -145,7 +146,8 @@ def train(
             state, position = restored
             source.set_state(position["data"])
         else:
-            state, position = _initial(model, training, the_mesh, seed, init, **strategy), {}
+            state = _initial(model, training, the_mesh, seed, init, load, **strategy)
+            position = {}
             if saved:
                 saved.keep_fixed(state)
         if changed and lead:
@@ -205,20 +207,14 @@ def _abstract(training, mesh, model, *, stage, patterns, offload) -> TrainState:
     return abstract_state(model, optimizer, mesh, stage, patterns=patterns, offload=offload)
 
 
-def _initial(model, training, mesh: Mesh, seed: int, init, **strategy) -> TrainState:
-    """The state of step 0, in its stored sharding."""
+def _initial(model, training, mesh: Mesh, seed: int, init, load, **strategy) -> TrainState:
+    """The state of step 0, in its stored sharding; ``load()`` gives its model, if not None."""
     fresh_model, fresh_state = _begin(model, training, mesh, **strategy)
-    started = fresh_model(seed)
+    started = fresh_model(seed) if load is None else load()
     if init is not None:
         started = init(started)
         _check_start(started, model)
     return fresh_state(started, seed)
-
-
-def _load_start(start: Path, mesh: MeshConfig, model: Any, fresh: Any) -> Any:
-    """The model in the workdir ``start``, in place of ``fresh``."""
-    del fresh
-    return load_model(start, mesh, model=model)
 
 
 def _check_start(started: Any, model: DecoderConfig | ModelConfig) -> None:

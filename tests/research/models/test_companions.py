@@ -16,7 +16,7 @@ from research.convert import export_checkpoint, import_directory
 from research.data import DataConfig, load_tokenizer, train_bpe
 from research.inference import load_prompt_tokenizer
 from research.models.companions import ORIGIN, write_companions
-from research.training import TrainingConfig, load_model, train
+from research.training import TrainingConfig, load_model, loop, train
 from tests.research.models.conftest import LLAMA, logits_of
 
 torch = pytest.importorskip("torch")
@@ -213,3 +213,10 @@ def test_a_start_is_loaded_and_not_the_fresh_model(imported, tmp_path):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(ConfigError, match="holds no config.json of a run"):
         train(start.config, data, TRAINING, init=tmp_path / "absent", **options)
+
+
+def test_a_start_does_not_take_the_memory_of_two_models(imported, tmp_path, monkeypatch):
+    loop._begin.cache_clear()
+    monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("initialises a second model"))
+    config = load_model(imported).config
+    train(config, data_of(tmp_path), TRAINING, init=imported, progress=lambda *_: None)
