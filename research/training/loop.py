@@ -118,7 +118,7 @@ def train(
     start, load = None, None
     if isinstance(init, (str, Path)):
         start, init = Path(init), None
-        load = functools.partial(load_model, start, mesh, model=model)
+        load = functools.partial(load_model, start, mesh, model=model, devices=devices)
     trace = Trace(profile, training.steps, workdir, clock)
     if data is not None:
         source = GrainSource(data, seed)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,19 @@ _CHANGE = {"step": int, "changes": [str]}
 _DATA = {"sha256": str, "bytes": int, "parts": [_PART], "history": [_CHANGE]}
 
 
-def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: Any = None) -> Any:
+def load_model(
+    workdir: Path | str,
+    mesh: MeshConfig = MeshConfig(),
+    *,
+    model: Any = None,
+    devices: Sequence | None = None,
+) -> Any:
     """The model of the newest checkpoint in ``workdir``, written by `train` or `save_model`.
 
     Args:
       model: its configuration; None: the `DecoderConfig` in ``workdir``. Execution-only fields,
         e.g. ``scan``, may differ from those of the run.
+      devices: of ``mesh``; None: all.
 
     Raises:
       ConfigError: ``workdir`` is not that of a run, or has no readable checkpoint.
@@ -55,13 +62,13 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
         from_mapping(DecoderConfig, configuration["model"], "model") if model is None else model
     )
     if "training" not in configuration:
-        return _load_saved_model(workdir, config, mesh)
+        return _load_saved_model(workdir, config, make_mesh(mesh, devices))
     training = from_mapping(TrainingConfig, configuration["training"], "training")
     patterns = tuple(configuration.get("trainable", trainable.ALL))
 
     def abstract(config: Any) -> TrainState:
         optimizer = make_optimizer(training.optimizer, training.steps)
-        stage, on = mesh.zero_stage, make_mesh(mesh)
+        stage, on = mesh.zero_stage, make_mesh(mesh, devices)
         state = abstract_state(config, optimizer, on, stage, patterns=patterns)
         _check_fits(state.model, on, workdir)  # moments are not read
         return state
@@ -76,12 +83,11 @@ def load_model(workdir: Path | str, mesh: MeshConfig = MeshConfig(), *, model: A
     return restored
 
 
-def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: MeshConfig) -> Decoder:
+def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: Mesh) -> Decoder:
     """The model that `save_model` wrote."""
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    on = make_mesh(mesh)
-    target = {"model": with_shardings(abstract, shardings(abstract, on))}
-    _check_fits(target, on, workdir)
+    target = {"model": with_shardings(abstract, shardings(abstract, mesh))}
+    _check_fits(target, mesh, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     try:
         restored = checkpoints.restore(lambda position: target, partial=True)

@@ -220,3 +220,18 @@ def test_a_start_does_not_take_the_memory_of_two_models(imported, tmp_path, monk
     monkeypatch.setattr(loop, "build", lambda *_: pytest.fail("initialises a second model"))
     config = load_model(imported).config
     train(config, data_of(tmp_path), TRAINING, init=imported, progress=lambda *_: None)
+
+
+def test_a_start_is_loaded_onto_the_devices_of_the_run(tmp_path, run_script):
+    script = """
+import sys
+import jax
+from tests.research.test_memory import DATA, MODEL, TRAINING
+from research.training import train
+
+first, second = jax.devices()
+train(MODEL, DATA, TRAINING, workdir=sys.argv[1], devices=[first], progress=lambda *_: None)
+tuned = train(MODEL, DATA, TRAINING, init=sys.argv[1], devices=[second], progress=lambda *_: None)
+print({device.id for leaf in jax.tree.leaves(tuned.model) for device in leaf.devices()})
+"""
+    assert run_script(script, tmp_path / "start", devices=2) == "{1}\n"
