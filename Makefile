@@ -9,10 +9,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Only the tests need torch, as an oracle. PyTorch's own index has builds without CUDA, which pip
-# prefers to PyPI's of the same version. Those for Linux bring gigabytes of CUDA.
+# Only the tests need torch, as an oracle. Asked for alone, first and by version, pip can take a
+# CPU build that is at hand; a range makes it look for the newest, which brings gigabytes of CUDA.
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 
 .PHONY: demo test test-slow soak fuzz test-gpu test-gpu-compile check clean
@@ -54,7 +53,7 @@ $(VENV)/.core: setup.cfg | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(VENV)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
