@@ -23,6 +23,7 @@ PRECISION = {"decides": "precision"}  # dtypes
 TRAINING = {"decides": "training"}  # initial values, and losses that only training has
 
 _LARGEST_FLOAT = int(sys.float_info.max)
+_LONGEST = 1_000  # characters of a value in a message
 
 
 def decides(config: Any, *kinds: Mapping[str, str]) -> Iterator[str]:
@@ -42,7 +43,13 @@ class ConfigError(ValueError):
 def check(condition: bool, field: str, value: Any, allowed: str) -> None:
     """Raise `ConfigError`, ``field=value: allowed``, unless ``condition`` holds."""
     if not condition:
-        raise ConfigError(f"{field}={value!r}: {allowed}")
+        raise ConfigError(f"{field}={_shown(value)}: {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """``repr(value)``, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def check_choice(field: str, value: Any, choices: typing.Iterable[str]) -> None:

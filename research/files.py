@@ -144,7 +144,8 @@ def mismatch(value: Any, form: Any, name: str = "") -> str:
         for key, item in forms.items():
             if key not in value:
                 return f"{prefix}{key} is missing"
-            if fault := mismatch(value[key], item, f"{prefix}{key}"):
+            spelt = key if key.isprintable() and len(key) < 60 else repr(key[:60])
+            if fault := mismatch(value[key], item, f"{prefix}{spelt}"):
                 return fault
         return ""
     if isinstance(form, list):

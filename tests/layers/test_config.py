@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from layers.architecture import MIXERS
 from layers.attention import AttentionConfig
-from layers.config import ConfigError, check_choice, from_mapping
+from layers.config import ConfigError, check, check_choice, from_mapping
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 
@@ -143,3 +143,9 @@ def test_a_configuration_that_is_built_directly_converts_like_a_mapping():
     config = DecoderConfig(**fields)
     assert config == from_mapping(DecoderConfig, fields)
     assert isinstance(config.norm_eps, float) and isinstance(config.pattern, tuple)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(ConfigError, match="must be 3 numbers") as caught:
+        check(False, "factors", (1.5,) * 9_999, "must be 3 numbers")
+    assert len(str(caught.value)) < 1_100
