@@ -162,6 +162,8 @@ def mismatch(value: Any, form: Any, name: str = "") -> str:
     types = tuple(type(kind) if kind is None else kind for kind in _several(form))
     types = tuple(list if isinstance(kind, list) else kind for kind in types)
     is_bool = isinstance(value, bool) and bool not in types
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"{name or 'the content'} must be of at most 64 bits"
     if not is_bool and (isinstance(value, types) or (Number in types and _is_number(value))):
         return ""
     return f"{name or 'the content'} must be {' or '.join(kind.__name__ for kind in types)}"

@@ -154,6 +154,7 @@ def test_the_form_of_a_file(tmp_path, change, fault):
         assert read_fields(path, FORM, "delete it") == VALID | change
     assert mismatch([], FORM) == "the content must be an object"
     assert mismatch({}, FORM) == "name is missing"
+    assert mismatch({"a": 10**400}, {"a": (int, float)}) == "a must be of at most 64 bits"
     assert mismatch({"a\nb": "x"}, {str: int}) == "'a\\nb' must be int"
 
 
