@@ -131,6 +131,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         check(isinstance(value, (list, tuple)), path, value, "must be a list")
+        if args[-1] is not Ellipsis:
+            check(len(value) == len(args), path, value, f"must hold {len(args)} values")
+            pairs = enumerate(zip(args, value, strict=True))
+            return tuple(_convert(arg, v, f"{path}[{i}]") for i, (arg, v) in pairs)
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin in (dict, Mapping):
         check(hasattr(value, "items"), path, value, "must be a mapping")

@@ -11,7 +11,7 @@ import numpy as np
 
 from layers.config import check
 from layers.decoder import Decoder, State
-from research.inference.sampling import SamplingConfig, sample
+from research.inference.sampling import SamplingConfig, SamplingRows, sample
 
 SMALLEST_BUCKET = 16
 STREAMED_TOKENS = 8  # tokens per row between two transfers from the device while streaming
@@ -23,10 +23,10 @@ class _Progress:
     """The state of decoding: the cache, each row's next input, and which rows have stopped."""
 
     state: State
+    rows: SamplingRows
     token_b: jax.Array
     position_b: jax.Array
     stopped_b: jax.Array
-    step: jax.Array
 
 
 def generate(
@@ -43,8 +43,9 @@ def generate(
     ``sampling.max_new_tokens``. The tokens of a row do not depend on the other prompts: greedy
     tokens are those of the prompt alone, and sampled tokens depend on the seed and the row's index.
 
-    Compiles once for each batch size, sampling config (without its seed) and prompt length rounded
-    up to a power of two. Runs on one device: the cache's writes are not sharded over a mesh.
+    Compiles once for each batch size, number of stop tokens, ``max_new_tokens`` and prompt length
+    rounded up to a power of two. Runs on one device: the cache's writes are not sharded over a
+    mesh.
 
     Args:
       max_length: the largest length of a row's prompt and new tokens together; None: no limit. A
@@ -53,8 +54,9 @@ def generate(
         It does not change the tokens.
 
     Raises:
-      ConfigError: no prompts, an empty prompt, a token outside the vocabulary, or a prompt that
-        exceeds a limit with ``max_new_tokens``. It is raised before anything is compiled.
+      ConfigError: no prompts, an empty prompt, a token outside the vocabulary, a prompt that
+        exceeds a limit with ``max_new_tokens``, or ``logprobs``, which are not returned here. It is
+        raised before anything is compiled.
     """
     limit = _check(model, prompts, sampling, max_length)
     chunk = STREAMED_TOKENS if stream else sampling.max_new_tokens
@@ -83,9 +85,10 @@ def _check(
     learned = config.max_length if config.position == "learned" else None
     if learned is not None and (limit is None or learned < limit):
         limit, name = learned, "the model's max_length"
-    for i, stop in enumerate(sampling.stop_tokens):
-        check(stop < config.vocab_size, f"stop_tokens[{i}]", stop,
-              f"must be below vocab_size={config.vocab_size}")  # fmt: skip
+    sampling.check_vocabulary(config.vocab_size)
+    check(
+        sampling.logprobs is None, "logprobs", sampling.logprobs, "generate() returns tokens only"
+    )
     for row, prompt in enumerate(prompts):
         listed = isinstance(prompt, list | tuple | np.ndarray)
         check(listed, f"prompts[{row}]", prompt, "must be a list of tokens")
@@ -116,19 +119,21 @@ def _chunks(model, prompts, sampling, limit, chunk) -> Iterator[np.ndarray]:
         tokens_bt[row, : len(prompt) - 1] = prompt[:-1]
     positions_bt = np.broadcast_to(np.arange(width, dtype=np.int32), tokens_bt.shape)
     positions_bt = np.where(positions_bt < lengths_b[:, None] - 1, positions_bt, -1)
+    ones = [
+        SamplingRows.of(sampling, model.config.vocab_size, prompt, index)
+        for index, prompt in enumerate(prompts)
+    ]
     progress = _Progress(
+        rows=jax.tree.map(lambda *leaves: np.concatenate(leaves), *ones),
         state=_prefill(model, tokens_bt, positions_bt, capacity=capacity),
         token_b=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
         position_b=jnp.asarray(lengths_b - 1),
         stopped_b=jnp.zeros(len(prompts), bool),
-        step=jnp.zeros((), jnp.int32),
     )
-    key = jax.random.key(sampling.seed)
-    # the program does not depend on the seed: another seed must not compile it again
-    sampling, total = dataclasses.replace(sampling, seed=0), sampling.max_new_tokens
+    stops, total = np.array(sampling.stop_tokens, np.int32), sampling.max_new_tokens
     for done in range(0, total, chunk):
         count = min(chunk, total - done)
-        progress, new_bt = _decode(model, progress, key, count, sampling=sampling, most=chunk)
+        progress, new_bt = _decode(model, progress, stops, count, most=chunk)
         yield np.asarray(new_bt)
         if np.all(progress.stopped_b):
             return
@@ -140,8 +145,8 @@ def _prefill(model, tokens_bt, positions_bt, *, capacity):
     return model(tokens_bt, positions_bt, state=state).state
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "most"), donate_argnames="progress")
-def _decode(model, progress, key, count, *, sampling, most):
+@functools.partial(jax.jit, static_argnames="most", donate_argnames="progress")
+def _decode(model, progress, stops, count, *, most):
     """``count ≤ most`` more tokens per row, int32 ``[b, most]``, followed by −1.
 
     Ends early when all rows have stopped.
@@ -156,15 +161,14 @@ def _decode(model, progress, key, count, *, sampling, most):
         i, progress, new_bt = carry
         position_b = jnp.where(progress.stopped_b, -1, progress.position_b)
         out = model(progress.token_b[:, None], position_b[:, None], state=progress.state)
-        token_b = sample(out.logits_btv[:, 0], jax.random.fold_in(key, progress.step), sampling)
+        token_b = sample(out.logits_btv[:, 0], position_b + 1, progress.rows).token_b
         new_bt = new_bt.at[:, i].set(jnp.where(progress.stopped_b, -1, token_b))
-        stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
         advanced = _Progress(
             state=out.state,
+            rows=progress.rows.counted(token_b, ~progress.stopped_b),
             token_b=token_b,
             position_b=progress.position_b + 1,
             stopped_b=progress.stopped_b | jnp.any(token_b[:, None] == stops, axis=1),
-            step=progress.step + 1,
         )
         return i + 1, advanced, new_bt
 

@@ -1,22 +1,40 @@
-"""Chooses the next token: temperature, top-k, top-p (Holtzman 2019), min-p (Nguyen 2024)."""
+"""Chooses the next token of each row, by the row's own settings.
+
+In this order, as in transformers and vLLM:
+
+1. ``logit_bias`` is added;
+2. the repetition penalty (Keskar 2019), then the presence and frequency penalties (OpenAI);
+3. tokens that are not allowed are excluded;
+4. the temperature divides;
+5. top-k, top-p (Holtzman 2019), min-p (Nguyen 2024) exclude, each what the one before left;
+6. a draw; with a temperature of 0 the likeliest token after step 3.
+"""
 
 import dataclasses
-import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers.config import check, check_types
+
+MOST_LOGPROBS = 20
+_TINY, _HUGE = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How `generate` chooses tokens and when it stops.
+    """How the tokens of one row are chosen, and when it stops.
 
-    ``max_new_tokens``: the most new tokens for each prompt. ``temperature`` divides the logits; 0
-    selects the likeliest token, with any filters. ``top_k``, ``top_p``, ``min_p``: see
-    `filter_logits`; None: not used. ``stop_tokens``: ids that end a row. ``seed``: the same seed
-    gives the same tokens.
+    ``max_new_tokens``: the most new tokens. ``temperature`` divides the logits; 0 selects the
+    likeliest token, with any filters. ``top_k``, ``top_p``, ``min_p``: see `filter_logits`; None:
+    not used. ``stop_tokens``: ids that end the row. ``seed``: the same seed gives the same tokens.
+
+    ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``logit_bias`` as pairs
+    (token, bias): see `penalise`. ``logprobs``: how many of the likeliest tokens are reported
+    with each token; None: none.
     """
 
     max_new_tokens: int = 128
@@ -26,6 +44,11 @@ class SamplingConfig:
     min_p: float | None = None
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -38,15 +61,161 @@ class SamplingConfig:
         for i, token in enumerate(self.stop_tokens):
             check(token >= 0, f"stop_tokens[{i}]", token, "must be ≥ 0")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must be in [0, 2**32)")
+        penalty = self.repetition_penalty
+        check(0.01 <= penalty <= 100, "repetition_penalty", penalty, "must be in [0.01, 100]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check(-2 <= value <= 2, name, value, "must be in [-2, 2]")
+        seen: set[int] = set()
+        for i, (token, bias) in enumerate(self.logit_bias):
+            check(token >= 0, f"logit_bias[{i}][0]", token, "must be ≥ 0")
+            check(token not in seen, f"logit_bias[{i}][0]", token, "must be given once")
+            check(-100 <= bias <= 100, f"logit_bias[{i}][1]", bias, "must be in [-100, 100]")
+            seen.add(token)
+        allowed = self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS
+        check(allowed, "logprobs", self.logprobs, f"must be in [0, {MOST_LOGPROBS}] or None")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise `ConfigError` if a token that this names is not below ``vocab_size``."""
+        requirement = f"must be below vocab_size={vocab_size}"
+        for i, token in enumerate(self.stop_tokens):
+            check(token < vocab_size, f"stop_tokens[{i}]", token, requirement)
+        for i, (token, _) in enumerate(self.logit_bias):
+            check(token < vocab_size, f"logit_bias[{i}][0]", token, requirement)
 
 
-def filter_logits(logits_bv: jax.Array, config: SamplingConfig) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """The `SamplingConfig` of each row as arrays, and the tokens that its penalties count.
+
+    ``index_b``: tells apart rows of one seed, such as several answers to one prompt. ``counts_bv``:
+    how often a row has generated each token. ``prompt_bv``: the tokens in its prompt.
+    ``adjusts_b`` and ``filters_b``: the rows that `penalise` and `filter_logits` change.
+    """
+
+    temperature_b: jax.Array  # float32
+    top_k_b: jax.Array  # int32
+    top_p_b: jax.Array  # float32, as all below if nothing else is said
+    min_p_b: jax.Array
+    repetition_b: jax.Array
+    presence_b: jax.Array
+    frequency_b: jax.Array
+    seed_b: jax.Array  # uint32
+    index_b: jax.Array  # int32
+    wants_logprobs_b: jax.Array  # bool
+    adjusts_b: jax.Array  # bool
+    filters_b: jax.Array  # bool
+    counts_bv: jax.Array  # int32
+    prompt_bv: jax.Array  # bool
+    bias_bv: jax.Array
+
+    @classmethod
+    def of(
+        cls, config: SamplingConfig, vocab_size: int, prompt: Sequence[int] = (), index: int = 0
+    ) -> "SamplingRows":
+        """One row, as NumPy arrays.
+
+        Raises:
+          ConfigError: ``config`` names a token outside the vocabulary.
+        """
+        config.check_vocabulary(vocab_size)
+        # float32 has no such small or great numbers: the nearest that it has
+        temperature = min(config.temperature, _HUGE) if config.temperature >= _TINY else 0.0
+        prompt_v, bias_v = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
+        prompt_v[np.asarray(prompt, np.int64)] = True
+        for token, bias in config.logit_bias:
+            bias_v[token] = bias
+        penalties = config.repetition_penalty, config.presence_penalty, config.frequency_penalty
+        row: dict[str, Any] = dict(
+            temperature_b=np.float32(temperature),
+            top_k_b=np.int32(min(config.top_k or vocab_size, vocab_size)),
+            top_p_b=np.float32(max(config.top_p or 1, _TINY)),
+            min_p_b=np.float32(config.min_p or 0),
+            repetition_b=np.float32(config.repetition_penalty),
+            presence_b=np.float32(config.presence_penalty),
+            frequency_b=np.float32(config.frequency_penalty),
+            seed_b=np.uint32(config.seed),
+            index_b=np.int32(index),
+            wants_logprobs_b=np.bool_(bool(config.logprobs)),
+            adjusts_b=np.bool_(penalties != (1, 0, 0) or bool(bias_v.any())),
+            filters_b=np.bool_(temperature > 0 and any((config.top_k, config.top_p, config.min_p))),
+            counts_bv=np.zeros(vocab_size, np.int32),
+            prompt_bv=prompt_v,
+            bias_bv=bias_v,
+        )
+        return cls(**{name: value[None] for name, value in row.items()})
+
+    @classmethod
+    def empty(cls, rows: int, vocab_size: int) -> "SamplingRows":
+        """Greedy rows, which cost least."""
+        row = cls.of(SamplingConfig(temperature=0), vocab_size)
+        return jax.tree.map(lambda a: jnp.repeat(a, rows, axis=0), row)
+
+    def set_row(self, row: jax.Array | int, one: "SamplingRows") -> "SamplingRows":
+        """Row ``row``, which may be traced, becomes that of ``one``, which has one row."""
+        return jax.tree.map(lambda a, b: a.at[row].set(b[0]), self, one)
+
+    def counted(self, token_b: jax.Array, valid_b: jax.Array) -> "SamplingRows":
+        """After ``token_b`` was generated in the rows of ``valid_b``."""
+        rows = jnp.arange(token_b.shape[0])
+        counts_bv = self.counts_bv.at[rows, token_b].add(valid_b.astype(jnp.int32))
+        return dataclasses.replace(self, counts_bv=counts_bv)
+
+    def keys(self, position_b: jax.Array) -> jax.Array:
+        """The key of each row's token at ``position_b``, from the seed, the index and it."""
+
+        def key(seed, index, position):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
+
+        return jax.vmap(key)(self.seed_b, self.index_b, position_b)
+
+
+class Sampled(NamedTuple):
+    """A token of each row, int32 ``[b]``, and what the model says of it.
+
+    ``logprob_b``: its log-probability, float32. ``top_ids_b20``, ``top_logprobs_b20``: the
+    likeliest tokens and their log-probabilities, in rows that want them; elsewhere, and beyond the
+    vocabulary, −1 and −inf. All are of the model's distribution: no bias, penalty, temperature or
+    filter changes them.
+    """
+
+    token_b: jax.Array
+    logprob_b: jax.Array
+    top_ids_b20: jax.Array
+    top_logprobs_b20: jax.Array
+
+
+def penalise(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Logits with bias and penalties, float32 ``[b, v]``.
+
+    With ``c`` the number of times that a row has generated a token, its logit l becomes
+
+    1. l + bias;
+    2. l / repetition if l > 0, else l · repetition: for tokens of the prompt or with c > 0;
+    3. l − c · frequency − presence: the latter if c > 0.
+    """
+
+    def adjusted(logits_bv):
+        l_bv, counts_bv = logits_bv + rows.bias_bv, rows.counts_bv
+        repetition = rows.repetition_b[:, None]
+        repeated_bv = jnp.where(l_bv > 0, l_bv / repetition, l_bv * repetition)
+        l_bv = jnp.where(rows.prompt_bv | (counts_bv > 0), repeated_bv, l_bv)
+        l_bv -= counts_bv * rows.frequency_b[:, None]
+        l_bv -= (counts_bv > 0) * rows.presence_b[:, None]
+        return jnp.where(rows.adjusts_b[:, None], l_bv, logits_bv)
+
+    logits_bv = logits_bv.astype(jnp.float32)
+    return jax.lax.cond(jnp.any(rows.adjusts_b), adjusted, lambda x: x, logits_bv)
+
+
+def filter_logits(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
     """(logits − their maximum) / temperature; −inf where a filter excludes the token.
 
     In this order, each filter on what the previous one left, as in transformers; float32
     ``[b, v]``:
 
-    1. temperature (> 0 here);
+    1. temperature; 1 in rows whose temperature is 0;
     2. ``top_k``: the k likeliest;
     3. ``top_p``: the fewest likeliest tokens whose probabilities reach ``top_p`` together;
     4. ``min_p``: tokens at least ``min_p`` times as likely as the likeliest.
@@ -54,31 +223,77 @@ def filter_logits(logits_bv: jax.Array, config: SamplingConfig) -> jax.Array:
     The likeliest token always stays. A token as likely as the last one that stays also stays.
     """
     logits_bv = logits_bv.astype(jnp.float32)
+    temperature_b = jnp.where(rows.temperature_b > 0, rows.temperature_b, 1)
     # subtract the maximum first, so that a small temperature cannot overflow
-    logits_bv = (logits_bv - jnp.max(logits_bv, axis=-1, keepdims=True)) / config.temperature
-    least = jnp.full_like(logits_bv[:, :1], -jnp.inf)  # the smallest logit that stays
-    if config.top_k is not None:
-        k = min(config.top_k, logits_bv.shape[-1])
-        least = jax.lax.top_k(logits_bv, k)[0][:, -1:]
-    if config.top_p is not None and config.top_p < 1:
-        kept_bv = jnp.where(logits_bv >= least, logits_bv, -jnp.inf)
-        ordered_bv = jnp.sort(kept_bv, axis=-1, descending=True)
-        probabilities_bv = jax.nn.softmax(ordered_bv, axis=-1)
-        likelier_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv
-        needed_bv = (likelier_bv < config.top_p) & (ordered_bv > -jnp.inf)
-        least = jnp.min(jnp.where(needed_bv, ordered_bv, jnp.inf), axis=-1, keepdims=True)
-    if config.min_p is not None:
-        least = jnp.maximum(least, math.log(config.min_p))
-    return jnp.where(logits_bv >= least, logits_bv, -jnp.inf)
+    logits_bv -= jnp.max(logits_bv, axis=-1, keepdims=True)
+    logits_bv /= temperature_b[:, None]
+
+    def filtered(logits_bv):
+        least_b1 = _smallest_kept(logits_bv, rows)
+        excluded_bv = rows.filters_b[:, None] & (logits_bv < least_b1)
+        return jnp.where(excluded_bv, -jnp.inf, logits_bv)
+
+    return jax.lax.cond(jnp.any(rows.filters_b), filtered, lambda x: x, logits_bv)
 
 
-def sample(logits_bv: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
-    """One token per row, int32 ``[b]``.
+def _smallest_kept(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The smallest logit that stays in each row, ``[b, 1]``; the largest logit is 0."""
+    ordered_bv = jnp.sort(logits_bv, axis=-1, descending=True)
+    least_b1 = jnp.take_along_axis(ordered_bv, rows.top_k_b[:, None] - 1, axis=-1)
+    kept_bv = jnp.where(ordered_bv >= least_b1, ordered_bv, -jnp.inf)
+    probabilities_bv = jax.nn.softmax(kept_bv, axis=-1)
+    likelier_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv
+    needed_bv = (likelier_bv < rows.top_p_b[:, None]) & (kept_bv > -jnp.inf)
+    nucleus_b1 = jnp.min(jnp.where(needed_bv, kept_bv, jnp.inf), axis=-1, keepdims=True)
+    least_b1 = jnp.where(rows.top_p_b[:, None] < 1, nucleus_b1, least_b1)
+    return jnp.maximum(least_b1, jnp.log(rows.min_p_b)[:, None])
 
-    A row's token depends on its logits, the key and its index, not on other rows.
+
+def sample(
+    logits_bv: jax.Array,
+    position_b: jax.Array,
+    rows: SamplingRows,
+    allowed_bv: jax.Array | None = None,
+) -> Sampled:
+    """One token for each row, by the settings in ``rows``.
+
+    A row's token depends on its logits, settings and counts, and on its seed, its index and the
+    position of the token: not on other rows, bit for bit.
+
+    Args:
+      position_b: the position of the token that is chosen.
+      allowed_bv: bool; the tokens that may be chosen, at least one in each row; None: all.
     """
-    if config.temperature == 0:
-        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_bv.shape[0]))
-    draw = jax.vmap(jax.random.categorical)
-    return draw(keys, filter_logits(logits_bv, config)).astype(jnp.int32)
+    logits_bv = logits_bv.astype(jnp.float32)
+    scores_bv = penalise(logits_bv, rows)
+    if allowed_bv is not None:
+        scores_bv = jnp.where(allowed_bv, scores_bv, -jnp.inf)
+    likeliest_b = jnp.argmax(scores_bv, axis=-1)
+
+    def drawn(scores_bv):
+        draw = jax.vmap(jax.random.categorical)
+        drawn_b = draw(rows.keys(position_b), filter_logits(scores_bv, rows))
+        return jnp.where(rows.temperature_b > 0, drawn_b, likeliest_b)
+
+    any_drawn = jnp.any(rows.temperature_b > 0)
+    token_b = jax.lax.cond(any_drawn, drawn, lambda _: likeliest_b, scores_bv).astype(jnp.int32)
+    logprobs_bv = jax.nn.log_softmax(logits_bv, axis=-1)
+    logprob_b = jnp.take_along_axis(logprobs_bv, token_b[:, None], axis=-1)[:, 0]
+    return Sampled(token_b, logprob_b, *_top(logprobs_bv, rows.wants_logprobs_b))
+
+
+def _top(logprobs_bv: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The ids of the `MOST_LOGPROBS` largest of each row, and the largest; −1 and −inf if fewer."""
+    b, v = logprobs_bv.shape
+    none = jnp.full((b, MOST_LOGPROBS), -1), jnp.full((b, MOST_LOGPROBS), -jnp.inf, jnp.float32)
+
+    def top(logprobs_bv):
+        k = min(MOST_LOGPROBS, v)
+        values_bk, ids_bk = jax.lax.top_k(logprobs_bv, k)
+        wanted_b1 = wanted_b[:, None]
+        return (
+            none[0].at[:, :k].set(jnp.where(wanted_b1, ids_bk, -1)),
+            none[1].at[:, :k].set(jnp.where(wanted_b1, values_bk, -jnp.inf)),
+        )
+
+    return jax.lax.cond(jnp.any(wanted_b), top, lambda _: none, logprobs_bv)

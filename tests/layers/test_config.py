@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from layers.architecture import MIXERS
 from layers.attention import AttentionConfig
-from layers.config import ConfigError, check, check_choice, from_mapping
+from layers.config import ConfigError, check, check_choice, check_types, from_mapping
 from layers.decoder import DecoderConfig
 from layers.mlp import MlpConfig
 
@@ -105,6 +105,25 @@ def test_a_missing_field_and_a_value_that_is_no_mapping():
         from_mapping(DecoderConfig, {k: v for k, v in GOOD.items() if k != "vocab_size"})
     with pytest.raises(ConfigError, match="^DecoderConfig=7: must be a mapping of fields$"):
         from_mapping(DecoderConfig, 7)
+
+
+def test_a_tuple_of_fixed_length_converts_each_value_to_its_own_type():
+    @dataclasses.dataclass(frozen=True)
+    class Pairs:
+        pairs: tuple[tuple[int, float], ...]
+
+        def __post_init__(self):
+            check_types(self)
+
+    assert repr(Pairs([[3, 1]]).pairs) == "((3, 1.0),)"  # type: ignore[arg-type]
+    for pairs, message in [
+        ([[3, 1, 2]], "pairs[0]=[3, 1, 2]: must hold 2 values"),
+        ([[1.0, 3]], "pairs[0][0]=1.0: must be of type int, not float"),
+        ([3], "pairs[0]=3: must be a list"),
+    ]:
+        with pytest.raises(ConfigError) as raised:
+            Pairs(pairs)
+        assert str(raised.value) == message
 
 
 def test_a_choice_suggests_a_near_miss_only():

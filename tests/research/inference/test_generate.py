@@ -14,7 +14,7 @@ from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from layers.routing import MoeConfig
-from research.inference import SamplingConfig, generate
+from research.inference import SamplingConfig, SamplingRows, generate
 
 V = 17
 BASE = DecoderConfig(
@@ -169,10 +169,11 @@ def test_the_cache_is_donated_and_rolls():
     model = make("all sliding, unrolled")
     state = model.init_state(1, 1000)
     assert state[0].mixer.capacity == 5
+    rows = SamplingRows.empty(1, V)
     progress = module._Progress(
-        state, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool), jnp.int32(0)
+        state, rows, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
     )
-    module._decode(model, progress, jax.random.key(0), 3, sampling=GREEDY, most=3)
+    module._decode(model, progress, np.zeros(0, np.int32), 3, most=3)
     assert state[0].mixer.keys_bksc.is_deleted()
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from layers.config import ConfigError
-from research.inference import SamplingConfig, sample
+from research.inference import SamplingConfig, SamplingRows, sample
 from research.inference.sampling import filter_logits
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32) * 2
@@ -26,6 +26,24 @@ FILTERS = {
 }
 
 
+def rows_of(*configs, vocab=20, prompts=None):
+    """Row r has configuration r and index r."""
+    prompts = prompts or [()] * len(configs)
+    ones = [
+        SamplingRows.of(SamplingConfig(**config), vocab, prompt, index)
+        for index, (config, prompt) in enumerate(zip(configs, prompts, strict=True))
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *ones)
+
+
+def tokens_of(logits_bv, rows, position=0):
+    return draw(logits_bv, np.full(len(logits_bv), position, np.int32), rows).token_b
+
+
+draw = jax.jit(sample)
+filtered = jax.jit(filter_logits)
+
+
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS)
 def test_filters_match_transformers(options):
     torch = pytest.importorskip("torch")
@@ -39,7 +57,7 @@ def test_filters_match_transformers(options):
     if "min_p" in options:
         scores = hf.MinPLogitsWarper(options["min_p"])(None, scores)
     want = torch.softmax(scores, -1).numpy()
-    got = jax.nn.softmax(filter_logits(LOGITS, SamplingConfig(**options)), axis=-1)
+    got = jax.nn.softmax(filtered(LOGITS, rows_of(*[options] * 6)), axis=-1)
     np.testing.assert_array_equal(got > 0, want > 0)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -49,11 +67,11 @@ def test_draws_follow_the_exact_probabilities(options):
     config = SamplingConfig(**options)
     draws = 20_000
     logits = LOGITS[0].astype(np.float64)
-    row = np.asarray(filter_logits(LOGITS[:1], config))[0]
+    row = np.asarray(filter_logits(LOGITS[:1], rows_of(options)))[0]
     exact = np.where(np.isfinite(row), np.exp(logits / config.temperature), 0)
     exact /= exact.sum()
     many = jnp.broadcast_to(LOGITS[0], (draws, 20))
-    tokens = jax.jit(sample, static_argnums=2)(many, jax.random.key(3), config)
+    tokens = tokens_of(many, rows_of(*[dict(seed=3, **options)] * draws))
     assert tokens.dtype == jnp.int32
     counts = np.bincount(tokens, minlength=20)
     assert not np.any(counts[exact == 0])
@@ -64,23 +82,13 @@ def test_draws_follow_the_exact_probabilities(options):
 def test_temperature_zero_is_the_likeliest_and_small_ones_approach_it():
     best = LOGITS.argmax(-1)
     for temperature in (0, 1e-30, 1e-3):
-        config = SamplingConfig(temperature=temperature, top_p=0.9, min_p=0.1, top_k=3)
-        np.testing.assert_array_equal(sample(LOGITS, jax.random.key(0), config), best)
+        options = dict(temperature=temperature, top_p=0.9, min_p=0.1, top_k=3)
+        np.testing.assert_array_equal(tokens_of(LOGITS, rows_of(*[options] * 6)), best)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
-    key, config = jax.random.key(1), SamplingConfig(temperature=2.0)
-    together = sample(LOGITS, key, config)
-    np.testing.assert_array_equal(sample(LOGITS[:2], key, config), together[:2])
-    changed = np.concatenate((LOGITS[:3], -LOGITS[3:]))
-    np.testing.assert_array_equal(sample(changed, key, config)[:3], together[:3])
-
-
-def test_equal_rows_draw_apart_and_keys_matter():
-    equal = jnp.zeros((64, 50))
-    config = SamplingConfig()
-    a, b = (sample(equal, jax.random.key(seed), config) for seed in (0, 1))
-    assert len(set(a.tolist())) > 20 and np.any(a != b)
+def test_equal_rows_draw_apart():
+    equal = np.zeros((64, 20), np.float32)
+    assert len(set(tokens_of(equal, rows_of(*[dict()] * 64)).tolist())) > 10
 
 
 @pytest.mark.parametrize(
