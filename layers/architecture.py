@@ -34,6 +34,7 @@ MIXERS = {
     "rwkv4": "rwkv",
     "rwkv7": "rwkv",
 }
+CACHED = ("attention", "sliding", "latent")  # the mixers that store keys
 FEED_FORWARDS = {"mlp": "mlp", "rwkv4": "mlp", "rwkv7": "mlp", "moe": "moe", "none": None}
 NORM_POSITIONS = ("pre", "post", "both", "output")
 # the taps (`layers.hooks`) in a block whose activations are as wide as the model or its heads

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from layers import alibi
+from layers.cache import KVCache
 from layers.config import EXECUTION, check, check_choice, check_types
 from layers.context import Context
 from layers.context_parallel import CONTEXTS, sharded_attention
@@ -21,7 +22,7 @@ from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig
 from layers.sharding import per_device
-from layers.state import KVCache
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.mask import CAUSAL, Mask
@@ -231,7 +232,7 @@ class Attention(nnx.Module):
         zeros = jnp.zeros((h,), param_dtype)
         self.sinks = nnx.Param(zeros, axes=("heads",)) if config.sinks else None
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> KVCache:
         """An empty cache of ``max_length`` tokens, or of ``window`` if that is fewer."""
         capacity = min(max_length, self.window or max_length)
         return KVCache.empty(
@@ -239,7 +240,7 @@ class Attention(nnx.Module):
             capacity,
             self.config.kv_heads,
             self.head_dim,
-            dtype or self.dtype,
+            cache.dtype_for(self.head_dim, self.dtype),
             rolling=capacity < max_length,
         )
 
@@ -261,7 +262,7 @@ class Attention(nnx.Module):
             mask = mask.with_segments(b, t)
             state, keys = state.extend(k, v, mask.q_positions_bt, mask.q_segments_bt)
             mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
-            k, v = keys.k_bskc.astype(self.dtype), keys.v_bskc.astype(self.dtype)
+            k, v = keys.k_bskc, keys.v_bskc
         options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
         if self.use_alibi:
             config = self.config

@@ -19,6 +19,7 @@ from layers.norm import Norm
 from layers.rwkv import ChannelMix, Depth
 from layers.rwkv4 import Rwkv4
 from layers.rwkv7 import Rwkv7
+from layers.state import CacheConfig
 
 
 class BlockState(NamedTuple):
@@ -62,11 +63,11 @@ class Block(nnx.Module):
         self.mixer_post_norm = norm(of_output)
         self.mlp_post_norm = norm(of_output and has_mlp)
 
-    def init_state(self, batch: int, max_length: int, dtype) -> BlockState:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig) -> BlockState:
         """The empty state for ``max_length`` tokens."""
         layers = (self.mixer, self.mlp)
         return BlockState(
-            *(None if a is None else a.init_state(batch, max_length, dtype) for a in layers)
+            *(None if a is None else a.init_state(batch, max_length, cache) for a in layers)
         )
 
     def init_shared(self, x_btd: jax.Array) -> dict[str, Any]:

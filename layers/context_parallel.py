@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.cache import Keys
 from layers.sharding import mesh_axis, per_device, spec
-from layers.state import Keys
 from pallas_kernels.derivatives import differentiable
 from pallas_kernels.flash_attention import attention_gradients, flash_attention
 from pallas_kernels.mask import Mask

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.architecture import REMAT, DecoderConfig
+from layers.architecture import CACHED, REMAT, DecoderConfig
 from layers.block import Block, BlockState, dtypes, make_norm
 from layers.config import check
 from layers.context import Context
@@ -24,6 +24,7 @@ from layers.moe import Moe, RouterStats, rebalance
 from layers.pipeline import pipeline, stages
 from layers.rwkv import Depth
 from layers.sharding import all_but_gathered, reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import gathers
 from pallas_kernels.mask import CAUSAL, Mask
 
@@ -133,9 +134,22 @@ class Decoder(nnx.Module):
                 counts = counts_le[jnp.array(rows)] if self.config.scan else counts_le[rows[0]]
                 rebalance(block.mlp, counts)
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> State:
-        """Empty states for ``max_length`` tokens: one for each of ``blocks``, stacked alike."""
-        dtype = jnp.dtype(dtype or self.config.dtype)
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> State:
+        """Empty states for ``max_length`` tokens: one for each of ``blocks``, stacked alike.
+
+        ``cache``: how attention layers store keys and values. States of recurrent layers do not
+        depend on it.
+
+        Raises:
+          ConfigError: a size is not positive, a layer does not support ``cache``, no layer reads
+            it, or the model does not support generation.
+        """
+        pattern = self.config.pattern
+        stores_keys = not set(pattern).isdisjoint(CACHED)
+        for name, default in (("kind", "contiguous"), ("dtype", None)):
+            value = getattr(cache, name)
+            no_layer = f"changes nothing: no layer of pattern={pattern} stores keys"
+            check(stores_keys or value == default, f"cache.{name}", value, no_layer)
         moe = self.config.moe
         sees_later = moe is not None and moe.router == "expert_choice"
         check(
@@ -146,7 +160,7 @@ class Decoder(nnx.Module):
         )
 
         def empty(block):
-            state = block.init_state(batch, max_length, dtype)
+            state = block.init_state(batch, max_length, cache)
             if not self.config.scan:
                 return state
             repeats = self.config.repeats // self.config.circuits

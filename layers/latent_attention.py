@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.attention import observed_attention
+from layers.cache import KVCache
 from layers.config import EXECUTION, check, check_choice, check_types
 from layers.context import Context
 from layers.context_parallel import sharded_attention
@@ -23,7 +24,7 @@ from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
 from layers.rotary import RotaryConfig
 from layers.sharding import reshard
-from layers.state import KVCache
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import einsum
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.mask import Mask
@@ -116,12 +117,11 @@ class LatentAttention(nnx.Module):
             rngs=rngs, bias=config.bias, init=fan_in_normal(out_scale, fan_in=h * v), **dtypes,
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> KVCache:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> KVCache:
         """An empty cache of latents and rotated keys, as one key-value head without values."""
         channels = self.config.rank + self.config.rotary_dim
-        return KVCache.empty(
-            batch, max_length, 1, channels, dtype or self.dtype, rolling=False, value_channels=0
-        )
+        dtype = cache.dtype_for(channels, self.dtype)
+        return KVCache.empty(batch, max_length, 1, channels, dtype, rolling=False, has_values=False)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -146,11 +146,10 @@ class LatentAttention(nnx.Module):
 
         mask = mask.with_segments(b, t)
         cached_btkc = jnp.concatenate((latent_btr[:, :, None], rotated_btkp), axis=-1)
-        no_values = cached_btkc[..., :0]
         state, keys = context.state.extend(
-            cached_btkc, no_values, mask.q_positions_bt, mask.q_segments_bt
+            cached_btkc, None, mask.q_positions_bt, mask.q_segments_bt
         )
-        k = keys.k_bskc.astype(self.dtype)
+        k = keys.k_bskc
         q_latent = self._absorbed("bthc,rhc->bthr", q_plain, self.key)
         q = jnp.concatenate((q_latent, q_rotated), axis=-1)
         q, k = tap("attention.query", q), tap("attention.key", k)

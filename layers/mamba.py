@@ -17,6 +17,7 @@ from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.sharding import per_device, reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.selective_scan import selective_scan
@@ -224,10 +225,12 @@ class Mamba(nnx.Module):
             init=fan_in_normal(out_scale), bias=config.bias,
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> MambaState:
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> MambaState:
         """The empty state; ``max_length`` does not change its size."""
-        del max_length
-        tail = Tail.empty(batch, self.config.convolution - 1, self.inner, dtype or self.dtype)
+        del max_length, cache
+        tail = Tail.empty(batch, self.config.convolution - 1, self.inner, self.dtype)
         scan = jnp.zeros((batch, self.inner, self.config.state), jnp.float32)
         return MambaState(tail, scan)
 

@@ -19,6 +19,7 @@ from layers.linear import Linear, fan_in_normal
 from layers.mamba import CHANNELS, SELECTIVE, Convolution, MambaConfig, step_bias
 from layers.recurrent import RecurrentState, Tail, Tokens, after, carried
 from layers.sharding import mesh_axis, per_device, reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.ssd import ssd
 
@@ -115,14 +116,15 @@ class Mamba2(nnx.Module):
             rngs=rngs, init=fan_in_normal(out_scale), bias=config.bias, **dtypes,
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> Mamba2State:
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> Mamba2State:
         """The empty state; ``max_length`` does not change its size."""
-        del max_length
+        del max_length, cache
         n, p = self.config.state, self.config.head_dim
         tail_length, group = self.config.convolution - 1, self.config.groups * n
         into, b, c = (
-            Tail.empty(batch, tail_length, size, dtype or self.dtype)
-            for size in (self.inner, group, group)
+            Tail.empty(batch, tail_length, size, self.dtype) for size in (self.inner, group, group)
         )
         scan = jnp.zeros((batch, self.inner // p, p, n), jnp.float32)
         return Mamba2State((into, b, c), scan)

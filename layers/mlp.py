@@ -10,6 +10,7 @@ from flax import nnx
 from layers.config import check, check_choice, check_types
 from layers.context import Context
 from layers.linear import Linear, fan_in_normal
+from layers.state import CONTIGUOUS, CacheConfig
 
 
 def _gelu_tanh(x):
@@ -85,7 +86,7 @@ class Mlp(nnx.Module):
             **dtypes,
         )
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> None:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> None:
         """None: this layer has no state."""
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:

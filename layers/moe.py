@@ -33,6 +33,7 @@ from layers.routing import (
     z_loss,
 )
 from layers.sharding import mesh_axis, per_device, reshard, spec
+from layers.state import CONTIGUOUS, CacheConfig, LayerState
 from layers.weights import read
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -57,10 +58,18 @@ class RouterStats:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MoeState:
+class MoeState(LayerState):
     """The state of a mixture, which stores nothing: with it, no token is dropped."""
 
+    @property
+    def can_rewind(self) -> bool:
+        return True
+
     def rewind(self, count_b: jax.Array) -> "MoeState":
+        """This state."""
+        return self
+
+    def cleared(self) -> "MoeState":
         """This state."""
         return self
 
@@ -121,7 +130,7 @@ class Moe(nnx.Module):
             else None
         )
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> MoeState:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> MoeState:
         """The state of a call that drops no token."""
         return MoeState()
 

@@ -7,26 +7,39 @@ a row: it is a separate segment.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from layers.config import ConfigError, check
 from layers.sharding import reshard
+from layers.state import LayerState
 from pallas_kernels.mask import Mask
 
 NO_SEGMENT = -1  # the segment of padding, and before the first token
 
 
-class RecurrentState:
+class RecurrentState(LayerState):
     """A state that each token overwrites, so that it does not support `rewind`."""
+
+    @property
+    def can_rewind(self) -> bool:
+        return False
 
     def rewind(self, count_b: jax.Array) -> Any:
         """Raise `ConfigError`: earlier states are overwritten. Callers may keep a copy."""
         raise ConfigError(
             f"state={type(self).__name__}: does not support rewind; keep a copy instead"
         )
+
+    def cleared(self) -> Self:
+        """The empty state: zeros, and no segment before the first token."""
+
+        def empty(node):
+            return node.cleared() if isinstance(node, Tail) else jnp.zeros_like(node)
+
+        return jax.tree.map(empty, self, is_leaf=lambda node: isinstance(node, Tail))
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +56,10 @@ class Tail(RecurrentState):
             values_bnd=jnp.zeros((batch, n, width), dtype),
             segments_bn=jnp.full((batch, n), NO_SEGMENT, jnp.int32),
         )
+
+    def cleared(self) -> "Tail":
+        """The tail before the first token."""
+        return Tail(jnp.zeros_like(self.values_bnd), jnp.full_like(self.segments_bn, NO_SEGMENT))
 
 
 class Tokens(NamedTuple):

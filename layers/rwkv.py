@@ -16,6 +16,7 @@ from layers.context import Context
 from layers.linear import Linear, fan_in_normal
 from layers.recurrent import Tail, Tokens, after, before
 from layers.sharding import reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -130,10 +131,10 @@ class ChannelMix(nnx.Module):
             rngs=rngs, init=fan_in_normal(out_scale), **dtypes,
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> Tail:
+    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> Tail:
         """The empty state: no token came before."""
-        del max_length
-        return Tail.empty(batch, 1, self.width, dtype or self.dtype)
+        del max_length, cache
+        return Tail.empty(batch, 1, self.width, self.dtype)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """The layer applied to each token and its predecessor; a state holds the first's."""

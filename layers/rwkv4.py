@@ -12,6 +12,7 @@ from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Depth, RwkvConfig, ramp, vector
 from layers.sharding import per_device, reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.wkv import EMPTY, wkv4
 
@@ -27,6 +28,11 @@ class Rwkv4State(RecurrentState):
     numerator_bd: jax.Array
     denominator_bd: jax.Array
     greatest_bd: jax.Array
+
+    def cleared(self) -> "Rwkv4State":
+        """The empty state; see `pallas_kernels.wkv.EMPTY`."""
+        empty = jnp.full_like(self.greatest_bd, EMPTY)
+        return dataclasses.replace(super().cleared(), greatest_bd=empty)
 
 
 class Rwkv4(nnx.Module):
@@ -74,11 +80,13 @@ class Rwkv4(nnx.Module):
             init=fan_in_normal(out_scale),
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> Rwkv4State:
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> Rwkv4State:
         """The empty state; ``max_length`` does not change its size."""
-        del max_length
+        del max_length, cache
         zeros = jnp.zeros((batch, self.channels), jnp.float32)
-        tail = Tail.empty(batch, 1, self.width, dtype or self.dtype)
+        tail = Tail.empty(batch, 1, self.width, self.dtype)
         return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:

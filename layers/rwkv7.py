@@ -13,6 +13,7 @@ from layers.linear import Linear, fan_in_normal
 from layers.recurrent import RecurrentState, Tail, Tokens, after, before, carried
 from layers.rwkv import Depth, RwkvConfig, ramp, vector
 from layers.sharding import per_device, reshard
+from layers.state import CONTIGUOUS, CacheConfig
 from layers.weights import read
 from pallas_kernels.wkv import wkv7
 
@@ -136,11 +137,13 @@ class Rwkv7(nnx.Module):
             **dtypes,
         )
 
-    def init_state(self, batch: int, max_length: int, dtype=None) -> Rwkv7State:
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> Rwkv7State:
         """The empty state; ``max_length`` does not change its size."""
-        del max_length
+        del max_length, cache
         matrix = jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32)
-        return Rwkv7State(Tail.empty(batch, 1, self.width, dtype or self.dtype), matrix)
+        return Rwkv7State(Tail.empty(batch, 1, self.width, self.dtype), matrix)
 
     def init_shared(self, x_btd: jax.Array) -> dict[str, jax.Array]:
         """Zeros, which the first RWKV-7 layer overwrites with its values."""

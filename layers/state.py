@@ -1,178 +1,91 @@
-"""States of sequence mixers between calls: registered dataclasses, passed in and returned.
+"""States of layers between calls: registered dataclasses, passed in and returned.
 
-A state of attention has ``extend(keys, values, positions, segments) -> (state, keys to see)``,
-which hides how keys are stored. Every state has ``rewind(count_b) -> state``, which removes the
-last tokens if that is cheap, and else raises an error.
+Every state is a `LayerState`. A state of attention (`layers.cache`) also has
+``extend(keys, values, positions, segments) -> (state, keys to see)``, which hides how keys are
+stored. The functions here take the state of a decoder, or of one layer. `rewind`, `rollback`,
+`cleared` and `with_table` also take stacked states (``scan=True``); those that select a row or a
+page require an unstacked decoder's list of states (`layers.stack.unstacked`), whose arrays have the
+batch, or the pages, as their first axis.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 
-from layers.config import check
-from layers.sharding import axes_of, per_device, reshard, spec
+from layers.config import check, check_choice, check_types
+from pallas_kernels.stored import DTYPES
 
-
-class Keys(NamedTuple):
-    """Keys with their values, positions and segments (None if there are none)."""
-
-    k_bskc: jax.Array
-    v_bskc: jax.Array
-    positions_bs: jax.Array
-    segments_bs: jax.Array | None
+KINDS = ("contiguous", "paged")
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens so far, in ``s`` slots for each row.
+class CacheConfig:
+    """How attention layers store the keys and values of a decoder's state.
 
-    Heads come before slots, as in the products of queries with keys: decoding transposes nothing.
-
-    Tokens fill slots in the order in which they are written, for any positions. So rows of
-    different lengths and packed documents require no special case. A ``rolling`` cache
-    (sliding-window attention, Jiang 2023, §2) reuses the slot of the oldest token. A contiguous
-    one must be large enough: further tokens are dropped, so callers check the length first (see
-    `extend`).
+    ``kind``: ``"contiguous"``: each row has its slots, and those of sliding layers are rolling;
+    ``"paged"``: rows have pages of ``page`` tokens in a pool of ``pages`` (None: enough for all
+    rows). ``dtype``: of storage, one of `pallas_kernels.stored.DTYPES`; None: that of computation.
     """
 
-    keys_bksc: jax.Array
-    values_bksc: jax.Array
-    positions_bs: jax.Array  # int32, −1 = empty
-    segments_bs: jax.Array  # int32, 0 = none
-    written_b: jax.Array  # int32, tokens written so far
-    rolling: bool = dataclasses.field(metadata=dict(static=True))
+    kind: str = "contiguous"
+    dtype: str | None = None
+    page: int = 16
+    pages: int | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("kind", self.kind, KINDS)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+        check(self.page > 0, "page", self.page, "must be > 0")
+        check(self.pages is None or self.pages > 0, "pages", self.pages, "must be > 0 or None")
+        for name, default in (("page", 16), ("pages", None)):
+            value = getattr(self, name)
+            allowed = self.kind == "paged" or value == default
+            check(allowed, name, value, "changes nothing: requires kind='paged'")
+
+    def dtype_for(self, channels: int, dtype: Any) -> str:
+        """The dtype of storage of vectors of ``channels`` that are computed in ``dtype``.
+
+        Raises:
+          ConfigError: it does not support this number of channels.
+        """
+        stored = self.dtype or jax.numpy.dtype(dtype).name
+        even = channels % 2 == 0
+        check(even or stored != "int4", "dtype", stored, f"requires even channels, not {channels}")
+        return stored
+
+
+CONTIGUOUS = CacheConfig()
+
+
+class LayerState:
+    """The state of one layer; arrays have the batch as their first axis."""
 
     @property
-    def capacity(self) -> int:
-        return self.keys_bksc.shape[-2]
+    def can_rewind(self) -> bool:
+        """Whether `rewind` is supported."""
+        raise NotImplementedError
 
-    @classmethod
-    def empty(
-        cls,
-        batch: int,
-        capacity: int,
-        kv_heads: int,
-        channels: int,
-        dtype,
-        *,
-        rolling: bool,
-        value_channels: int | None = None,
-    ) -> "KVCache":
-        """A cache without tokens; ``value_channels`` defaults to ``channels``.
+    def rewind(self, count_b: jax.Array) -> Self:
+        """The state without the last ``count_b`` tokens of each row; else raises `ConfigError`."""
+        raise NotImplementedError
 
-        Raises:
-          ConfigError: ``batch`` or ``capacity`` is not positive.
-        """
-        check(batch > 0, "batch", batch, "must be > 0")
-        check(capacity > 0, "max_length", capacity, "must be > 0")
-        values = channels if value_channels is None else value_channels
-        heads, row = ("batch", "kv_heads", None, None), ("batch", None)
-        return cls(
-            keys_bksc=reshard(jnp.zeros((batch, kv_heads, capacity, channels), dtype), *heads),
-            values_bksc=reshard(jnp.zeros((batch, kv_heads, capacity, values), dtype), *heads),
-            positions_bs=reshard(jnp.full((batch, capacity), -1, jnp.int32), *row),
-            segments_bs=reshard(jnp.zeros((batch, capacity), jnp.int32), *row),
-            written_b=reshard(jnp.zeros((batch,), jnp.int32), "batch"),
-            rolling=rolling,
+    def cleared(self) -> Self:
+        """The state without tokens. No number that it held reaches a later result, even NaN."""
+        raise NotImplementedError
+
+    def take_row(self, row: int | jax.Array) -> Self:
+        """The state of one row, with a batch of 1."""
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), self)
+
+    def put_row(self, row: int | jax.Array, of_row: Self) -> Self:
+        """The state with ``of_row``, of a batch of 1, as its ``row``."""
+        return jax.tree.map(
+            lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, row, 0), self, of_row
         )
-
-    def extend(
-        self,
-        keys_btkc: jax.Array,
-        values_btkc: jax.Array,
-        positions_bt: jax.Array,
-        segments_bt: jax.Array,
-    ) -> "tuple[KVCache, Keys]":
-        """The cache with ``t`` more tokens, and the keys that their queries may see.
-
-        Tokens at position −1 (padding) are not written.
-
-        Raises:
-          ConfigError: ``t`` exceeds a contiguous cache's capacity. Only shapes are checked.
-        """
-        t = keys_btkc.shape[1]
-        new = self._write(keys_btkc, values_btkc, positions_bt, segments_bt)
-        visible = new._keys()
-        if self.rolling and t > 1:
-            # Several new tokens overwrite keys that the first of them still see. So they see the
-            # keys of the old cache and the new ones. One token overwrites only a key that is
-            # outside the window.
-            new_keys = Keys(keys_btkc, values_btkc, positions_bt, segments_bt)
-            visible = jax.tree.map(_append, self._keys(), new_keys)
-        return new, visible
-
-    def rewind(self, count_b: jax.Array) -> "KVCache":
-        """The cache without the last ``count_b`` tokens of each row.
-
-        Raises:
-          ConfigError: the cache is rolling: tokens that would be seen again are overwritten.
-        """
-        check(not self.rolling, "state", "rolling KVCache", "does not support rewind")
-        written = jnp.maximum(self.written_b - count_b, 0)
-        is_kept = jnp.arange(self.capacity) < written[..., None]
-        positions = jnp.where(is_kept, self.positions_bs, -1)
-        return dataclasses.replace(self, positions_bs=positions, written_b=written)
-
-    def _keys(self) -> Keys:
-        k, v = (jnp.swapaxes(a, 1, 2) for a in (self.keys_bksc, self.values_bksc))
-        return Keys(k, v, self.positions_bs, self.segments_bs)
-
-    def _write(self, keys_btkc, values_btkc, positions_bt, segments_bt) -> "KVCache":
-        t = keys_btkc.shape[1]
-        check(
-            self.rolling or t <= self.capacity,
-            "tokens",
-            t,
-            f"must be at most max_length={self.capacity} of the cache",
-        )
-        valid = positions_bt >= 0
-        rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-        count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        slots = self.written_b[:, None] + rank
-        if self.rolling:
-            # only the last `capacity` new tokens are written, so that no two have the same slot
-            valid &= rank >= count[:, None] - self.capacity
-            slots = slots % self.capacity
-        slots = jnp.where(valid, slots, self.capacity)  # out of range: the scatter drops it
-
-        def put(old, new, *heads):
-            """``old`` with ``new`` ``[b, t, …]`` in its slots, which come after heads, if any."""
-
-            def write_shards(old, new, slots):
-                # as rows of one matrix, which XLA writes in place
-                shape = old.shape if heads else (old.shape[0], 1, old.shape[1], 1)
-                b, k, s, c = shape
-                row_index = jnp.arange(b)[:, None, None] * k + jnp.arange(k)
-                index = jnp.where(slots[..., None] < s, row_index * s + slots[..., None], b * k * s)
-                flat = old.reshape(b * k * s, c)
-                flat = flat.at[index].set(
-                    new.reshape(*index.shape, c).astype(old.dtype), mode="drop"
-                )
-                return flat.reshape(old.shape)
-
-            row = ("batch", None)
-            axes = ("batch", *heads, None, None) if heads else row
-            new_axes = (*row, *heads, None) if heads else row
-            return per_device(write_shards, (old, new, slots), (axes, new_axes, row), axes)
-
-        return dataclasses.replace(
-            self,
-            keys_bksc=put(self.keys_bksc, keys_btkc, "kv_heads"),
-            values_bksc=put(self.values_bksc, values_btkc, "kv_heads"),
-            positions_bs=put(self.positions_bs, positions_bt),
-            segments_bs=put(self.segments_bs, segments_bt),
-            written_b=self.written_b + count,
-        )
-
-
-def _append(old: jax.Array, new: jax.Array) -> jax.Array:
-    new = new.astype(old.dtype)
-    if spec() is not None:
-        new = jax.sharding.reshard(new, axes_of(old))
-    return jnp.concatenate((old, new), axis=1)
 
 
 def rewind(state: Any, count_b: jax.Array) -> Any:
@@ -181,8 +94,50 @@ def rewind(state: Any, count_b: jax.Array) -> Any:
     Raises:
       ConfigError: the state of a layer, which is named, does not support it.
     """
-    return jax.tree.map(
-        lambda layer_state: layer_state.rewind(count_b),
-        state,
-        is_leaf=lambda node: hasattr(node, "rewind"),
+    return _map(lambda layer: layer.rewind(count_b), state)
+
+
+def can_rewind(state: Any) -> bool:
+    """Whether the states of all layers support `rewind`."""
+    layers = jax.tree.leaves(state, is_leaf=_is_layer)
+    return all(layer.can_rewind for layer in layers if _is_layer(layer))
+
+
+def rollback(new: Any, old: Any, count_b: jax.Array) -> Any:
+    """``new`` without its last ``count_b`` tokens, where layers support it; else ``old``.
+
+    ``new`` follows ``old``. A recurrent layer and a rolling cache return to the whole of ``old``.
+    So if ``can_rewind(new)`` is False, callers take back all tokens since ``old`` and repeat those
+    that they keep.
+    """
+    return _map(
+        lambda after, before: after.rewind(count_b) if after.can_rewind else before, new, old
     )
+
+
+def cleared(state: Any) -> Any:
+    """``state`` without tokens; nothing that it held reaches a later result, not even NaN."""
+    return _map(lambda layer: layer.cleared(), state)
+
+
+def take_row(state: Any, row: int | jax.Array) -> Any:
+    """The state of one row, with a batch of 1; pages are not copied. ``row`` may be traced."""
+    return _map(lambda layer: layer.take_row(row), state)
+
+
+def put_row(state: Any, row: int | jax.Array, of_row: Any) -> Any:
+    """``state`` with ``of_row``, from `take_row` and further calls, as its ``row``."""
+    return _map(lambda layer, new: layer.put_row(row, new), state, of_row)
+
+
+def copy_row(state: Any, source: int | jax.Array, target: int | jax.Array) -> Any:
+    """``state`` with a copy of row ``source`` as its row ``target``; they share their pages."""
+    return put_row(state, target, take_row(state, source))
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, LayerState)
+
+
+def _map(function: Callable, *states: Any) -> Any:
+    return jax.tree.map(function, *states, is_leaf=_is_layer)

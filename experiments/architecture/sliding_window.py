@@ -20,7 +20,7 @@ from research.ablation.language_model import check_unit, evaluate_unit, language
 from research.ablation.measure import state_bytes
 
 PAPER = "Jiang 2023, Mistral 7B, arXiv:2310.06825; Beltagy 2020, Longformer, arXiv:2004.05150"
-CODE = ("layers/attention.py", "layers/state.py")
+CODE = ("layers/attention.py", "layers/cache.py")
 MATCHED = "tokens, parameters; the copying arms differ in depth on purpose"
 SEEDS = (0, 1, 2)
 TOPOLOGY = "v5p:4x4x4"  # the slice of paper scale

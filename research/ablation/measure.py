@@ -12,22 +12,27 @@ from flax import nnx
 
 from layers.config import check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
+from layers.state import CONTIGUOUS, CacheConfig
+from pallas_kernels.stored import Stored
 from research.ablation.experiment import Unit
 from research.memory import device_memory, spell
 
 
-def state_bytes(model: Decoder, batch: int, length: int) -> int:
+def state_bytes(model: Decoder, batch: int, length: int, cache: CacheConfig = CONTIGUOUS) -> int:
     """Bytes of keys, values or recurrent state that ``model`` keeps for ``length`` tokens per row.
 
-    Computed from abstract shapes: nothing is allocated. Bookkeeping (positions, segments) is not
-    counted, as in the papers.
+    Computed from abstract shapes: nothing is allocated. The codes and scales of quantised caches
+    are counted. Bookkeeping (positions, segments, tables of pages) is not, as in the papers.
     """
-    state = jax.eval_shape(lambda: model.init_state(batch, length))
-    return sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    )
+    state = jax.eval_shape(lambda: model.init_state(batch, length, cache))
+
+    def counted(node) -> int:
+        if not isinstance(node, Stored) and not jnp.issubdtype(node.dtype, jnp.floating):
+            return 0
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(node))
+
+    stored = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Stored))
+    return sum(map(counted, stored))
 
 
 def check_decoding(unit: Unit, batch: int, *lengths: int) -> None:

@@ -251,7 +251,7 @@ def test_cached_logits_are_the_full_forwards(name, scan):
     step = jax.jit(lambda m, tokens, positions, state: m(tokens, positions, state=state))
     state, at, parts = model.init_state(2, T), 0, []
     stacked = (model.config.repeats,) if scan else ()
-    assert all(layer.mixer.keys_bksc.shape[:-4] == stacked for layer in state)
+    assert all(layer.mixer.keys.codes.shape[:-4] == stacked for layer in state)
     for n in (3, 1, 1, 1):
         positions = jnp.arange(at, at + n)[None]
         out = step(model, TOKENS[:, at : at + n], positions, state)
@@ -361,7 +361,7 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     want = logits(make(), TOKENS)
     assert 0 < float(jnp.abs(got - want).max()) < 0.05 * float(jnp.abs(want).max())
     assert {a.dtype for a in jax.tree.leaves(gradients(model, TOKENS))} == {jnp.dtype("float32")}
-    assert model.init_state(1, 4)[0].mixer.keys_bksc.dtype == jnp.bfloat16
+    assert model.init_state(1, 4)[0].mixer.keys.dtype == "bfloat16"
     stored = Decoder(dataclasses.replace(BASE, param_dtype="bfloat16"), rngs=nnx.Rngs(0))
     assert {a.dtype for a in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
 
@@ -375,7 +375,7 @@ def test_a_70b_model_takes_no_memory_to_plan():
     assert all(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)
     assert sum(a.size for a in leaves) == 70_553_706_496  # Llama 3 70B
     cache = jax.eval_shape(lambda m: m.init_state(1, 8192), shapes)
-    assert cache[0].mixer.keys_bksc.shape == (80, 1, 8, 8192, 128)
+    assert cache[0].mixer.keys.codes.shape == (80, 1, 8, 8192, 128)
 
 
 def test_gradients_reach_every_parameter():

@@ -12,6 +12,7 @@ from layers.decoder import DecoderConfig
 from layers.latent_attention import LatentAttention, LatentConfig
 from layers.mlp import MlpConfig
 from layers.rotary import RotaryConfig
+from layers.state import CacheConfig
 from layers.weights import flat
 
 B, T, D = 2, 7, 12
@@ -105,12 +106,12 @@ def test_values_and_gradients_of_transformers(query_rank, interleaved):
 
 def test_a_token_is_kept_as_its_latent_and_its_turned_key():
     state = make(sizes()).init_state(B, 16)
-    assert state.keys_bksc.nbytes + state.values_bksc.nbytes == B * 16 * (RANK + TURNED) * 4
-    half = make(sizes()).init_state(B, 16, jnp.bfloat16)
-    assert half.keys_bksc.nbytes + half.values_bksc.nbytes == B * 16 * (RANK + TURNED) * 2
+    assert state.values is None and state.keys.codes.nbytes == B * 16 * (RANK + TURNED) * 4
+    half = make(sizes()).init_state(B, 16, CacheConfig(dtype="bfloat16"))
+    assert half.values is None and half.keys.codes.nbytes == B * 16 * (RANK + TURNED) * 2
     # as many heads as there may be, it is the same
     many = make(LatentConfig(48, RANK, OWN, TURNED, VALUE)).init_state(B, 16)
-    assert many.keys_bksc.nbytes == state.keys_bksc.nbytes
+    assert many.keys.codes.nbytes == state.keys.codes.nbytes
 
 
 def test_what_is_kept_of_a_token_is_what_the_paper_says():
@@ -128,7 +129,7 @@ def test_what_is_kept_of_a_token_is_what_the_paper_says():
     theta = 10_000.0 ** (-2 * np.arange(TURNED // 2) / TURNED)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * POSITIONS[..., None] * theta)
     turned = np.stack((turned.real, turned.imag), -1).reshape(B, T, TURNED)
-    kept = np.asarray(state.keys_bksc)[:, 0]
+    kept = np.asarray(state.keys.codes)[:, 0]
     np.testing.assert_allclose(kept, np.concatenate((latent, turned), -1), atol=1e-5)
 
 

@@ -23,7 +23,16 @@ from layers.mlp import MlpConfig
 from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from layers.stack import unstacked
-from layers.state import rewind
+from layers.state import (
+    LayerState,
+    can_rewind,
+    cleared,
+    copy_row,
+    put_row,
+    rewind,
+    rollback,
+    take_row,
+)
 from layers.weights import flat
 
 T = 5
@@ -291,6 +300,53 @@ def test_a_state_rewinds_or_says_that_it_cannot(name):
     want = read(model, *rest, before.state).logits_btv
     got = read(model, *rest, rewind(state, jnp.array([2, 2]))).logits_btv
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def positions_of(start, count, rows=2):
+    return jnp.tile(jnp.arange(start, start + count), (rows, 1)), jnp.zeros((rows, count), int)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_rows_are_taken_put_copied_cleared_and_rolled_back(name):
+    model = unstacked(make(name))
+    first = read(model, TOKENS[:, :3], *positions_of(0, 3), model.init_state(2, T)).state
+    rest = TOKENS[:, 3:], *positions_of(3, 2)
+    want = read(model, *rest, first)
+
+    @jax.jit
+    def through_a_row(state, row):
+        taken = take_row(state, row)
+        assert all(a.shape[0] == 1 for a in jax.tree.leaves(taken))
+        alone = read(model, *(jnp.take(a, row[None], 0) for a in rest), taken)
+        return alone.logits_btv[0], put_row(state, row, alone.state)
+
+    # row by row is both rows at once, and the other row stays
+    state = first
+    for row in (1, 0):
+        got, state = through_a_row(state, jnp.int32(row))
+        np.testing.assert_allclose(got, want.logits_btv[row], atol=1e-5)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want.state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # a copied row continues as the other; a row that held NaN is as good as new
+    copied = read(model, *rest, copy_row(first, 1, 0)).logits_btv
+    twice = read(model, *(jnp.tile(a[1:], (2, 1)) for a in rest), copy_row(first, 1, 0))
+    np.testing.assert_allclose(copied[1], want.logits_btv[1], atol=1e-5)
+    np.testing.assert_allclose(twice.logits_btv[0], want.logits_btv[1], atol=1e-5)
+    poisoned = jax.tree.map(
+        lambda a: jnp.full_like(a, jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a, first
+    )
+    empty = put_row(first, 0, cleared(take_row(poisoned, 0)))
+    fresh = read(model, TOKENS[:, :2], *positions_of(0, 2), model.init_state(2, T)).logits_btv
+    again = read(model, TOKENS[:, :2], *positions_of(0, 2), empty).logits_btv
+    np.testing.assert_array_equal(again[0], fresh[0])
+    jax.tree.map(np.testing.assert_array_equal, cleared(poisoned), model.init_state(2, T))
+    # rejected tokens are taken back, or the state before them is
+    drafted = read(model, (TOKENS[:, 3:] + 1) % 11, *positions_of(3, 2), first).state
+    back = rollback(drafted, first, jnp.array([2, 2]))
+    np.testing.assert_array_equal(read(model, *rest, back).logits_btv, want.logits_btv)
+    layers = jax.tree.leaves(first, is_leaf=lambda node: isinstance(node, LayerState))
+    assert can_rewind(first) == all(layer.can_rewind for layer in layers)
+    assert can_rewind(first) == (name in ("attention", "latent"))
 
 
 def test_recurrent_layers_refuse_what_they_cannot_see():

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layers.attention import Attention, AttentionConfig
+from layers.cache import KVCache
 from layers.config import ConfigError
 from layers.context import Context
 from layers.rotary import RotaryConfig
-from layers.state import KVCache, rewind
+from layers.state import CacheConfig, rewind
 
 T, WIDTH = 9, 8
 MIXERS = {
@@ -174,7 +175,7 @@ def test_tokens_past_a_contiguous_cache():
     # in pieces, shapes cannot tell: what does not fit is dropped, what was there stays
     _, state = call(layer, X[:, :4], jnp.arange(4)[None], None, state)
     _, after = call(layer, X[:, 4:5], jnp.full((1, 1), 4), None, state)
-    np.testing.assert_array_equal(after.keys_bksc, state.keys_bksc)
+    np.testing.assert_array_equal(after.keys.codes, state.keys.codes)
     np.testing.assert_array_equal(after.written_b, [5, 5])
 
 
@@ -206,13 +207,13 @@ def test_a_rolling_cache_cannot_be_rewound():
 def test_refuses_an_empty_cache():
     for sizes, message in (((0, 4), "batch=0"), ((1, 0), "max_length=0")):
         with pytest.raises(ConfigError, match=f"^{message}: must be > 0$"):
-            KVCache.empty(*sizes, 1, 1, jnp.float32, rolling=False)
+            KVCache.empty(*sizes, 1, 1, "float32", rolling=False)
 
 
 def test_a_bfloat16_cache_serves_float32_attention():
     layer, (positions, _) = make("rotary"), rows("plain")
-    state = layer.init_state(2, T, jnp.bfloat16)
+    state = layer.init_state(2, T, CacheConfig(dtype="bfloat16"))
     y, state = call(layer, X, positions, None, state)
-    assert state.keys_bksc.dtype == jnp.bfloat16 and y.dtype == jnp.float32
+    assert state.keys.codes.dtype == jnp.bfloat16 and y.dtype == jnp.float32
     want, _ = call(layer, X, positions, None, None)
     np.testing.assert_allclose(y, want, atol=3e-2)

@@ -174,7 +174,7 @@ def test_the_cache_is_donated_and_rolls():
         state, rows, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
     )
     module._decode(model, progress, np.zeros(0, np.int32), 3, most=3)
-    assert state[0].mixer.keys_bksc.is_deleted()
+    assert state[0].mixer.keys.codes.is_deleted()
 
 
 def test_max_length_is_reached_exactly():

@@ -31,7 +31,7 @@ def logits(mesh):
             out, state = step(model, x, at, state)
             found.append(np.asarray(out))
             start += size
-    held = state[0].mixer.keys_bksc
+    held = state[0].mixer.keys.codes
     return np.concatenate(found, axis=1), tuple(held.sharding.shard_shape(held.shape))
 
 
