@@ -52,7 +52,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         check_types(self)
-        check(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be > 0")
+        check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "must be ≥ 0")
         check(self.temperature >= 0, "temperature", self.temperature, "must be ≥ 0")
         check(self.top_k is None or self.top_k > 0, "top_k", self.top_k, "must be > 0 or None")
         for name in ("top_p", "min_p"):
@@ -297,3 +297,7 @@ def _top(logprobs_bv: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Ar
         )
 
     return jax.lax.cond(jnp.any(wanted_b), top, lambda _: none, logprobs_bv)
+
+
+def top_logprobs(logprobs_bv):
+    return _top(logprobs_bv, jnp.ones(logprobs_bv.shape[0], bool))

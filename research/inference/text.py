@@ -43,3 +43,10 @@ class TextStream:
         decode = self._tokenizer.decode
         before = decode(self._tokens[self._context : self._shown])
         return decode(self._tokens[self._context :])[len(before) :]
+
+
+class StopStream(TextStream):
+    is_stopped = False
+
+    def __init__(self, tokenizer, stop):
+        super().__init__(tokenizer)
