@@ -11,7 +11,7 @@ In this order, as in transformers and vLLM:
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,8 @@ import numpy as np
 from layers.config import check, check_types
 
 MOST_LOGPROBS = 20
-_TINY, _HUGE = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+_LEAST = float(np.finfo(np.float32).tiny)  # above 0
+_HOTTEST = 1e30  # its reciprocal is a float32: above it no temperature changes a probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,7 @@ class SamplingRows:
           ConfigError: ``config`` names a token outside the vocabulary.
         """
         config.check_vocabulary(vocab_size)
-        # float32 has no such small or great numbers: the nearest that it has
-        temperature = min(config.temperature, _HUGE) if config.temperature >= _TINY else 0.0
+        temperature = min(config.temperature, _HOTTEST) if config.temperature >= _LEAST else 0.0
         prompt_v, bias_v = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
         prompt_v[np.asarray(prompt, np.int64)] = True
         for token, bias in config.logit_bias:
@@ -130,7 +130,7 @@ class SamplingRows:
         row: dict[str, Any] = dict(
             temperature_b=np.float32(temperature),
             top_k_b=np.int32(min(config.top_k or vocab_size, vocab_size)),
-            top_p_b=np.float32(max(config.top_p or 1, _TINY)),
+            top_p_b=np.float32(max(config.top_p or 1, _LEAST)),
             min_p_b=np.float32(config.min_p or 0),
             repetition_b=np.float32(config.repetition_penalty),
             presence_b=np.float32(config.presence_penalty),
@@ -154,12 +154,12 @@ class SamplingRows:
 
     def set_row(self, row: jax.Array | int, one: "SamplingRows") -> "SamplingRows":
         """Row ``row``, which may be traced, becomes that of ``one``, which has one row."""
-        return jax.tree.map(lambda a, b: a.at[row].set(b[0]), self, one)
+        return jax.tree.map(lambda a, b: jnp.asarray(a).at[row].set(b[0]), self, one)
 
     def counted(self, token_b: jax.Array, valid_b: jax.Array) -> "SamplingRows":
         """After ``token_b`` was generated in the rows of ``valid_b``."""
         rows = jnp.arange(token_b.shape[0])
-        counts_bv = self.counts_bv.at[rows, token_b].add(valid_b.astype(jnp.int32))
+        counts_bv = jnp.asarray(self.counts_bv).at[rows, token_b].add(valid_b.astype(jnp.int32))
         return dataclasses.replace(self, counts_bv=counts_bv)
 
     def keys(self, position_b: jax.Array) -> jax.Array:
@@ -229,24 +229,56 @@ def filter_logits(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
     logits_bv /= temperature_b[:, None]
 
     def filtered(logits_bv):
-        least_b1 = _smallest_kept(logits_bv, rows)
-        excluded_bv = rows.filters_b[:, None] & (logits_bv < least_b1)
-        return jnp.where(excluded_bv, -jnp.inf, logits_bv)
+        excluded_bv = -logits_bv > _largest_distance(-logits_bv, rows)
+        return jnp.where(rows.filters_b[:, None] & excluded_bv, -jnp.inf, logits_bv)
 
     return jax.lax.cond(jnp.any(rows.filters_b), filtered, lambda x: x, logits_bv)
 
 
-def _smallest_kept(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
-    """The smallest logit that stays in each row, ``[b, 1]``; the largest logit is 0."""
-    ordered_bv = jnp.sort(logits_bv, axis=-1, descending=True)
-    least_b1 = jnp.take_along_axis(ordered_bv, rows.top_k_b[:, None] - 1, axis=-1)
-    kept_bv = jnp.where(ordered_bv >= least_b1, ordered_bv, -jnp.inf)
-    probabilities_bv = jax.nn.softmax(kept_bv, axis=-1)
-    likelier_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv
-    needed_bv = (likelier_bv < rows.top_p_b[:, None]) & (kept_bv > -jnp.inf)
-    nucleus_b1 = jnp.min(jnp.where(needed_bv, kept_bv, jnp.inf), axis=-1, keepdims=True)
-    least_b1 = jnp.where(rows.top_p_b[:, None] < 1, nucleus_b1, least_b1)
-    return jnp.maximum(least_b1, jnp.log(rows.min_p_b)[:, None])
+def _largest_distance(distance_bv: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The largest distance from the likeliest token's logit that stays in each row, ``[b, 1]``."""
+    k_b1, p_b1 = rows.top_k_b[:, None], rows.top_p_b[:, None]
+
+    def k_likeliest():
+        def enough(limit_b1):
+            return jnp.sum(distance_bv <= limit_b1, axis=-1, keepdims=True) >= k_b1
+
+        return jnp.where(k_b1 < v, _smallest(enough, b), jnp.inf)
+
+    def nucleus():
+        weights_bv = jnp.where(distance_bv <= largest_b1, jnp.exp(-distance_bv), 0)
+        total_b1 = jnp.sum(weights_bv, axis=-1, keepdims=True)
+
+        def enough(limit_b1):
+            within_bv = jnp.where(distance_bv <= limit_b1, weights_bv, 0)
+            return jnp.sum(within_bv, axis=-1, keepdims=True) >= p_b1 * total_b1
+
+        return jnp.where(p_b1 < 1, jnp.minimum(_smallest(enough, b), largest_b1), largest_b1)
+
+    b, v = distance_bv.shape
+    all_b1 = jnp.full((b, 1), jnp.inf)
+    largest_b1 = jax.lax.cond(jnp.any(k_b1 < v), k_likeliest, lambda: all_b1)
+    largest_b1 = jax.lax.cond(jnp.any(p_b1 < 1), nucleus, lambda: largest_b1)
+    return jnp.minimum(largest_b1, -jnp.log(rows.min_p_b)[:, None])
+
+
+def _smallest(holds: Callable[[jax.Array], jax.Array], b: int) -> jax.Array:
+    """The smallest float32 x ≥ 0 of each row for which ``holds(x)``, or ∞; ``[b, 1]``.
+
+    ``holds`` must also hold above x. Bisects the bits of a float, whose order is that of the
+    floats: 31 sums over a vocabulary, which take less time than a sort.
+    """
+
+    def halve(_, bounds):
+        low_b1, high_b1 = bounds  # holds at high, or that is ∞; not at low
+        middle_b1 = low_b1 + (high_b1 - low_b1) // 2
+        holds_b1 = holds(jax.lax.bitcast_convert_type(middle_b1, jnp.float32))
+        return jnp.where(holds_b1, low_b1, middle_b1), jnp.where(holds_b1, middle_b1, high_b1)
+
+    infinity = np.float32(np.inf).view(np.int32)
+    bounds = jnp.full((b, 1), -1, jnp.int32), jnp.full((b, 1), infinity, jnp.int32)
+    _, bits_b1 = jax.lax.fori_loop(0, 31, halve, bounds)
+    return jax.lax.bitcast_convert_type(bits_b1, jnp.float32)
 
 
 def sample(

@@ -128,6 +128,27 @@ def test_sampled_tokens_follow_the_models_probabilities():
     assert stats.chisquare(counts[kept], rows * exact[kept]).pvalue > 0.01
 
 
+def test_penalties_count_the_prompt_and_the_tokens_of_each_row():
+    """OpenAI's and transformers' formulas on full forwards, in float64."""
+    model = make("rotary")
+    options = dict(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=2.0)
+
+    def penalised(prompt):
+        new = []
+        for _ in range(NEW):
+            scores = last_logits(model, [*prompt, *new]).astype(np.float64)
+            scores[4] += 3
+            for token in {*prompt, *new}:
+                scores[token] *= 1.5 if scores[token] < 0 else 1 / 1.5
+            counts = np.bincount(new, minlength=V)
+            new.append(int((scores - 2 * counts - 0.5 * (counts > 0)).argmax()))
+        return new
+
+    config = dataclasses.replace(GREEDY, logit_bias=((4, 3.0),), **options)
+    want = [penalised(prompt) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, config) == want != generate(model, PROMPTS, GREEDY)
+
+
 def test_a_stop_token_ends_its_row_and_is_its_last():
     model = make("rotary")
     free = generate(model, PROMPTS, GREEDY)
@@ -212,7 +233,15 @@ def test_refuses_before_compiling(name, prompts, max_length, message):
     assert str(raised.value) == message
 
 
-def test_refuses_a_stop_token_outside_the_vocabulary():
-    config = dataclasses.replace(GREEDY, stop_tokens=(1, 17))
-    with pytest.raises(ConfigError, match=r"^stop_tokens\[1\]=17: must be below vocab_size=17$"):
-        generate(make("rotary"), [[1]], config)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(stop_tokens=(1, 17)), "stop_tokens[1]=17: must be below vocab_size=17"),
+        (dict(logit_bias=((17, 1.0),)), "logit_bias[0][0]=17: must be below vocab_size=17"),
+        (dict(logprobs=0), "logprobs=0: generate() returns tokens only"),
+    ],
+)
+def test_refuses_what_the_model_cannot_choose_or_generate_does_not_return(options, message):
+    with pytest.raises(ConfigError) as raised:
+        generate(make("rotary"), [[1]], dataclasses.replace(GREEDY, **options))
+    assert str(raised.value) == message
