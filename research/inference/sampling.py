@@ -92,7 +92,8 @@ class SamplingRows:
 
     ``index_b``: tells apart rows of one seed, such as several answers to one prompt. ``counts_bv``:
     how often a row has generated each token. ``prompt_bv``: the tokens in its prompt.
-    ``adjusts_b`` and ``filters_b``: the rows that `penalise` and `filter_logits` change.
+    ``adjusts_b`` and ``filters_b``: the rows that `penalise` and the filters change. If there are
+    none, these are not computed; they are the identity for the other rows.
     """
 
     temperature_b: jax.Array  # float32
@@ -202,8 +203,7 @@ def penalise(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
         repeated_bv = jnp.where(l_bv > 0, l_bv / repetition, l_bv * repetition)
         l_bv = jnp.where(rows.prompt_bv | (counts_bv > 0), repeated_bv, l_bv)
         l_bv -= counts_bv * rows.frequency_b[:, None]
-        l_bv -= (counts_bv > 0) * rows.presence_b[:, None]
-        return jnp.where(rows.adjusts_b[:, None], l_bv, logits_bv)
+        return l_bv - (counts_bv > 0) * rows.presence_b[:, None]
 
     logits_bv = logits_bv.astype(jnp.float32)
     return jax.lax.cond(jnp.any(rows.adjusts_b), adjusted, lambda x: x, logits_bv)
@@ -229,13 +229,12 @@ def filter_logits(logits_bv: jax.Array, rows: SamplingRows) -> jax.Array:
     logits_bv /= temperature_b[:, None]
 
     def filtered(logits_bv):
-        excluded_bv = -logits_bv > _largest_distance(-logits_bv, rows)
-        return jnp.where(rows.filters_b[:, None] & excluded_bv, -jnp.inf, logits_bv)
+        return jnp.where(-logits_bv <= _farthest(-logits_bv, rows), logits_bv, -jnp.inf)
 
     return jax.lax.cond(jnp.any(rows.filters_b), filtered, lambda x: x, logits_bv)
 
 
-def _largest_distance(distance_bv: jax.Array, rows: SamplingRows) -> jax.Array:
+def _farthest(distance_bv: jax.Array, rows: SamplingRows) -> jax.Array:
     """The largest distance from the likeliest token's logit that stays in each row, ``[b, 1]``."""
     k_b1, p_b1 = rows.top_k_b[:, None], rows.top_p_b[:, None]
 
@@ -243,23 +242,23 @@ def _largest_distance(distance_bv: jax.Array, rows: SamplingRows) -> jax.Array:
         def enough(limit_b1):
             return jnp.sum(distance_bv <= limit_b1, axis=-1, keepdims=True) >= k_b1
 
-        return jnp.where(k_b1 < v, _smallest(enough, b), jnp.inf)
+        return _smallest(enough, b)
 
     def nucleus():
-        weights_bv = jnp.where(distance_bv <= largest_b1, jnp.exp(-distance_bv), 0)
+        weights_bv = jnp.where(distance_bv <= farthest_b1, jnp.exp(-distance_bv), 0)
         total_b1 = jnp.sum(weights_bv, axis=-1, keepdims=True)
 
         def enough(limit_b1):
             within_bv = jnp.where(distance_bv <= limit_b1, weights_bv, 0)
             return jnp.sum(within_bv, axis=-1, keepdims=True) >= p_b1 * total_b1
 
-        return jnp.where(p_b1 < 1, jnp.minimum(_smallest(enough, b), largest_b1), largest_b1)
+        return jnp.where(p_b1 < 1, _smallest(enough, b), farthest_b1)
 
     b, v = distance_bv.shape
     all_b1 = jnp.full((b, 1), jnp.inf)
-    largest_b1 = jax.lax.cond(jnp.any(k_b1 < v), k_likeliest, lambda: all_b1)
-    largest_b1 = jax.lax.cond(jnp.any(p_b1 < 1), nucleus, lambda: largest_b1)
-    return jnp.minimum(largest_b1, -jnp.log(rows.min_p_b)[:, None])
+    farthest_b1 = jax.lax.cond(jnp.any(k_b1 < v), k_likeliest, lambda: all_b1)
+    farthest_b1 = jax.lax.cond(jnp.any(p_b1 < 1), nucleus, lambda: farthest_b1)
+    return jnp.minimum(farthest_b1, -jnp.log(rows.min_p_b)[:, None])
 
 
 def _smallest(holds: Callable[[jax.Array], jax.Array], b: int) -> jax.Array:

@@ -183,6 +183,17 @@ def test_draws_follow_the_exact_probabilities(options):
     assert stats.chisquare(seen[kept], draws * exact[kept]).pvalue > 0.01
 
 
+@pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.6), dict(min_p=0.1)])
+def test_filters_tell_neighbouring_floats_apart(options):
+    """The third logit is the next float below the second; what is tied with the last stays."""
+    logits = np.full((ROWS, V), -100, np.float32)
+    for row, least in enumerate(np.geomspace(1e-3, 2, ROWS, dtype=np.float32)):
+        logits[row, :6] = 0, -least, -least, *[-np.nextafter(least, 9, dtype=np.float32)] * 2, -3
+    exact = [exact_law(row, SamplingConfig(**options)) > 0 for row in logits]
+    got = filtered(logits, rows_of(*[options] * ROWS)) > -np.inf
+    np.testing.assert_array_equal(got, exact)
+
+
 def test_temperature_zero_is_the_likeliest_and_small_ones_approach_it():
     best = LOGITS.argmax(-1)
     for temperature in (0, 1e-60, 1e-40, 1e-30, 1e-3):
