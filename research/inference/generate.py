@@ -59,7 +59,7 @@ def generate(
         raised before anything is compiled.
     """
     limit = _check(model, prompts, sampling, max_length)
-    chunk = STREAMED_TOKENS if stream else sampling.max_new_tokens
+    chunk = STREAMED_TOKENS if stream else max(sampling.max_new_tokens, 1)
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens_bt in _chunks(model, prompts, sampling, limit, chunk):
         for token_b in tokens_bt.T:

@@ -310,25 +310,22 @@ def sample(
     token_b = jax.lax.cond(any_drawn, drawn, lambda _: likeliest_b, scores_bv).astype(jnp.int32)
     logprobs_bv = jax.nn.log_softmax(logits_bv, axis=-1)
     logprob_b = jnp.take_along_axis(logprobs_bv, token_b[:, None], axis=-1)[:, 0]
-    return Sampled(token_b, logprob_b, *_top(logprobs_bv, rows.wants_logprobs_b))
+    return Sampled(token_b, logprob_b, *_top_if_wanted(logprobs_bv, rows.wants_logprobs_b))
 
 
-def _top(logprobs_bv: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The ids of the `MOST_LOGPROBS` largest of each row, and the largest; −1 and −inf if fewer."""
-    b, v = logprobs_bv.shape
-    none = jnp.full((b, MOST_LOGPROBS), -1), jnp.full((b, MOST_LOGPROBS), -jnp.inf, jnp.float32)
-
-    def top(logprobs_bv):
-        k = min(MOST_LOGPROBS, v)
-        values_bk, ids_bk = jax.lax.top_k(logprobs_bv, k)
-        wanted_b1 = wanted_b[:, None]
-        return (
-            none[0].at[:, :k].set(jnp.where(wanted_b1, ids_bk, -1)),
-            none[1].at[:, :k].set(jnp.where(wanted_b1, values_bk, -jnp.inf)),
-        )
-
-    return jax.lax.cond(jnp.any(wanted_b), top, lambda _: none, logprobs_bv)
+def top_logprobs(logprobs_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The `MOST_LOGPROBS` likeliest tokens of each row, and theirs; −1, −inf beyond ``v``."""
+    values_bk, ids_bk = jax.lax.top_k(logprobs_bv, min(MOST_LOGPROBS, logprobs_bv.shape[-1]))
+    missing = ((0, 0), (0, MOST_LOGPROBS - ids_bk.shape[-1]))
+    return (
+        jnp.pad(ids_bk, missing, constant_values=-1),
+        jnp.pad(values_bk, missing, constant_values=-jnp.inf),
+    )
 
 
-def top_logprobs(logprobs_bv):
-    return _top(logprobs_bv, jnp.ones(logprobs_bv.shape[0], bool))
+def _top_if_wanted(logprobs_bv: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (logprobs_bv.shape[0], MOST_LOGPROBS)
+    none = jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
+    ids, values = jax.lax.cond(jnp.any(wanted_b), top_logprobs, lambda _: none, logprobs_bv)
+    wanted_b1 = wanted_b[:, None]
+    return jnp.where(wanted_b1, ids, -1), jnp.where(wanted_b1, values, -jnp.inf)

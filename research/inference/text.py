@@ -32,10 +32,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
-        for i, text in enumerate(stop):
-            check(
-                isinstance(text, str) and text != "", f"stop[{i}]", text, "must be a text, not ''"
-            )
+        self.check_stop(stop)
         self.stopped: str | None = None
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []
@@ -44,6 +41,13 @@ class TextStream:
         self._context = self._shown = 0
         self._decoded = 0  # characters of the tokens after _shown that are decoded already
         self._kept = ""  # may be the beginning of a stop string
+
+    @staticmethod
+    def check_stop(stop: Sequence[str]) -> None:
+        """Raise `ConfigError` unless each of ``stop`` is a text that is not empty."""
+        for i, text in enumerate(stop):
+            is_text = isinstance(text, str) and text != ""
+            check(is_text, f"stop[{i}]", text, "must be a text, not ''")
 
     def push(self, token: int) -> str:
         self._tokens.append(token)

@@ -29,7 +29,7 @@ from research.inference.engine.request import Event, QueueFull, Request, Result,
 from research.inference.engine.runner import Choice, Runner, likeliest
 from research.inference.engine.sequence import Sequence
 from research.inference.grammar import compile_grammar
-from research.inference.text import StopStream
+from research.inference.text import TextStream
 
 
 @dataclasses.dataclass
@@ -159,7 +159,7 @@ class Engine:
             yield from self.step()
 
     def _stream(self, request: Request) -> Any:
-        return None if self.tokenizer is None else StopStream(self.tokenizer, request.stop)
+        return None if self.tokenizer is None else TextStream(self.tokenizer, request.stop)
 
     def _matcher(self, request: Request) -> Any:
         grammar = request.grammar
@@ -313,7 +313,7 @@ class Engine:
                 reason = "stop" if sequence.matcher.is_done else None
             if sequence.stream is not None:
                 text = sequence.stream.push(token)
-                reason = "stop" if sequence.stream.is_stopped else reason
+                reason = "stop" if sequence.stream.stopped is not None else reason
         if reason is None and len(sequence.tokens) >= sampling.max_new_tokens:
             reason = "length"
         if reason is None:

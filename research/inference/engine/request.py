@@ -9,6 +9,7 @@ import numpy as np
 from layers.config import ConfigError, check
 from research.inference.grammar import Grammar
 from research.inference.sampling import SamplingConfig
+from research.inference.text import TextStream
 
 MOST_SAMPLES = 16
 FINISHED = ("stop", "length", "cancelled", "error")
@@ -43,9 +44,7 @@ class Request:
         listed = isinstance(self.tokens, list | tuple | np.ndarray)
         check(listed, "tokens", self.tokens, "must be a list of tokens")
         check(len(self.tokens) > 0, "tokens", list(self.tokens), "must hold at least one token")
-        for i, text in enumerate(self.stop):
-            is_text = isinstance(text, str) and text != ""
-            check(is_text, f"stop[{i}]", text, "must be a text that is not empty")
+        TextStream.check_stop(self.stop)
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise `ConfigError` unless every token that is named is below ``vocab_size``."""

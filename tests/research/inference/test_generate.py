@@ -149,6 +149,11 @@ def test_penalties_count_the_prompt_and_the_tokens_of_each_row():
     assert generate(model, PROMPTS, config) == want != generate(model, PROMPTS, GREEDY)
 
 
+def test_no_new_tokens_are_none():
+    model, none = make("rotary"), dataclasses.replace(GREEDY, max_new_tokens=0)
+    assert generate(model, PROMPTS, none) == [[] for _ in PROMPTS]
+
+
 def test_a_stop_token_ends_its_row_and_is_its_last():
     model = make("rotary")
     free = generate(model, PROMPTS, GREEDY)

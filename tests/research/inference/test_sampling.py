@@ -300,7 +300,7 @@ def test_a_vocabulary_of_less_than_twenty_tokens_has_as_many_log_probabilities()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(max_new_tokens=0), "max_new_tokens=0: must be > 0"),
+        (dict(max_new_tokens=-1), "max_new_tokens=-1: must be ≥ 0"),
         (dict(max_new_tokens=True), "max_new_tokens=True: must be of type int, not bool"),
         (dict(temperature=-0.1), "temperature=-0.1: must be ≥ 0"),
         (dict(temperature=float("nan")), "temperature=nan: must be a finite number"),

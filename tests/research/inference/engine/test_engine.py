@@ -313,7 +313,7 @@ def test_cancelled_requests_free_their_memory(config):
         (dict(n=0), "n=0: must be an integer in [1, 16]"),
         (dict(n=True), "n=True: must be an integer in [1, 16]"),
         (dict(n=17), "n=17: must be an integer in [1, 16]"),
-        (dict(stop=("",)), "stop[0]='': must be a text that is not empty"),
+        (dict(stop=("",)), "stop[0]='': must be a text, not ''"),
         (dict(stop=("a",)), "stop=('a',): requires a tokenizer"),
         (dict(sampling=SamplingConfig(stop_tokens=(V,))), "stop_tokens[0]=17: must be below"),
         (dict(sampling=SamplingConfig(logit_bias=((V, 1.0),))), "logit_bias[0][0]=17: must be be"),
