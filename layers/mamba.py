@@ -230,9 +230,9 @@ class Mamba(nnx.Module):
     ) -> MambaState:
         """The empty state; ``max_length`` does not change its size."""
         del max_length, cache
-        tail = Tail.empty(batch, self.config.convolution - 1, self.inner, self.dtype)
+        tail = Tail.empty(batch, self.config.convolution - 1, self.inner, self.dtype, "channels")
         scan = jnp.zeros((batch, self.inner, self.config.state), jnp.float32)
-        return MambaState(tail, scan)
+        return MambaState(tail, reshard(scan, "batch", "channels", None))
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -284,7 +284,7 @@ class Mamba(nnx.Module):
             [CHANNELS, state_axes],
         )  # fmt: skip
         if state is not None:
-            state = MambaState(after(inputs_bti, tokens, state.tail), scan_bdn)
+            state = MambaState(after(inputs_bti, tokens, state.tail, "channels"), scan_bdn)
         y_bti = context.tap("mixer.hidden", tokens.as_called(y_bti))
         return self.out(y_bti), context.replace(state=state)
 

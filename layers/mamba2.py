@@ -124,10 +124,15 @@ class Mamba2(nnx.Module):
         n, p = self.config.state, self.config.head_dim
         tail_length, group = self.config.convolution - 1, self.config.groups * n
         into, b, c = (
-            Tail.empty(batch, tail_length, size, self.dtype) for size in (self.inner, group, group)
+            Tail.empty(batch, tail_length, size, self.dtype, axis)
+            for size, axis in zip((self.inner, group, group), self._axes(), strict=True)
         )
         scan = jnp.zeros((batch, self.inner // p, p, n), jnp.float32)
-        return Mamba2State((into, b, c), scan)
+        return Mamba2State((into, b, c), reshard(scan, "batch", "heads", None, None))
+
+    def _axes(self) -> list[str | None]:
+        """The logical names of the channels of `CONVOLVED`."""
+        return [self.convolutions[name].axis for name in CONVOLVED]
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -186,7 +191,8 @@ class Mamba2(nnx.Module):
         )  # fmt: skip
         if state is not None:
             into, b, c = (
-                after(array, tokens, tail) for array, tail in zip(inputs, state.tails, strict=True)
+                after(array, tokens, tail, axis)
+                for array, tail, axis in zip(inputs, state.tails, self._axes(), strict=True)
             )
             state = Mamba2State((into, b, c), scan_bhpn)
         y_bti = context.tap("mixer.hidden", tokens.as_called(y_bti))

@@ -51,10 +51,12 @@ class Tail(RecurrentState):
     segments_bn: jax.Array  # int32
 
     @classmethod
-    def empty(cls, batch: int, n: int, width: int, dtype) -> "Tail":
+    def empty(cls, batch: int, n: int, width: int, dtype, axis: str | None = None) -> "Tail":
+        """The tail before the first token; ``axis`` is the logical name of ``width``."""
+        segments = jnp.full((batch, n), NO_SEGMENT, jnp.int32)
         return cls(
-            values_bnd=jnp.zeros((batch, n, width), dtype),
-            segments_bn=jnp.full((batch, n), NO_SEGMENT, jnp.int32),
+            values_bnd=reshard(jnp.zeros((batch, n, width), dtype), "batch", None, axis),
+            segments_bn=reshard(segments, "batch", None),
         )
 
     def cleared(self) -> "Tail":
@@ -137,8 +139,11 @@ def before(
     ]
 
 
-def after(x_btd: jax.Array, tokens: Tokens, tail: Tail) -> Tail:
-    """The tail after the tokens of this call; ``tail`` is the one before."""
+def after(x_btd: jax.Array, tokens: Tokens, tail: Tail, axis: str | None = None) -> Tail:
+    """The tail after the tokens of this call; ``tail`` is the one before.
+
+    ``axis`` is the logical name of ``d``.
+    """
     assert tokens.valid_bt is not None and tokens.segments_bt is not None
     n = tail.values_bnd.shape[1]
     count_b = jnp.sum(tokens.valid_bt, axis=1)
@@ -150,7 +155,9 @@ def after(x_btd: jax.Array, tokens: Tokens, tail: Tail) -> Tail:
             extended, index_bn.reshape(*index_bn.shape, *[1] * (new.ndim - 2)), 1
         )
 
-    return Tail(last(tail.values_bnd, x_btd), last(tail.segments_bn, tokens.segments_bt))
+    x_btd = reshard(x_btd, "batch", None, axis)
+    segments_bt = reshard(tokens.segments_bt, "batch", None)
+    return Tail(last(tail.values_bnd, x_btd), last(tail.segments_bn, segments_bt))
 
 
 def carried(state: jax.Array, continues_b: jax.Array, empty: float = 0.0) -> jax.Array:

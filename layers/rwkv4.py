@@ -87,7 +87,8 @@ class Rwkv4(nnx.Module):
         del max_length, cache
         zeros = jnp.zeros((batch, self.channels), jnp.float32)
         tail = Tail.empty(batch, 1, self.width, self.dtype)
-        return Rwkv4State(tail, zeros, zeros, jnp.full_like(zeros, EMPTY))
+        sums = (zeros, zeros, jnp.full_like(zeros, EMPTY))
+        return Rwkv4State(tail, *(reshard(a, "batch", "channels") for a in sums))
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -140,9 +141,12 @@ class Rwkv4(nnx.Module):
         )
         if state is not None and tokens.valid_bt is not None:
             numerator, denominator, greatest = end
+            assert initial is not None
             # the state has decayed at padding too: the exponent takes this back
-            padding_b = jnp.sum(~tokens.valid_bt, axis=1)
-            greatest += padding_b[:, None] * jnp.exp(decay)
+            padding_b1 = jnp.sum(~tokens.valid_bt, axis=1, keepdims=True)
+            is_unchanged_b1 = padding_b1 == x_btd.shape[1]  # bit for bit
+            restored = greatest + padding_b1 * jnp.exp(decay)
+            greatest = jnp.where(is_unchanged_b1, initial[2], restored)
             state = Rwkv4State(
                 after(x_btd, tokens, state.tail), numerator, denominator, greatest
             )  # fmt: skip

@@ -143,6 +143,7 @@ class Rwkv7(nnx.Module):
         """The empty state; ``max_length`` does not change its size."""
         del max_length, cache
         matrix = jnp.zeros((batch, self.heads, self.head_dim, self.head_dim), jnp.float32)
+        matrix = reshard(matrix, "batch", "heads", None, None)
         return Rwkv7State(Tail.empty(batch, 1, self.width, self.dtype), matrix)
 
     def init_shared(self, x_btd: jax.Array) -> dict[str, jax.Array]:

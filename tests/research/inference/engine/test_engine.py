@@ -41,6 +41,13 @@ CONFIGS = {
     "rwkv": dict(
         pattern=("rwkv7",), feed_forward=("rwkv7",), rwkv=RWKV, norm="layernorm", position="none"
     ),
+    "rwkv4": dict(
+        pattern=("rwkv4",),
+        feed_forward=("rwkv4",),
+        rwkv=RwkvConfig(channels=12),
+        norm="layernorm",
+        position="none",
+    ),
     "hybrid": dict(pattern=("attention", "mamba"), mamba=MAMBA),
 }
 CONTIGUOUS = EngineConfig(slots=3, max_length=32, chunk=4)
@@ -109,7 +116,7 @@ CASES = [
     (name, config)
     for name in CONFIGS
     for config in (CONTIGUOUS, PAGED)
-    if config is CONTIGUOUS or name not in ("mamba", "rwkv")
+    if config is CONTIGUOUS or name not in ("mamba", "rwkv", "rwkv4")
 ]
 
 
