@@ -49,6 +49,19 @@ class Pages(NamedTuple):
         return mask.with_keys(k_at, k_in)
 
 
+def parts(stored: Stored) -> int:
+    """Into how many consecutive parts of its channels the codes of a vector are packed."""
+    return 2 if stored.dtype == "int4" else 1
+
+
+def unpacked(codes: jax.Array, count: int, dtype) -> list[jax.Array]:
+    """The `parts` of ``codes`` ``[…, c / count]`` as arrays of ``dtype``; exact."""
+    if count == 1:
+        return [codes.astype(dtype)]
+    codes = codes.astype(jnp.int32)
+    return [(codes & 15).astype(dtype), (codes >> 4).astype(dtype)]
+
+
 def gathered(stored: Stored, page_bn: jax.Array) -> Stored:
     """The slots of the pages ``page_bn`` in their order: ``[b, k, n · page, …]``."""
     b, n = page_bn.shape
