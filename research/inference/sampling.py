@@ -157,10 +157,10 @@ class SamplingRows:
         """Row ``row``, which may be traced, becomes that of ``one``, which has one row."""
         return jax.tree.map(lambda a, b: jnp.asarray(a).at[row].set(b[0]), self, one)
 
-    def counted(self, token_b: jax.Array, valid_b: jax.Array) -> "SamplingRows":
-        """After ``token_b`` was generated in the rows of ``valid_b``."""
-        rows = jnp.arange(token_b.shape[0])
-        counts_bv = jnp.asarray(self.counts_bv).at[rows, token_b].add(valid_b.astype(jnp.int32))
+    def counted(self, tokens: jax.Array, valid: jax.Array) -> "SamplingRows":
+        """After ``tokens``, ``[b]`` or ``[b, t]``, were generated where ``valid``."""
+        row = jnp.arange(tokens.shape[0]).reshape(-1, *[1] * (tokens.ndim - 1))
+        counts_bv = jnp.asarray(self.counts_bv).at[row, tokens].add(valid.astype(jnp.int32))
         return dataclasses.replace(self, counts_bv=counts_bv)
 
     def keys(self, position_b: jax.Array) -> jax.Array:
@@ -296,9 +296,7 @@ def sample(
       allowed_bv: bool; the tokens that may be chosen, at least one in each row; None: all.
     """
     logits_bv = logits_bv.astype(jnp.float32)
-    scores_bv = penalise(logits_bv, rows)
-    if allowed_bv is not None:
-        scores_bv = jnp.where(allowed_bv, scores_bv, -jnp.inf)
+    scores_bv = _scores(logits_bv, rows, allowed_bv)
     likeliest_b = jnp.argmax(scores_bv, axis=-1)
 
     def drawn(scores_bv):
@@ -311,6 +309,27 @@ def sample(
     logprobs_bv = jax.nn.log_softmax(logits_bv, axis=-1)
     logprob_b = jnp.take_along_axis(logprobs_bv, token_b[:, None], axis=-1)[:, 0]
     return Sampled(token_b, logprob_b, *_top_if_wanted(logprobs_bv, rows.wants_logprobs_b))
+
+
+def probabilities(
+    logits_bv: jax.Array, rows: SamplingRows, allowed_bv: jax.Array | None = None
+) -> jax.Array:
+    """The law of the tokens of `sample`, float32 ``[b, v]``; with temperature 0 it is one-hot."""
+    scores_bv = _scores(logits_bv.astype(jnp.float32), rows, allowed_bv)
+    likeliest_bv = jax.nn.one_hot(jnp.argmax(scores_bv, axis=-1), scores_bv.shape[-1])
+
+    def drawn(scores_bv):
+        law_bv = jax.nn.softmax(filter_logits(scores_bv, rows), axis=-1)
+        return jnp.where(rows.temperature_b[:, None] > 0, law_bv, likeliest_bv)
+
+    any_drawn = jnp.any(rows.temperature_b > 0)
+    return jax.lax.cond(any_drawn, drawn, lambda _: likeliest_bv, scores_bv)
+
+
+def _scores(logits_bv: jax.Array, rows: SamplingRows, allowed_bv: jax.Array | None) -> jax.Array:
+    """Logits with bias and penalties; −inf for tokens that are not allowed."""
+    scores_bv = penalise(logits_bv, rows)
+    return scores_bv if allowed_bv is None else jnp.where(allowed_bv, scores_bv, -jnp.inf)
 
 
 def top_logprobs(logprobs_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
