@@ -199,7 +199,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``directory`` on success, and deleted on failure.
 
     Raises:
-      ConfigError: ``directory`` exists and is not empty.
+      ConfigError: ``directory`` exists and is not empty, before or after it was written.
       OSError: it could not be written; names the file, or ``directory``.
     """
     check_new(directory)
@@ -211,6 +211,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         fresh.chmod(0o755)
         for path in (*fresh.rglob("*"), fresh):
             _sync(path)
+        check_new(directory)  # another process may have been faster
         if directory.exists():
             directory.rmdir()
         os.replace(fresh, directory)

@@ -27,6 +27,8 @@ from research.ablation.results import NotRun, Results
 from research.ablation.runner import read_result
 from research.data import train_bpe
 from research.data.tokenizers import load_tokenizer
+from research.inference.compiled import make_stamp
+from research.inference.compiled.stamp import EXECUTABLE, PORTABLE, STAMP, read_stamp
 from research.models import FAMILIES, decoder_config, save
 from research.models.families import family_of
 from research.models.fields import Fields
@@ -298,6 +300,23 @@ def record_json() -> Kind:
     return Kind(seeds, of_json, read, _words(seeds))
 
 
+def stamp_json() -> Kind:
+    """The stamp of a folder of compiled programs, which is read before anything else in it."""
+    path = _scratch() / STAMP
+    stamp = make_stamp({"w": np.zeros((2, 3), np.float32)}, {}, jax.devices()[:1])
+    file = {"bytes": 100, "sha256": "0" * 64}
+    program = {"arguments": "0" * 16, EXECUTABLE: file, PORTABLE: file}
+    programs = {"decode": program, "chunk": program}
+    seeds = [json.dumps({**stamp, "programs": programs}).encode()]
+    signatures = {name: program["arguments"] for name in programs}
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        read_stamp(path, stamp, signatures, portable=True)
+
+    return Kind(seeds, of_json, read, _words(seeds))
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
     "config.json": config_json,
     "model.safetensors.index.json": safetensors_index,
@@ -306,4 +325,5 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "result.json": result_json,
     "metrics.jsonl": metrics_jsonl,
     "record.json": record_json,
+    "stamp.json": stamp_json,
 }
