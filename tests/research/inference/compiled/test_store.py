@@ -189,6 +189,59 @@ def test_another_process_decodes_with_new_weights_and_compiles_nothing(tmp_path)
     assert np.ptp(logits_bv) > 0.1
 
 
+MESH = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from layers.config import ConfigError
+from research.inference.compiled import Program, load, make_stamp, save
+from research.parallel import MeshConfig, make_mesh, use_mesh
+
+def programs(mesh):
+    def step(w, state, x):
+        state = state + x
+        return state, jnp.einsum("bd,dv->bv", state, w, out_sharding=P(None, "tensor"))
+    def place(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+    arguments = (place((3, 8), None, "tensor"), place((2, 3)), place((2, 3)))
+    stamp = make_stamp(arguments[0], {}, list(mesh.devices.flat))
+    return {"step": Program(jax.jit(step, donate_argnums=1), arguments)}, stamp
+
+def put(mesh, program):
+    rng = np.random.default_rng(0)
+    return [jax.device_put(rng.normal(size=a.shape).astype(np.float32), a.sharding)
+            for a in program.arguments]
+
+folder = Path(sys.argv[1])
+mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[2:4])
+made, stamp = programs(mesh)
+with use_mesh(mesh):
+    save(made, folder, stamp)
+    expected = made["step"].function(*put(mesh, made["step"]))
+    for portable in (False, True):
+        loaded = load(made, folder, stamp, portable=portable)["step"]
+        given = put(mesh, made["step"])
+        found = loaded(*given)
+        assert given[1].is_deleted() and found[1].sharding == expected[1].sharding
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+for other in (MeshConfig(data=1, tensor=2), MeshConfig(data=1, fsdp=2), MeshConfig(data=1)):
+    elsewhere = make_mesh(other, jax.devices()[: 1 if other == MeshConfig(data=1) else 2])
+    with use_mesh(elsewhere):
+        try:
+            load(*programs(elsewhere)[:1], folder, programs(elsewhere)[1])
+        except ConfigError as error:
+            print(error)
+"""
+
+
+def test_programs_on_a_mesh_run_on_its_devices_alone(run_script, tmp_path):
+    out = run_script(MESH, tmp_path / "DIR").splitlines()
+    assert out[0].startswith("machine.ids=[0, 1]: ") and "has [2, 3]; compile it again" in out[0]
+    assert out[1].startswith("source.weights.=") and 'has "float32[3,8] P' in out[1]
+    assert out[2].startswith("source.devices=1: ") and "has 2; compile it again" in out[2]
+
+
 # refused
 
 
