@@ -23,6 +23,7 @@ from research.files import read_lines
 from research.parallel import MeshConfig, make_mesh
 from research.training import (
     DataError,
+    NextToken,
     Objective,
     Source,
     TrainingConfig,
@@ -176,13 +177,18 @@ def load_source(unit: Unit, arm: str | None = None) -> Decoder:
 
 
 def evaluate_unit(
-    unit: Unit, model: Decoder, *, tokens: int | None = None, length: int | None = None
+    unit: Unit,
+    model: Decoder,
+    *,
+    tokens: int | None = None,
+    length: int | None = None,
+    objective: Objective = NextToken(),  # noqa: B008
 ) -> dict[str, float]:
     """Held-out ``loss`` (nats per token) and ``accuracy`` of ``model`` on the unit's data.
 
     A mixture of experts also has its `research.training.router_metrics`. About ``tokens`` tokens
     are used (default: as many as in training), in sequences of ``length`` (default: as in
-    training). They are the same for every model.
+    training). They are the same for every model. ``objective`` computes the loss.
     """
     data = _data(unit)
     length = data.sequence_length if length is None else length
@@ -193,7 +199,7 @@ def evaluate_unit(
     batch_size = min(data.batch_size, rows)
     data = dataclasses.replace(data, sequence_length=length, batch_size=batch_size)
     mesh = make_mesh(_mesh(unit))
-    metrics = evaluate(model, data, batches=rows // batch_size, mesh=mesh)
+    metrics = evaluate(model, data, batches=rows // batch_size, mesh=mesh, objective=objective)
     return {
         name: value
         for name, value in metrics.items()
