@@ -20,6 +20,7 @@ from layers.context_parallel import CONTEXTS, sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
+from layers.paged_cache import PagedCache
 from layers.rotary import RotaryConfig
 from layers.sharding import per_device
 from layers.state import CONTIGUOUS, CacheConfig
@@ -232,17 +233,20 @@ class Attention(nnx.Module):
         zeros = jnp.zeros((h,), param_dtype)
         self.sinks = nnx.Param(zeros, axes=("heads",)) if config.sinks else None
 
-    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> KVCache:
-        """An empty cache of ``max_length`` tokens, or of ``window`` if that is fewer."""
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> KVCache | PagedCache:
+        """An empty cache of ``max_length`` tokens.
+
+        A contiguous cache has ``window`` slots if that is fewer. A paged one has pages of all
+        tokens; those outside the window are not seen.
+        """
+        k, c = self.config.kv_heads, self.head_dim
+        dtype = cache.dtype_for(c, self.dtype)
+        if cache.kind == "paged":
+            return PagedCache.empty(cache, batch, max_length, k, c, dtype)
         capacity = min(max_length, self.window or max_length)
-        return KVCache.empty(
-            batch,
-            capacity,
-            self.config.kv_heads,
-            self.head_dim,
-            cache.dtype_for(self.head_dim, self.dtype),
-            rolling=capacity < max_length,
-        )
+        return KVCache.empty(batch, capacity, k, c, dtype, rolling=capacity < max_length)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -257,12 +261,17 @@ class Attention(nnx.Module):
             q, k = (self.rotary_config(a, positions) for a in (q, k))
         q, k, v = tap("attention.query", q), tap("attention.key", k), tap("attention.value", v)
 
-        mask = dataclasses.replace(context.mask, window=self.window)
+        mask, pages = dataclasses.replace(context.mask, window=self.window), None
         if state is not None:
             mask = mask.with_segments(b, t)
             state, keys = state.extend(k, v, mask.q_positions_bt, mask.q_segments_bt)
-            mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
-            k, v = keys.k_bskc, keys.v_bskc
+            if isinstance(keys, PagedCache) and tap.is_used("attention.weights"):
+                keys = keys.gathered(self.dtype)
+            if isinstance(keys, PagedCache):
+                pages = keys
+            else:
+                mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
+                k, v = keys.k_bskc, keys.v_bskc
         options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
         if self.use_alibi:
             config = self.config
@@ -273,6 +282,8 @@ class Attention(nnx.Module):
             options["sinks_h"] = read(self.sinks, self.sinks.dtype, deferred=True)
         if tap.is_used("attention.weights"):
             y = observed_attention(q, k, v, mask, tap, **options)
+        elif pages is not None:
+            y = pages.attend(q, mask, implementation=self.config.implementation, **options)
         else:
             y = sharded_attention(
                 q,

@@ -22,6 +22,7 @@ from layers.context_parallel import sharded_attention
 from layers.hooks import Tap
 from layers.linear import Linear, fan_in_normal
 from layers.norm import Norm
+from layers.paged_cache import PagedCache
 from layers.rotary import RotaryConfig
 from layers.sharding import reshard
 from layers.state import CONTIGUOUS, CacheConfig
@@ -117,11 +118,15 @@ class LatentAttention(nnx.Module):
             rngs=rngs, bias=config.bias, init=fan_in_normal(out_scale, fan_in=h * v), **dtypes,
         )  # fmt: skip
 
-    def init_state(self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS) -> KVCache:
-        """An empty cache of latents and rotated keys, as one key-value head without values."""
+    def init_state(
+        self, batch: int, max_length: int, cache: CacheConfig = CONTIGUOUS
+    ) -> KVCache | PagedCache:
+        """An empty cache of latents and rotated keys: one key-value head without other values."""
         channels = self.config.rank + self.config.rotary_dim
-        dtype = cache.dtype_for(channels, self.dtype)
-        return KVCache.empty(batch, max_length, 1, channels, dtype, rolling=False, has_values=False)
+        sizes = batch, max_length, 1, channels, cache.dtype_for(channels, self.dtype)
+        if cache.kind == "paged":
+            return PagedCache.empty(cache, *sizes, has_values=False)
+        return KVCache.empty(*sizes, rolling=False, has_values=False)
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:
         """Mix tokens along time; with a state, these tokens follow those that it holds."""
@@ -149,12 +154,26 @@ class LatentAttention(nnx.Module):
         state, keys = context.state.extend(
             cached_btkc, None, mask.q_positions_bt, mask.q_segments_bt
         )
-        k = keys.k_bskc
         q_latent = self._absorbed("bthc,rhc->bthr", q_plain, self.key)
-        q = jnp.concatenate((q_latent, q_rotated), axis=-1)
-        q, k = tap("attention.query", q), tap("attention.key", k)
-        v = tap("attention.value", k[..., : config.rank])
-        y = _attend(q, k, v, mask.with_keys(keys.positions_bs, keys.segments_bs), **options)
+        q = tap("attention.query", jnp.concatenate((q_latent, q_rotated), axis=-1))
+        observed = [tap.is_used(f"attention.{name}") for name in ("key", "value", "weights")]
+        if isinstance(keys, PagedCache) and any(observed):
+            keys = keys.gathered(self.dtype)
+        if isinstance(keys, PagedCache):
+            y = keys.attend(
+                q,
+                mask,
+                scale=scale,
+                value_channels=config.rank,
+                implementation=config.implementation,
+            )
+        else:
+            # values are the first channels of keys; products with the others cost less than a copy
+            v = k = tap("attention.key", keys.k_bskc)
+            if tap.is_used("attention.value"):
+                v = tap("attention.value", k[..., : config.rank])
+            mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
+            y = _attend(q, k, v, mask, **options)[..., : config.rank]
         y = self._absorbed("bthr,rhc->bthc", y, self.value)
         return self.out(tap("attention.output", y)), context.replace(state=state)
 

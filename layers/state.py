@@ -77,6 +77,11 @@ class LayerState:
         """The state without tokens. No number that it held reaches a later result, even NaN."""
         raise NotImplementedError
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether it has pages, so `with_table` and `copy_page` too (`layers.paged_cache`)."""
+        return False
+
     def take_row(self, row: int | jax.Array) -> Self:
         """The state of one row, with a batch of 1."""
         return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), self)
@@ -133,6 +138,35 @@ def put_row(state: Any, row: int | jax.Array, of_row: Any) -> Any:
 def copy_row(state: Any, source: int | jax.Array, target: int | jax.Array) -> Any:
     """``state`` with a copy of row ``source`` as its row ``target``; they share their pages."""
     return put_row(state, target, take_row(state, source))
+
+
+def with_table(state: Any, table_bn: jax.Array) -> Any:
+    """``state`` with another table of pages in all its paged caches.
+
+    ``table_bn``: int32, the pages of each row in the order of its tokens; −1: no page. Rows keep
+    their counts of tokens.
+
+    Raises:
+      ConfigError: no layer has pages, or the table has another shape than the present one.
+    """
+    return _map_paged(lambda layer: layer.with_table(table_bn), state)
+
+
+def copy_page(state: Any, source: int | jax.Array, target: int | jax.Array) -> Any:
+    """``state`` with a copy of page ``source`` as page ``target`` in all its paged caches.
+
+    Raises:
+      ConfigError: no layer has pages.
+    """
+    return _map_paged(lambda layer: layer.copy_page(source, target), state)
+
+
+def _map_paged(function: Callable, state: Any) -> Any:
+    layers = jax.tree.leaves(state, is_leaf=_is_layer)
+    kinds = sorted({type(layer).__name__ for layer in layers})
+    any_paged = any(layer.is_paged for layer in layers if _is_layer(layer))
+    check(any_paged, "state", kinds, "has no pages: requires a cache with kind='paged'")
+    return _map(lambda layer: function(layer) if layer.is_paged else layer, state)
 
 
 def _is_layer(node: Any) -> bool:

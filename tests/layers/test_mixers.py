@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.architecture import MIXERS
+from layers.architecture import CACHED, MIXERS
 from layers.attention import AttentionConfig
 from layers.config import ConfigError
 from layers.decoder import Decoder, DecoderConfig
+from layers.hooks import Hooks
 from layers.latent_attention import LatentConfig
 from layers.mamba import MambaConfig
 from layers.mlp import MlpConfig
+from layers.paged_cache import PagedCache
 from layers.routing import MoeConfig
 from layers.rwkv import RwkvConfig
 from layers.stack import unstacked
 from layers.state import (
+    CONTIGUOUS,
+    CacheConfig,
     LayerState,
     can_rewind,
     cleared,
@@ -32,8 +36,10 @@ from layers.state import (
     rewind,
     rollback,
     take_row,
+    with_table,
 )
 from layers.weights import flat
+from pallas_kernels.stored import DTYPES, Stored
 
 T = 5
 ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2)
@@ -88,6 +94,15 @@ MIXTURES = {
         "row, top 2": MoeConfig(4, 8, capacity_factor=0.7, capacity_group="row"),
     }.items()
 }
+PAGED = CacheConfig("paged", page=2)
+STORING = [name for name, stack in STACKS.items() if not set(stack["pattern"]).isdisjoint(CACHED)]
+with_caches = pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *(pytest.param(name, CONTIGUOUS, id=name) for name in STACKS),
+        *(pytest.param(name, PAGED, id=f"{name}-paged") for name in STORING),
+    ],
+)
 TOKENS = jax.random.randint(jax.random.key(1), (2, T), 0, 11)
 
 
@@ -139,8 +154,30 @@ def read(model, tokens, positions, segments, state=None):
     return model(tokens, positions, segments, state=state)
 
 
-def in_chunks(model, tokens, positions, segments, sizes):
-    state, at, parts = model.init_state(tokens.shape[0], T), 0, []
+def empty(model, batch, cache=CONTIGUOUS, length=T):
+    """An empty state. Pages are in another order than rows, and hold what others left there."""
+    state = model.init_state(batch, length, cache)
+    if cache.kind == "contiguous":
+        return state
+
+    def left(layer):
+        if not isinstance(layer, PagedCache):
+            return layer
+        pools = layer.keys, layer.values
+        garbage = jax.tree.map(
+            lambda a: jnp.full_like(a, jnp.nan if a.dtype.kind == "f" else 7), pools
+        )
+        return dataclasses.replace(
+            layer, keys=garbage[0], values=garbage[1], positions_ps=0 * layer.positions_ps
+        )
+
+    state = jax.tree.map(left, state, is_leaf=lambda node: isinstance(node, LayerState))
+    pages = batch * -(-length // cache.page)
+    return with_table(state, jnp.arange(pages)[::-1].reshape(batch, -1))
+
+
+def in_chunks(model, tokens, positions, segments, sizes, cache=CONTIGUOUS):
+    state, at, parts = empty(model, tokens.shape[0], cache), 0, []
     for n in sizes:
         here = slice(at, at + n)
         out = read(model, tokens[:, here], positions[:, here], segments[:, here], state)
@@ -149,19 +186,20 @@ def in_chunks(model, tokens, positions, segments, sizes):
     return jnp.concatenate(parts, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="sizes")
-def gradients(model, *tokens, sizes):
+@functools.partial(jax.jit, static_argnames=("sizes", "cache"))
+def gradients(model, *tokens, sizes, cache=CONTIGUOUS):
     weights = jax.random.normal(jax.random.key(3), (2, T, 11))
 
     def loss(model):
-        logits = in_chunks(model, *tokens, sizes) if sizes else read(model, *tokens).logits_btv
-        return jnp.sum(logits * weights)
+        if not sizes:
+            return jnp.sum(read(model, *tokens).logits_btv * weights)
+        return jnp.sum(in_chunks(model, *tokens, sizes, cache) * weights)
 
     return jax.tree.leaves(jax.grad(loss)(model))
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_parallel_is_recurrent_is_chunked(name):
+@with_caches
+def test_parallel_is_recurrent_is_chunked(name, cache):
     model = make(name)
     for segments, positions in (
         ([[0] * T] * 2, [list(range(T))] * 2),
@@ -170,8 +208,8 @@ def test_parallel_is_recurrent_is_chunked(name):
         tokens = TOKENS, jnp.array(positions), jnp.array(segments)
         want = read(model, *tokens).logits_btv
         for sizes in ((1,) * T, (3, 2)):
-            np.testing.assert_allclose(in_chunks(model, *tokens, sizes), want, atol=3e-5)
-        got, want = (gradients(model, *tokens, sizes=sizes) for sizes in ((3, 2), None))
+            np.testing.assert_allclose(in_chunks(model, *tokens, sizes, cache), want, atol=3e-5)
+        got, want = (gradients(model, *tokens, sizes=s, cache=cache) for s in ((3, 2), None))
         assert all(np.any(a) for a in want)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, atol=6e-5 * max(1, float(np.abs(b).max())))
@@ -231,13 +269,13 @@ def test_only_the_past_of_its_document_changes_a_token(name):
         is_equal(longer[0], want)
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_padding_changes_no_state(name):
+@with_caches
+def test_padding_changes_no_state(name, cache):
     """Rows of 3, 0 and 2 tokens in one call, then of 2, 5 and 0 more."""
     model = make(name)
     tokens = jax.random.randint(jax.random.key(4), (3, 2 * T), 0, 11)
     counts = [(3, 2), (0, 5), (2, 0)]
-    state, got = model.init_state(3, T), [[], [], []]
+    state, got = empty(model, 3, cache), [[], [], []]
     for call in range(2):
         at = [sum(c[:call]) for c in counts]
         positions = [
@@ -258,8 +296,8 @@ def test_padding_changes_no_state(name):
 LEFT = [[-1, -1, 0, 1, 2], [0, 1, 2, -1, -1], [-1, 0, 1, 2, -1], [-1] * 5]
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_padding_on_either_side_is_no_token(name):
+@with_caches
+def test_padding_on_either_side_is_no_token(name, cache):
     """The same three tokens behind padding, before it and between it: without and with a state."""
     model = make(name)
     three = TOKENS[:1, :3]
@@ -271,7 +309,7 @@ def test_padding_on_either_side_is_no_token(name):
     positions = jnp.array(LEFT)
     tokens = jnp.where(positions >= 0, three[0, positions], 7)
     segments = jnp.zeros_like(positions)
-    for state in (None, model.init_state(4, T)):
+    for state in (None, empty(model, 4, cache)):
         got = read(model, tokens, positions, segments, state)
         for row, at in enumerate(LEFT[:3]):
             real = np.array(at) >= 0
@@ -285,14 +323,15 @@ def test_padding_on_either_side_is_no_token(name):
     np.testing.assert_allclose(out[3, jnp.array([0, 2])], alone[:2], atol=3e-5)
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_a_state_rewinds_or_says_that_it_cannot(name):
+@with_caches
+def test_a_state_rewinds_or_says_that_it_cannot(name, cache):
     model = make(name)
     positions, segments = jnp.tile(jnp.arange(T), (2, 1)), jnp.zeros((2, T), jnp.int32)
-    before = read(model, TOKENS[:, :3], positions[:, :3], segments[:, :3], model.init_state(2, T))
+    before = read(model, TOKENS[:, :3], positions[:, :3], segments[:, :3], empty(model, 2, cache))
     other = (TOKENS[:, 3:] + 1) % 11, positions[:, 3:], segments[:, 3:]
     state = read(model, *other, before.state).state
-    if STACKS[name]["pattern"][0] not in ("attention", "latent") or "rwkv" in STACKS[name]:
+    rolls = name == "sliding" and cache.kind == "contiguous"
+    if rolls or not set(STACKS[name]["pattern"]) <= set(CACHED):
         with pytest.raises(ConfigError, match="^state='?(rolling KVCache|.*State)"):
             rewind(state, jnp.array([2, 2]))
         return
@@ -306,18 +345,17 @@ def positions_of(start, count, rows=2):
     return jnp.tile(jnp.arange(start, start + count), (rows, 1)), jnp.zeros((rows, count), int)
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_rows_are_taken_put_copied_cleared_and_rolled_back(name):
-    model = unstacked(make(name))
-    first = read(model, TOKENS[:, :3], *positions_of(0, 3), model.init_state(2, T)).state
+@with_caches
+def test_rows_are_taken_put_copied_cleared_and_rolled_back(name, cache):
+    model, new = unstacked(make(name)), functools.partial(empty, cache=cache)
+    is_paged = cache.kind == "paged"
+    first = read(model, TOKENS[:, :3], *positions_of(0, 3), new(model, 2)).state
     rest = TOKENS[:, 3:], *positions_of(3, 2)
     want = read(model, *rest, first)
 
     @jax.jit
     def through_a_row(state, row):
-        taken = take_row(state, row)
-        assert all(a.shape[0] == 1 for a in jax.tree.leaves(taken))
-        alone = read(model, *(jnp.take(a, row[None], 0) for a in rest), taken)
+        alone = read(model, *(jnp.take(a, row[None], 0) for a in rest), take_row(state, row))
         return alone.logits_btv[0], put_row(state, row, alone.state)
 
     # row by row is both rows at once, and the other row stays
@@ -327,26 +365,62 @@ def test_rows_are_taken_put_copied_cleared_and_rolled_back(name):
         np.testing.assert_allclose(got, want.logits_btv[row], atol=1e-5)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(want.state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    # a copied row continues as the other; a row that held NaN is as good as new
-    copied = read(model, *rest, copy_row(first, 1, 0)).logits_btv
+    # a copied row continues as the other
     twice = read(model, *(jnp.tile(a[1:], (2, 1)) for a in rest), copy_row(first, 1, 0))
-    np.testing.assert_allclose(copied[1], want.logits_btv[1], atol=1e-5)
     np.testing.assert_allclose(twice.logits_btv[0], want.logits_btv[1], atol=1e-5)
-    poisoned = jax.tree.map(
-        lambda a: jnp.full_like(a, jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a, first
+    # a row that held NaN is as good as new
+    poisoned = jax.tree.map(lambda a: a * jnp.nan if a.dtype.kind == "f" else a, first)
+    cleaned = put_row(first, 0, cleared(take_row(poisoned, 0)))
+    fresh, again = (
+        read(model, TOKENS[:1, :2], *positions_of(0, 2, rows=1), take_row(state, 0)).logits_btv
+        for state in (new(model, 2), cleaned)
     )
-    empty = put_row(first, 0, cleared(take_row(poisoned, 0)))
-    fresh = read(model, TOKENS[:, :2], *positions_of(0, 2), model.init_state(2, T)).logits_btv
-    again = read(model, TOKENS[:, :2], *positions_of(0, 2), empty).logits_btv
-    np.testing.assert_array_equal(again[0], fresh[0])
-    jax.tree.map(np.testing.assert_array_equal, cleared(poisoned), model.init_state(2, T))
+    np.testing.assert_array_equal(again, fresh)
+    if not is_paged:
+        jax.tree.map(np.testing.assert_array_equal, cleared(poisoned), model.init_state(2, T))
     # rejected tokens are taken back, or the state before them is
     drafted = read(model, (TOKENS[:, 3:] + 1) % 11, *positions_of(3, 2), first).state
     back = rollback(drafted, first, jnp.array([2, 2]))
     np.testing.assert_array_equal(read(model, *rest, back).logits_btv, want.logits_btv)
-    layers = jax.tree.leaves(first, is_leaf=lambda node: isinstance(node, LayerState))
-    assert can_rewind(first) == all(layer.can_rewind for layer in layers)
-    assert can_rewind(first) == (name in ("attention", "latent"))
+    rewinds = set(STACKS[name]["pattern"]) <= set(CACHED) and (is_paged or name != "sliding")
+    assert can_rewind(first) == rewinds
+
+
+BOUNDS = {"bfloat16": 0.01, "float16": 0.01, "float8_e4m3fn": 0.06, "int8": 0.02, "int4": 0.3}
+QUANTISED = [(n, kind, d) for n in STORING for kind in ("contiguous", "paged") for d in BOUNDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"),
+    [
+        # each dtype and each mixer once by default; all of them are slow
+        pytest.param(*case, marks=() if i % 6 == 0 else pytest.mark.slow)
+        for i, case in enumerate(QUANTISED)
+    ],
+)
+def test_a_quantised_cache_is_attention_to_rounded_keys_and_values(name, kind, dtype):
+    """Without a cache, hooks round keys and values as the cache stores them."""
+    model, tokens = make(name), (TOKENS, *positions_of(0, T))
+    cache = dataclasses.replace(PAGED if kind == "paged" else CONTIGUOUS, dtype=dtype)
+    got = in_chunks(model, *tokens, (3, 1, 1), cache)
+    want = read(model, *tokens).logits_btv
+    scale = float(jnp.abs(want).max())
+    error = float(jnp.abs(got - want).max())
+    assert 1e-5 * scale < error < BOUNDS[dtype] * scale
+    if name == "latent":  # without a cache it has no latents of all heads
+        want = in_chunks(model, *tokens, (1,) * T, cache)
+    else:
+
+        def rounded(x, layer):
+            return Stored.of(x, dtype).load(x.dtype)
+
+        hooks = Hooks(edit={"attention.key": rounded, "attention.value": rounded})
+        want = jax.jit(lambda m, *tokens: m(*tokens, hooks=hooks).logits_btv)(model, *tokens)
+    np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_every_stored_dtype_is_here():
+    assert {*BOUNDS, "float32"} == set(DTYPES)
 
 
 def test_recurrent_layers_refuse_what_they_cannot_see():
