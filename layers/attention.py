@@ -271,6 +271,7 @@ class Attention(nnx.Module):
                 pages = keys
             else:
                 mask = mask.with_keys(keys.positions_bs, keys.segments_bs)
+                assert keys.v_bskc is not None
                 k, v = keys.k_bskc, keys.v_bskc
         options: dict[str, Any] = dict(soft_cap=self.config.soft_cap, scale=self.config.scale)
         if self.use_alibi:

@@ -205,17 +205,3 @@ def _append(old: jax.Array, new: jax.Array) -> jax.Array:
     if spec() is not None:
         new = jax.sharding.reshard(new, axes_of(old))
     return jnp.concatenate((old, new), axis=1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedCache(LayerState):
-    written_b: jax.Array
-
-
-def with_table(state, table_bn):
-    return state
-
-
-def copy_page(state, a, b):
-    return state

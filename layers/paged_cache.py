@@ -214,6 +214,7 @@ class PagedCache(LayerState):
         shape, given = self.table_bn.shape, jnp.shape(table_bn)
         check(given == shape[-2:], "table.shape", given, f"must be {shape[-2:]}")
         table = jnp.broadcast_to(jnp.asarray(table_bn, jnp.int32), shape)
+        table = reshard(table, *(None,) * len(shape))
         return dataclasses.replace(self, table_bn=table)
 
     def copy_page(self, source: int | jax.Array, target: int | jax.Array) -> "PagedCache":

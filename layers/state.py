@@ -149,24 +149,16 @@ def with_table(state: Any, table_bn: jax.Array) -> Any:
     Raises:
       ConfigError: no layer has pages, or the table has another shape than the present one.
     """
-    return _map_paged(lambda layer: layer.with_table(table_bn), state)
-
-
-def copy_page(state: Any, source: int | jax.Array, target: int | jax.Array) -> Any:
-    """``state`` with a copy of page ``source`` as page ``target`` in all its paged caches.
-
-    Raises:
-      ConfigError: no layer has pages.
-    """
-    return _map_paged(lambda layer: layer.copy_page(source, target), state)
-
-
-def _map_paged(function: Callable, state: Any) -> Any:
     layers = jax.tree.leaves(state, is_leaf=_is_layer)
     kinds = sorted({type(layer).__name__ for layer in layers})
     any_paged = any(layer.is_paged for layer in layers if _is_layer(layer))
     check(any_paged, "state", kinds, "has no pages: requires a cache with kind='paged'")
-    return _map(lambda layer: function(layer) if layer.is_paged else layer, state)
+    return _map(lambda layer: layer.with_table(table_bn) if layer.is_paged else layer, state)
+
+
+def copy_page(state: Any, source: int | jax.Array, target: int | jax.Array) -> Any:
+    """``state`` with a copy of page ``source`` as page ``target`` in all its paged caches."""
+    return _map(lambda layer: layer.copy_page(source, target) if layer.is_paged else layer, state)
 
 
 def _is_layer(node: Any) -> bool:

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.cache import PagedCache, copy_page, with_table
 from layers.decoder import Decoder, State
+from layers.paged_cache import PagedCache
 from layers.sharding import reshard
-from layers.state import cleared, copy_row, put_row, take_row
+from layers.state import cleared, copy_page, copy_row, put_row, take_row, with_table
 from pallas_kernels.mask import Mask
 from research.inference.sampling import MOST_LOGPROBS, Sampled, SamplingRows, sample, top_logprobs
 

@@ -366,6 +366,6 @@ def test_memory_is_donated():
     engine = engine_of("attention", PAGED)
     before = engine._runner._memory
     engine.run([Request([1, 2, 3], GREEDY)])
-    assert all(a.is_deleted() for a in jax.tree.leaves(before))
+    assert all(a.is_deleted() for a in jax.tree.leaves(before) if a.ndim > 2)
     is_paged = [not isinstance(layer.mixer, KVCache) for layer in engine._runner._memory.state]
     assert all(is_paged)

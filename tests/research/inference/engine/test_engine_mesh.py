@@ -1,0 +1,84 @@
+"""The engine on eight devices: tensor parallelism gives the tokens of one device."""
+
+import pytest
+
+SCRIPT = """
+import dataclasses, sys
+import jax, numpy as np
+from flax import nnx
+from layers.attention import AttentionConfig
+from layers.config import ConfigError
+from layers.decoder import Decoder, DecoderConfig
+from layers.mamba import MambaConfig
+from layers.mlp import MlpConfig
+from layers.rwkv import RwkvConfig
+from layers.state import CacheConfig
+from research.inference import SamplingConfig
+from research.inference.engine import Engine, EngineConfig, Request
+from research.parallel import MeshConfig, make_mesh, shardings
+
+BASE = DecoderConfig(
+    64, 32, 2, mlp=MlpConfig(64), attention=AttentionConfig(8, 8, window=6), tie_embeddings=False,
+    pattern=("attention", "sliding"), init_std=1.0,
+)
+HYBRID = dataclasses.replace(
+    BASE, pattern=("attention", "mamba"), attention=AttentionConfig(8), mamba=MambaConfig(state=4)
+)
+RWKV = RwkvConfig(head_dim=4, decay_rank=3, rate_rank=3, value_rank=3, gate_rank=3)
+RECURRENT = dataclasses.replace(
+    BASE, pattern=("mamba2", "rwkv7"), feed_forward=("none", "rwkv7"), rwkv=RWKV, position="none",
+    mamba=MambaConfig(state=4, head_dim=8), attention=None, norm="layernorm", norm_bias=True,
+)
+CONTIGUOUS = EngineConfig(slots=3, max_length=32, chunk=4)
+PAGED = dataclasses.replace(CONTIGUOUS, cache=CacheConfig("paged", page=2), prefix=True)
+SHARED = dataclasses.replace(CONTIGUOUS, prefix=True)
+prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3], [60, 61, 62], [5] * 14, [1, 2, 3, 4, 5, 6, 7, 8, 30]]
+requests = [
+    Request(prompt, SamplingConfig(max_new_tokens=10, temperature=t, seed=seed, top_p=0.9), n=2)
+    for seed, prompt in enumerate(prompts) for t in (0.0, 1.0)
+]
+
+
+def tokens(config, engine_config, devices):
+    model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:devices])
+    if devices > 1:
+        model = jax.device_put(model, shardings(model, mesh))
+    engine = Engine(model, engine_config, mesh=mesh)
+    engine.warm_up()
+    results = engine.run(requests)
+    mixer = engine._runner._memory.state[0].mixer
+    held = mixer.scan_bhpn if config is RECURRENT else mixer.keys.codes
+    assert held.sharding.shard_shape(held.shape)[1] == 8 // devices, held.sharding
+    return [sample.tokens for result in results for sample in result.samples]
+
+
+CASES = {
+    "hybrid": (HYBRID, PAGED),
+    "contiguous": (BASE, CONTIGUOUS),
+    "paged": (BASE, PAGED),
+    "recurrent": (RECURRENT, SHARED),
+}
+config, engine_config = CASES[sys.argv[1]]
+assert tokens(config, engine_config, 8) == tokens(config, engine_config, 1)
+
+try:
+    mesh = make_mesh(MeshConfig(data=2, tensor=-1))
+    Engine(jax.jit(lambda: Decoder(BASE, rngs=nnx.Rngs(0)))(), CONTIGUOUS, mesh=mesh)
+except ConfigError as error:
+    print(error)
+print("passed")
+"""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "hybrid",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("contiguous", "paged", "recurrent")),
+    ],
+)
+def test_tensor_parallel_tokens_are_those_of_one_device(run_script, case):
+    lines = run_script(SCRIPT, case).splitlines()
+    refusal = "mesh={'data': 2, 'tensor': 4}: an engine supports the axis tensor only"
+    assert lines == [refusal, "passed"]
