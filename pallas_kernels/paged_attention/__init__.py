@@ -46,16 +46,17 @@ from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.flash_attention.spec import Spec
 from pallas_kernels.mask import Mask
-from pallas_kernels.paged_attention import reference, xla
-from pallas_kernels.paged_attention.pages import Pages, written
+from pallas_kernels.paged_attention import reference, tpu, tpu_update, xla
+from pallas_kernels.paged_attention.pages import Pages, scattered
+from pallas_kernels.paged_attention.tpu import refusal_of_pages
 from pallas_kernels.stored import Stored
 
 OP = "paged_attention"
 
 # implementation → the platform whose block sizes (`pallas_kernels.blocks`) it has
-PLATFORMS = {"xla": "cpu"}
+PLATFORMS = {"xla": "cpu", "tpu": "tpu"}
 
-FORWARD = {"xla": xla.forward}
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
 
 
 def paged_attention(
@@ -107,7 +108,7 @@ def paged_attention(
     spec, channels, arrays = _checked(
         q_bthc, pages, mask, value_channels, alibi_slopes_h, sinks_h, scale, soft_cap
     )
-    chosen = choose(OP, implementation, {"xla": None})
+    chosen = choose(OP, implementation, {"xla": None, "tpu": tpu.refusal(q_bthc, pages)})
     if chosen == ["reference"]:
         return reference.attention(spec, channels, *arrays)
     sizes = tuple(
@@ -127,6 +128,8 @@ def update_pages(
     segments_bt: jax.Array | None,
     table_bn: jax.Array,
     written_b: jax.Array,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Stored, Stored | None, jax.Array, jax.Array | None, jax.Array]:
     """``keys, values, positions, segments, written`` with new tokens after those of each row.
 
@@ -138,9 +141,11 @@ def update_pages(
       k_btkc, v_btkc, positions_bt, segments_bt: the new tokens, in the dtype of the calculation;
         ``v`` is None if ``values`` is, and ``segments_bt`` if ``segments_ps`` is.
       keys, …, written_b: as in `paged_attention`.
+      implementation: as in `paged_attention`.
 
     Raises:
-      ValueError: an argument has a shape or dtype that is not described here.
+      ValueError: an argument has a shape or dtype that is not described here, or the named
+        implementation does not support the call.
     """
     pages = Pages(keys, values, positions_ps, segments_ps, table_bn, written_b)
     b = _check_pages(pages)
@@ -157,14 +162,17 @@ def update_pages(
     check(both, "segments", "one of two", "pages and tokens must both have segments, or neither")
     if segments_bt is not None:
         check_array("segments", segments_bt, (b, t), "integer")
-    new = (
-        Stored.of(k_btkc, keys.dtype),
-        None if v_btkc is None or values is None else Stored.of(v_btkc, values.dtype),
-        positions_bt,
-        segments_bt,
-    )
-    new_pages = written(pages, new, positions_bt)
-    return *new_pages[:4], new_pages.written_b
+    chosen = choose("update_pages", implementation, {"xla": None, "tpu": refusal_of_pages(pages)})
+    put_codes = _put_codes(tuple(chosen))
+    values_of_new = None if v_btkc is None or values is None else Stored.of(v_btkc, values.dtype)
+    new = (Stored.of(k_btkc, keys.dtype), values_of_new, positions_bt, segments_bt)
+
+    def put(old, new):
+        put_one = put_codes if old.ndim == 4 else scattered
+        return put_one(old, new, positions_bt, table_bn, written_b)
+
+    count = jnp.sum(positions_bt >= 0, axis=1, dtype=written_b.dtype)
+    return *jax.tree.map(put, pages[:4], new), written_b + count
 
 
 def _check_pages(pages: Pages) -> int:
@@ -241,3 +249,25 @@ def _op(spec: Spec, channels: int, sizes):
 def _forward(spec, channels, sizes, *arrays):
     table = {name: functools.partial(FORWARD[name], spec, channels, dict(s)) for name, s in sizes}
     return per_platform(list(table), table, *arrays), None
+
+
+@functools.lru_cache
+def _put_codes(chosen: tuple[str, ...]):
+    """`scattered` by an implementation in ``chosen``, for codes."""
+    if chosen in (("reference",), ("xla",)):
+        return scattered
+    table = {"xla": scattered, "tpu": tpu_update.written}
+
+    def run(*arrays):
+        return per_platform(chosen, table, *arrays)
+
+    def backward(arrays, _, d_codes):
+        return jax.vjp(scattered, *arrays)[1](d_codes)
+
+    op = differentiable(lambda *arrays: (run(*arrays), None), backward, scattered)
+
+    def put(old, new, *arrays):
+        is_float = jnp.issubdtype(old.dtype, jnp.floating)
+        return (op if is_float else run)(old, new, *arrays)
+
+    return put

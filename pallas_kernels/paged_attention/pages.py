@@ -1,6 +1,6 @@
 """Pages of keys and values, and the slots of a row in them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,6 @@ class Pages(NamedTuple):
         """The slots of a page."""
         return self.positions_ps.shape[1]
 
-    def of_slots(self, slots_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The page of each slot, ``p`` where the row has none, and the slot in that page."""
-        n = self.table_bn.shape[1]
-        column = jnp.clip(slots_bt // self.page, 0, n - 1)
-        page_bt = jnp.take_along_axis(self.table_bn, column, axis=1)
-        exists = (slots_bt >= 0) & (slots_bt < n * self.page) & (page_bt >= 0)
-        return jnp.where(exists, page_bt, self.positions_ps.shape[0]), slots_bt % self.page
-
     def key_mask(self, mask: Mask) -> Mask:
         """``mask`` with the row's slots as keys; slots without a token are padding."""
         b, n = self.table_bn.shape
@@ -62,8 +54,11 @@ def unpacked(codes: jax.Array, count: int, dtype) -> list[jax.Array]:
     return [(codes & 15).astype(dtype), (codes >> 4).astype(dtype)]
 
 
-def gathered(stored: Stored, page_bn: jax.Array) -> Stored:
-    """The slots of the pages ``page_bn`` in their order: ``[b, k, n · page, …]``."""
+def gathered(stored: Any, page_bn: jax.Array) -> Any:
+    """The slots of the pages ``page_bn``, in their order: ``[b, k, n · page, …]``.
+
+    ``stored``: a `Stored`, or one of its arrays ``[p, k, page, …]``.
+    """
     b, n = page_bn.shape
 
     def gather(array):
@@ -75,31 +70,31 @@ def gathered(stored: Stored, page_bn: jax.Array) -> Stored:
     return jax.tree.map(gather, stored)
 
 
-def written(pages: Pages, new: tuple, positions_bt: jax.Array) -> Pages:
-    """``pages`` with new tokens after those of each row; padding is not written.
-
-    ``new``: the tokens' keys, values, positions and segments, ``[b, t, …]``, as they are stored.
-    """
-    slots_bt, written_b = new_slots(pages, positions_bt)
-    page_bt, offset_bt = pages.of_slots(slots_bt)
-
-    def put(old, new):
-        # as rows of one matrix, which XLA writes in place; the row of no page is out of range
-        if old.ndim == 2:
-            row = page_bt * pages.page + offset_bt
-            return old.reshape(-1).at[row].set(new, mode="drop").reshape(old.shape)
-        p, k, page, *vector = old.shape
-        row = (page_bt[..., None] * k + jnp.arange(k)) * page + offset_bt[..., None]
-        flat = old.reshape(p * k * page, *vector).at[row].set(new.astype(old.dtype), mode="drop")
-        return flat.reshape(old.shape)
-
-    keys, values, positions_ps, segments_ps = jax.tree.map(put, pages[:4], new)
-    return Pages(keys, values, positions_ps, segments_ps, pages.table_bn, written_b)
-
-
-def new_slots(pages: Pages, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The slot of each new token, −1 for padding, and the number of tokens of each row after."""
+def new_slots(positions_bt: jax.Array, written_b: jax.Array) -> jax.Array:
+    """The slot of each new token, −1 for padding."""
     valid = positions_bt >= 0
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-    slots_bt = jnp.where(valid, pages.written_b[:, None] + rank, -1)
-    return slots_bt, pages.written_b + jnp.sum(valid, axis=1, dtype=jnp.int32)
+    return jnp.where(valid, written_b[:, None] + rank, -1)
+
+
+def page_of(slots_bt: jax.Array, table_bn: jax.Array, page: int) -> jax.Array:
+    """The page that each slot is in, −1 where the row has none."""
+    n = table_bn.shape[1]
+    pages = jnp.take_along_axis(table_bn, jnp.clip(slots_bt // page, 0, n - 1), axis=1)
+    return jnp.where((slots_bt >= 0) & (slots_bt < n * page), pages, -1)
+
+
+def scattered(old, new, positions_bt, table_bn, written_b) -> jax.Array:
+    """An array of a pool, ``[p, k, page, …]`` or ``[p, page]``, with the numbers of new tokens.
+
+    ``new``: ``[b, t, k, …]`` or ``[b, t]``. It is one scatter into the rows of a matrix, which XLA
+    does in place.
+    """
+    p, k, page, *vector = old.shape if old.ndim > 2 else (old.shape[0], 1, old.shape[1])
+    slots_bt = new_slots(positions_bt, written_b)
+    page_bt = page_of(slots_bt, table_bn, page)
+    row = (page_bt[..., None] * k + jnp.arange(k)) * page + (slots_bt % page)[..., None]
+    row = jnp.where(page_bt[..., None] >= 0, row, p * k * page)  # out of range: it is dropped
+    flat = old.reshape(p * k * page, *vector)
+    new = new.reshape(*row.shape, *vector).astype(old.dtype)
+    return flat.at[row].set(new, mode="drop").reshape(old.shape)

@@ -236,9 +236,8 @@ def test_update_is_in_place():
     def update(pages, new, at, table, written):
         return update_pages(*pages, new, new, at, at, table, written)
 
-    compiled = jax.jit(update, donate_argnums=0).lower(
-        (keys, values, positions, segments), new, at, table, written
-    ).compile()  # fmt: skip
+    arguments = ((keys, values, positions, segments), new, at, table, written)
+    compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < keys.codes.nbytes / 10
 
 
