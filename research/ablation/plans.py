@@ -7,10 +7,12 @@ from typing import Any
 
 from layers.config import ConfigError, check, from_mapping
 from layers.decoder import DecoderConfig
+from layers.state import CacheConfig
 from research.ablation.experiment import Experiment
 from research.ablation.parts import PARTS
 from research.data import DataConfig, vocabulary_size
 from research.files import plain, write_json, write_text
+from research.inference.engine import EngineConfig
 from research.parallel import MeshConfig
 from research.planning import sweep as sweeps
 from research.planning.plan import plan
@@ -55,12 +57,15 @@ def setups(
     """Arms → their setups, one for each of ``meshes``; arms with the same program share an entry.
 
     An experiment with ``plan_step(config, mesh)``, which returns a `Step` for an arm's
-    configuration, is planned by it, arm by arm. Any other experiment trains a language model.
+    configuration, is planned by it, arm by arm. One whose configuration has an ``engine`` and no
+    ``training`` is planned by the decoding step of that engine. Any other experiment trains a
+    language model.
 
     Args:
       meshes: fields of `MeshConfig`; if empty, the configuration's mesh is used.
       batch: rows, in place of the configuration's.
-      decode: rows and cached tokens of a decoding step, planned in place of a training step.
+      decode: rows and cached tokens of a decoding step, planned in place of a training step. The
+        tokens are stored as an arm's ``cache`` says, if its configuration has one.
 
     Raises:
       ConfigError: an invalid value, or an experiment with neither a ``plan_step`` nor the
@@ -74,37 +79,57 @@ def setups(
     arms_by_setups: dict[tuple[tuple[Setup, ...], int], list[str]] = {}
     for name in arms:
         arm: Any = experiment.arm_config(config, experiment.arm(name))
-        missing = ", ".join(part for part in PARTS if part not in arm)
-        requirement = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
-        check(not missing, "experiment", experiment.name, requirement)
-        model = from_mapping(DecoderConfig, arm.model, "model")
-        data = from_mapping(DataConfig, arm.data, "data")
-        training = from_mapping(TrainingConfig, arm.training, "training")
-        # the number of steps and of warm-up steps does not change the program
-        warmup = config.training.optimizer.warmup_steps
-        training = dataclasses.replace(
-            training,
-            steps=config.training.steps,
-            optimizer=dataclasses.replace(training.optimizer, warmup_steps=warmup),
-        )
-        vocabulary = 0 if decode else vocabulary_size(data)
-        rows, length = decode or (data.batch_size, data.sequence_length)
-        rows = rows if batch is None else batch
-        check(rows > 0, "batch", rows, "must be > 0")
-        arm_setups = tuple(
-            Setup(
-                model,
-                topology,
-                from_mapping(MeshConfig, mesh, "mesh"),
-                rows,
-                length,
-                None if decode else training,
-                vocabulary,
-            )
-            for mesh in (meshes or [arm.mesh])
-        )
-        arms_by_setups.setdefault((arm_setups, vocabulary), []).append(name)
+        part = _serving if "engine" in arm and "training" not in arm else _training
+        setup = part(experiment, config, arm, topology, batch, decode)
+        given = [from_mapping(MeshConfig, m, "mesh") for m in (meshes or [arm.get("mesh", {})])]
+        arm_setups = tuple(dataclasses.replace(setup, mesh=mesh) for mesh in given)
+        arms_by_setups.setdefault((arm_setups, setup.vocabulary), []).append(name)
     return {tuple(names): list(arm_setups) for (arm_setups, _), names in arms_by_setups.items()}
+
+
+def _training(
+    experiment: Experiment, config: Any, arm: Any, topology: str, batch: int | None, decode: Any
+) -> Setup:
+    """The training step of a language model, or its decoding step; without a mesh."""
+    missing = ", ".join(part for part in PARTS if part not in arm)
+    requirement = f"has neither plan_step(config, mesh) nor, in its configuration, {missing}"
+    check(not missing, "experiment", experiment.name, requirement)
+    model = from_mapping(DecoderConfig, arm.model, "model")
+    data = from_mapping(DataConfig, arm.data, "data")
+    training = from_mapping(TrainingConfig, arm.training, "training")
+    # the number of steps and of warm-up steps does not change the program
+    warmup = config.training.optimizer.warmup_steps
+    training = dataclasses.replace(
+        training,
+        steps=config.training.steps,
+        optimizer=dataclasses.replace(training.optimizer, warmup_steps=warmup),
+    )
+    if decode:
+        cache = from_mapping(CacheConfig, arm.get("cache", {}), "cache")
+        return _decoding(model, topology, *decode, batch, cache)
+    rows = _rows(data.batch_size if batch is None else batch)
+    length, vocabulary = data.sequence_length, vocabulary_size(data)
+    return Setup(model, topology, MeshConfig(), rows, length, training, vocabulary)
+
+
+def _serving(
+    experiment: Experiment, config: Any, arm: Any, topology: str, batch: int | None, decode: Any
+) -> Setup:
+    """The decoding step of an engine, whose slots are all full; without a mesh."""
+    model = from_mapping(DecoderConfig, arm.model, "model")
+    engine = from_mapping(EngineConfig, arm.engine, "engine")
+    rows, length = decode or (engine.slots, engine.max_length)
+    return _decoding(model, topology, rows, length, batch, engine.cache)
+
+
+def _decoding(model, topology, rows, length, batch, cache) -> Setup:
+    rows = _rows(rows if batch is None else batch)
+    return Setup(model, topology, MeshConfig(), rows, length, cache=cache)
+
+
+def _rows(rows: int) -> int:
+    check(rows > 0, "batch", rows, "must be > 0")
+    return rows
 
 
 def _custom_setups(

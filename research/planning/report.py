@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from layers.state import CacheConfig
 from research.files import plain
 from research.planning import sweep
 from research.planning.plan import Plan
@@ -115,13 +116,20 @@ def spell_mesh(p: Plan) -> str:
     return ",".join(axes + strategies) or "one device"
 
 
+def _spell_cache(cache: CacheConfig) -> str:
+    """What is not the default of ``cache``, for example ``, cached in pages of 16 in int8``."""
+    pages = f" in pages of {cache.page}" if cache.kind == "paged" else ""
+    dtype = f" in {cache.dtype}" if cache.dtype else ""
+    return f", cached{pages}{dtype}" if pages or dtype else ""
+
+
 def _work(p: Plan) -> str:
     setup = p.setup
     if isinstance(setup, CustomSetup):
         return "the experiment's plan_step"
     rows, length = setup.batch_size, setup.sequence_length
     if setup.training is None:
-        work = f"decoding {rows:,} rows after {length:,} tokens"
+        work = f"decoding {rows:,} rows after {length:,} tokens{_spell_cache(setup.cache)}"
     else:
         parts = setup.training.gradient_accumulation
         split = f" in {parts} micro-batches" if parts > 1 else ""

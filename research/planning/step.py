@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from layers.config import check
 from layers.decoder import Decoder, DecoderConfig
 from layers.pipeline import idle
+from layers.state import CONTIGUOUS, CacheConfig
 from research.parallel import MeshConfig, abstract_batch, shardings, use_mesh, validate
 from research.parallel.rules import with_shardings
 from research.planning.topology import topology_mesh
@@ -49,9 +50,9 @@ class Step:
 class Setup:
     """A step of ``model`` on the ``mesh`` of ``topology``, by batches of this size.
 
-    ``training`` None: decoding of one token after ``sequence_length`` cached ones. ``vocabulary``:
-    of the data, 0 if unknown. The program does not depend on it, so setups that differ only in it
-    are equal.
+    ``training`` None: decoding of one token after ``sequence_length`` cached ones, which ``cache``
+    stores. ``vocabulary``: of the data, 0 if unknown. The program does not depend on it, so setups
+    that differ only in it are equal.
     """
 
     model: DecoderConfig
@@ -61,6 +62,7 @@ class Setup:
     sequence_length: int
     training: TrainingConfig | None = None
     vocabulary: int = dataclasses.field(default=0, compare=False)
+    cache: CacheConfig = CONTIGUOUS
 
     @property
     def rows(self) -> int:
@@ -91,7 +93,9 @@ def make(setup: Setup | CustomSetup, mesh: Mesh) -> Step:
     """
     if isinstance(setup, CustomSetup):
         return _custom(setup, mesh)
-    return _training(setup, mesh) if setup.training else _decoding(setup, mesh)
+    if setup.training is not None:
+        return _training(setup, mesh)
+    return decoding(setup.model, mesh, setup.batch_size, setup.sequence_length, setup.cache)
 
 
 def check_setup(setup: Setup | CustomSetup) -> None:
@@ -149,29 +153,35 @@ def _training(setup: Setup, mesh: Mesh) -> Step:
     )
 
 
-def _decoding(setup: Setup, mesh: Mesh) -> Step:
-    """Decoding of one token for each row of the batch."""
-    config, size = setup.model, setup.batch_size
+def decoding(
+    config: DecoderConfig, mesh: Mesh, rows: int, length: int, cache: CacheConfig = CONTIGUOUS
+) -> Step:
+    """Decoding of one token for each of ``rows`` after ``length`` cached ones, stored as ``cache``.
+
+    Raises:
+      ConfigError: the model does not support ``cache``.
+    """
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     model = with_shardings(abstract, shardings(abstract, mesh))
     with use_mesh(mesh):
-        empty = jax.eval_shape(lambda m: m.init_state(size, setup.sequence_length), model)
+        empty = jax.eval_shape(lambda m: m.init_state(rows, length, cache), model)
     # on one device types have no sharding
-    cache_shardings = jax.tree.map(
+    state_shardings = jax.tree.map(
         lambda a: NamedSharding(mesh, a.sharding.spec if a.sharding else PartitionSpec()), empty
     )
-    cache, batch = with_shardings(empty, cache_shardings), abstract_batch(mesh, size, 1)
+    state, batch = with_shardings(empty, state_shardings), abstract_batch(mesh, rows, 1)
 
-    def step(model, cache, tokens_bt, positions_bt):
-        output = model(tokens_bt, positions_bt, state=cache)
+    def step(model, state, tokens_bt, positions_bt):
+        output = model(tokens_bt, positions_bt, state=state)
         return jnp.argmax(output.logits_btv, axis=-1), output.state
 
     token = {name: batch[name] for name in ("tokens", "positions")}
+    flops = forward_flops_per_token(model, length, cached=True) * rows
     return Step(
         jax.jit(step, donate_argnums=1),
-        {"parameters": model, "cache": cache, **token},
-        *_flops(setup, mesh, model),
-        parts={"parameters": model, "cache": cache, "batch": token},
+        {"parameters": model, "cache": state, **token},
+        flops,
+        parts={"parameters": model, "cache": state, "batch": token},
     )
 
 
@@ -188,11 +198,8 @@ def _custom(setup: CustomSetup, mesh: Mesh) -> Step:
 
 
 def _flops(setup: Setup, mesh: Mesh, model: Decoder) -> tuple[float, float]:
-    """FLOPs of a step on all devices: by the equations of the model, and executed."""
+    """FLOPs of a training step on all devices: by the equations of the model, and executed."""
     length, rows = setup.sequence_length, setup.batch_size
-    if setup.training is None:
-        per_token = forward_flops_per_token(model, length, cached=True)
-        return per_token * rows, per_token * rows
     per_token = train_flops_per_token(model, length)
     recomputed = recomputed_flops_per_token(model, length)
     config = setup.model

@@ -7,6 +7,7 @@ import pytest
 
 from layers.config import from_mapping
 from layers.decoder import DecoderConfig
+from layers.state import CacheConfig
 from research.ablation import discover, load, plans
 from research.ablation.experiment import SCALES
 from research.ablation.report import results_folder
@@ -242,12 +243,14 @@ def test_a_custom_step_that_cannot_be_planned(make_package, capfd, source, argum
 def _setup(held: dict) -> Setup:
     """Of a record, which lacks fields that were added after it was made."""
     model = from_mapping(DecoderConfig, held["model"])
-    training = from_mapping(TrainingConfig, held["training"])
-    if model.param_dtype == "float32":  # there is no copy, so ``master`` decides nothing
+    training = held["training"] and from_mapping(TrainingConfig, held["training"])
+    # of float32 parameters there is no copy, so ``master`` decides nothing
+    if training and model.param_dtype == "float32":
         optimizer = dataclasses.replace(training.optimizer, master=True)
         training = dataclasses.replace(training, optimizer=optimizer)
     mesh = from_mapping(MeshConfig, held["mesh"])
-    return Setup(**{**held, "model": model, "training": training, "mesh": mesh})
+    cache = from_mapping(CacheConfig, held.get("cache", {}))
+    return Setup(**{**held, "model": model, "training": training, "mesh": mesh, "cache": cache})
 
 
 @pytest.mark.tpu_compile
