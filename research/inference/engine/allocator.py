@@ -1,5 +1,7 @@
 """`Allocator`: which slot and which pages each running sequence has, and what they share."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from research.inference.engine.config import EngineConfig
@@ -85,6 +87,19 @@ class Allocator:
         """The pages of each slot in their order, −1 beyond them; None if the cache has no pages."""
         # a copy: a program may still read it when the original changes
         return None if self._table_bn is None else self._table_bn.copy()
+
+    def occupancy(self, running: Iterable[Sequence]) -> tuple[int, int]:
+        """Tokens that are held, and the room that is allocated, of the sequences ``running``."""
+        if self.pages is None:
+            held = sum(sequence.held for sequence in running)
+            return held, len(running) * self.config.max_length
+        size = self.pages.size
+        tokens: dict[int, int] = {}
+        for sequence in running:
+            for i, page in enumerate(sequence.pages):
+                of_page = min(max(sequence.held - i * size, 0), size)
+                tokens[page] = max(tokens.get(page, 0), of_page)
+        return sum(tokens.values()), len(tokens) * size
 
     def release(self, sequence: Sequence) -> None:
         """Take the slot and the pages of ``sequence``."""

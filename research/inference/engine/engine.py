@@ -145,6 +145,14 @@ class Engine:
         """The number of samples that have a slot."""
         return len(self._running)
 
+    @property
+    def occupancy(self) -> tuple[int, int]:
+        """Tokens in the caches of the running samples, and the room that is allocated for them.
+
+        A page that several samples share counts once in both.
+        """
+        return self._allocator.occupancy(self._running)
+
     def run(self, requests: Iterable[Request]) -> list[Result]:
         """The results of ``requests``, in their order."""
         ids = [self.add(request) for request in requests]

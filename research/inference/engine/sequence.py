@@ -41,6 +41,11 @@ class Sequence:
         return self.to_prefill + self.steps
 
     @property
+    def held(self) -> int:
+        """The number of tokens in its memory."""
+        return self.prefilled + self.steps
+
+    @property
     def forced(self) -> int:
         """The known token of the next step, or −1."""
         return self.tokens[self.steps] if self.steps < len(self.tokens) else -1
