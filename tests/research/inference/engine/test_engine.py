@@ -159,6 +159,23 @@ def test_a_request_has_bit_for_bit_the_tokens_that_it_has_alone(name, config):
     assert whole(engine)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_caches_of_few_bits_serve_each_request_alike(kind, dtype):
+    page = dict(page=2) if kind == "paged" else {}
+    cache = CacheConfig(kind, dtype=dtype, **page)
+    engine = engine_of("attention", dataclasses.replace(CONTIGUOUS, cache=cache))
+    requests = [Request(prompt, GREEDY) for prompt in PROMPTS]
+    alone = answers([engine.run([request])[0] for request in requests])
+    assert answers(engine.run(requests)) == alone
+    want = [greedy(make("attention"), prompt) for prompt in PROMPTS]
+    error = max(
+        abs(logprobs[0] - exact[0])
+        for [(_, logprobs)], (_, exact) in zip(alone, want, strict=True)
+    )
+    assert 0 < error < (0.1 if dtype == "int8" else 1.0)
+
+
 def test_a_request_that_lost_its_pages_has_the_same_tokens():
     engine = engine_of("hybrid", PAGED)
     small = dataclasses.replace(PAGED, cache=CacheConfig("paged", page=2, pages=14))
