@@ -46,7 +46,7 @@ from pallas_kernels.derivatives import differentiable
 from pallas_kernels.dispatch import check, check_array, choose, per_platform
 from pallas_kernels.flash_attention.spec import Spec
 from pallas_kernels.mask import Mask
-from pallas_kernels.paged_attention import reference, tpu, tpu_update, xla
+from pallas_kernels.paged_attention import gpu, reference, tpu, tpu_update, xla
 from pallas_kernels.paged_attention.pages import Pages, scattered
 from pallas_kernels.paged_attention.tpu import refusal_of_pages
 from pallas_kernels.stored import Stored
@@ -54,9 +54,9 @@ from pallas_kernels.stored import Stored
 OP = "paged_attention"
 
 # implementation → the platform whose block sizes (`pallas_kernels.blocks`) it has
-PLATFORMS = {"xla": "cpu", "tpu": "tpu"}
+PLATFORMS = {"xla": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
-FORWARD = {"xla": xla.forward, "tpu": tpu.forward}
+FORWARD = {"xla": xla.forward, "tpu": tpu.forward, "gpu": gpu.forward}
 
 
 def paged_attention(
@@ -108,7 +108,12 @@ def paged_attention(
     spec, channels, arrays = _checked(
         q_bthc, pages, mask, value_channels, alibi_slopes_h, sinks_h, scale, soft_cap
     )
-    chosen = choose(OP, implementation, {"xla": None, "tpu": tpu.refusal(q_bthc, pages)})
+    refusals = {
+        "xla": None,
+        "tpu": tpu.refusal(q_bthc, pages),
+        "gpu": gpu.refusal(q_bthc, pages),
+    }
+    chosen = choose(OP, implementation, refusals)
     if chosen == ["reference"]:
         return reference.attention(spec, channels, *arrays)
     sizes = tuple(
@@ -162,7 +167,8 @@ def update_pages(
     check(both, "segments", "one of two", "pages and tokens must both have segments, or neither")
     if segments_bt is not None:
         check_array("segments", segments_bt, (b, t), "integer")
-    chosen = choose("update_pages", implementation, {"xla": None, "tpu": refusal_of_pages(pages)})
+    refusals = {"xla": None, "tpu": refusal_of_pages(pages)}
+    chosen = choose("update_pages", implementation, refusals)
     put_codes = _put_codes(tuple(chosen))
     values_of_new = None if v_btkc is None or values is None else Stored.of(v_btkc, values.dtype)
     new = (Stored.of(k_btkc, keys.dtype), values_of_new, positions_bt, segments_bt)
@@ -254,7 +260,7 @@ def _forward(spec, channels, sizes, *arrays):
 @functools.lru_cache
 def _put_codes(chosen: tuple[str, ...]):
     """`scattered` by an implementation in ``chosen``, for codes."""
-    if chosen in (("reference",), ("xla",)):
+    if "tpu" not in chosen:
         return scattered
     table = {"xla": scattered, "tpu": tpu_update.written}
 

@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
 from pallas_kernels.flash_attention.tpu import LANES, LAST, PLAIN, column, dot
 from pallas_kernels.mask import Mask, sees
 from pallas_kernels.paged_attention.pages import Pages, gathered, parts, unpacked
+from pallas_kernels.paged_attention.rows import Rows
 
 # Bytes of VMEM that a program's blocks may have; each TPU permits 16 MiB by default.
 VMEM = 11 * 2**20
@@ -116,11 +117,12 @@ def up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
-def _kernel(spec: Spec, shape: Shape, has: tuple[bool, ...], dtype, *refs):
+def _kernel(spec: Spec, shape: Shape, has: tuple[bool, bool, bool, tuple[bool, ...]], dtype, *refs):
     table, first, last, visits, *refs = refs
     q_ref, q_side, slopes, sinks, k_pages, v_pages, k_side, scales, y_ref, *refs = refs
     k_buffer, v_buffer, side_buffer, scale_buffer, semaphores, top_ref, total_ref, acc_ref = refs
-    has_slopes, has_sinks, has_values, has_scales, has_minimum = has
+    has_slopes, has_sinks, has_values, has_numbers = has
+    has_scales = any(has_numbers)
     b, head_block, i = (pl.program_id(axis) for axis in range(3))
     block = b * shape.q_blocks + i
     heads = pl.ds(head_block * shape.heads, shape.heads)
@@ -152,8 +154,7 @@ def _kernel(spec: Spec, shape: Shape, has: tuple[bool, ...], dtype, *refs):
         each_copy(first_group, 0, lambda copy: copy.start())
 
     size = (shape.rows, shape.slots)
-    scale_rows = iter(range(4))
-    rows_of = [next(scale_rows) if present else None for present in has_minimum]
+    row_of = {n: i for i, n in enumerate(n for n in range(4) if has_numbers[n])}
 
     def compute(buffer, masked: bool):
         q_at, q_in, until = (q_side[0, 0, :, n : n + 1] for n in range(3))
@@ -180,7 +181,7 @@ def _kernel(spec: Spec, shape: Shape, has: tuple[bool, ...], dtype, *refs):
 
         def numbers(head, n):
             """Scales or minima of all slots, ``[1, slots]``; None if there are none."""
-            row = rows_of[n]
+            row = row_of.get(n)
             return None if row is None else scale_buffer[buffer, head, row : row + 1, :]
 
         def head_body(head, _):
@@ -274,9 +275,9 @@ def forward(
 ) -> jax.Array:
     """``y_bthc``; arguments as in `reference.attention`."""
     shape = Shape.of(sizes, channels, q_bthc, pages)
-    b, t, h, c = q_bthc.shape
-    k, g = pages.keys.codes.shape[1], h // pages.keys.codes.shape[1]
-    dtype = q_bthc.dtype
+    b, t, h, _ = q_bthc.shape
+    k, dtype = pages.keys.codes.shape[1], q_bthc.dtype
+    rows = Rows(b, t, k, h // k, shape.tokens, shape.rows)
     if "float32" in (pages.keys.dtype, pages.values.dtype if pages.values else None):
         dtype = jnp.dtype(jnp.float32)
 
@@ -286,7 +287,7 @@ def forward(
     table = jnp.where(held, pages.table_bn, -1).astype(jnp.int32)
     table = jnp.pad(table, ((0, 0), (0, shape.groups * shape.pages - n)), constant_values=-1)
     pages = pages._replace(table_bn=table)
-    mask = pages.key_mask(mask).padded(shape.q_blocks * shape.tokens, table.shape[1] * shape.page)
+    mask = pages.key_mask(mask).padded(rows.length, table.shape[1] * shape.page)
     until = mask.q_positions_bt if mask.until_bt is None else mask.until_bt
 
     q_extremes = extremes(mask.q_positions_bt, mask.q_segments_bt, shape.tokens, mask.until_bt)
@@ -297,28 +298,11 @@ def forward(
     visits = jnp.where(see, jnp.where(clear, SEEN, PARTLY_SEEN), SKIPPED)  # [b, blocks, groups]
     first, last = first_and_last(see)
 
-    def by_row(a_bt, value):
-        """``[b, blocks, rows, 1]``: of the row's token; padded with ``value``."""
-        a = jnp.repeat(a_bt.reshape(b, shape.q_blocks, shape.tokens), g, axis=2)
-        width = ((0, 0), (0, 0), (0, shape.rows - a.shape[2]))
-        return jnp.pad(a, width, constant_values=value)[..., None]
-
-    def by_head(a_h):
-        if a_h is None:
-            return jnp.zeros((k, 1, 1), jnp.float32)
-        a = jnp.tile(a_h.astype(jnp.float32).reshape(k, g), (1, shape.tokens))
-        return jnp.pad(a, ((0, 0), (0, shape.rows - a.shape[1])))[..., None]
-
-    q_side = jnp.concatenate(
-        [by_row(mask.q_positions_bt, -1), by_row(mask.q_segments_bt, 0), by_row(until, -1)], -1
-    )
+    q_side = (mask.q_positions_bt, -1), (mask.q_segments_bt, 0), (until, -1)
+    q_side = jnp.stack([rows.by_token(a, value) for a, value in q_side], -1)
     k_side = jnp.stack([mask.k_positions_bs, mask.k_segments_bs], axis=1)
     k_side = jnp.swapaxes(k_side.reshape(b, 2, shape.groups, shape.slots), 1, 2)
-    q = jnp.pad(q_bthc, ((0, 0), (0, shape.q_blocks * shape.tokens - t), (0, 0), (0, 0)))
-    q = q.reshape(b, shape.q_blocks, shape.tokens, k, g, shape.key_parts, -1)
-    q = jnp.transpose(q, (0, 3, 1, 5, 2, 4, 6))  # [b, k, blocks, parts, tokens, g, …]
-    q = q.reshape(*q.shape[:4], shape.tokens * g, -1).astype(dtype)
-    q = jnp.pad(q, (*[(0, 0)] * 4, (0, shape.rows - shape.tokens * g), (0, 0)))
+    q = rows.queries(q_bthc, shape.key_parts).astype(dtype)
     values = pages.keys if pages.values is None else pages.values
     numbers = [pages.keys.scale, pages.keys.minimum, values.scale, values.minimum]
     present = [a for a in numbers if a is not None]
@@ -339,7 +323,7 @@ def forward(
         return pl.BlockSpec((shape.heads, *a.shape[1:]), lambda b, heads, i, *_: (heads, 0, 0))
 
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    slopes, sinks = by_head(slopes_h), by_head(sinks_h)
+    slopes, sinks = (rows.by_head(a)[..., None] for a in (slopes_h, sinks_h))
 
     def buffer(stored):
         codes = stored.codes
@@ -351,7 +335,6 @@ def forward(
         slopes_h is not None,
         sinks_h is not None,
         pages.values is not None,
-        bool(present),
         tuple(a is not None for a in numbers),
     )
     y = pl.pallas_call(
@@ -389,7 +372,4 @@ def forward(
         table.reshape(-1), first.reshape(-1), last.reshape(-1), visits.reshape(-1),
         q, q_side, slopes, sinks, pages.keys.codes, values.codes, k_side, scales,
     )  # fmt: skip
-    y = y[..., : shape.tokens * g, :]
-    y = y.reshape(b, k, shape.q_blocks, shape.value_parts, shape.tokens, g, shape.width)
-    y = jnp.transpose(y, (0, 2, 4, 1, 5, 3, 6)).reshape(b, -1, h, shape.value_parts * shape.width)
-    return y[:, :t, :, :channels]
+    return rows.results(y)[..., :channels]
