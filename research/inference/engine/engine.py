@@ -13,7 +13,7 @@ again by the same programs: its prompt in chunks, then its tokens one by one.
 import collections
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,7 +50,11 @@ class Stats:
 
 
 class Engine:
-    """Serves many requests with one model. Not thread-safe: one thread calls it."""
+    """Serves many requests with one model. Not thread-safe: one thread calls it.
+
+    ``compiled``: programs of this model, configuration and mesh, from
+    `research.inference.engine.compiled.load_programs`; None: `warm_up` compiles them.
+    """
 
     def __init__(
         self,
@@ -59,11 +63,12 @@ class Engine:
         *,
         tokenizer: Any = None,
         mesh: Mesh | None = None,
+        compiled: Mapping[str, Any] | None = None,
     ):
         config.check_model(model.config)
         self.model_config, self.config, self.tokenizer = model.config, config, tokenizer
         self.stats = Stats()
-        self._runner = Runner(model, config, mesh)
+        self._runner = Runner(model, config, mesh, compiled)
         self._allocator = Allocator(config)
         self._next_id = 0
         self._waiting: collections.deque[Sequence] = collections.deque()

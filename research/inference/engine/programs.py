@@ -14,6 +14,7 @@ small model's step. `Memory` is donated: a program writes into it in place.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from layers.paged_cache import PagedCache
 from layers.sharding import reshard
 from layers.state import cleared, copy_page, copy_row, put_row, take_row, with_table
 from pallas_kernels.mask import Mask
+from research.inference.engine.config import EngineConfig
 from research.inference.sampling import MOST_LOGPROBS, Sampled, SamplingRows, sample, top_logprobs
 
 ECHO_BLOCK = 16  # positions whose logits are in memory together
@@ -66,10 +68,23 @@ class Echo(NamedTuple):
     top_logprobs_tk: jax.Array
 
 
-class Programs:
-    """The programs of ``model`` with states of ``slots`` rows; all arguments are arrays."""
+def new_memory(model: Decoder, config: EngineConfig) -> Memory:
+    """The memory of an engine without sequences."""
+    return Memory(
+        state=model.init_state(config.slots, config.max_length, config.cache),
+        rows=SamplingRows.empty(config.slots, model.config.vocab_size),
+        token_b=jnp.zeros(config.slots, jnp.int32),
+        position_b=jnp.zeros(config.slots, jnp.int32),
+    )
 
-    def __init__(self, model: Decoder):
+
+class Programs:
+    """The programs of ``model`` with states of ``slots`` rows; all arguments are arrays.
+
+    ``compiled``: name → a compiled program that is used in place of jit's.
+    """
+
+    def __init__(self, model: Decoder, compiled: Mapping[str, Any] | None = None):
         leaves, structure = jax.tree.flatten(model)
         self.leaves = tuple(leaves)
         self._structure = structure
@@ -79,6 +94,8 @@ class Programs:
         self.copy = jax.jit(_copy, donate_argnums=0)
         self.snapshot = jax.jit(_snapshot)
         self.resume = jax.jit(_resume, donate_argnums=0)
+        for name, program in (compiled or {}).items():
+            setattr(self, name, program)
 
     def model(self, leaves) -> Decoder:
         """The model with ``leaves`` as its arrays."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Listed
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from layers.config import check
 from layers.decoder import Decoder
 from layers.stack import unstacked
 from research.inference.engine.config import EngineConfig
-from research.inference.engine.programs import Chunk, Echo, Memory, Programs
+from research.inference.engine.programs import Chunk, Echo, Programs, new_memory
 from research.inference.engine.sequence import Sequence
 from research.inference.sampling import SamplingConfig, SamplingRows
 from research.parallel.rules import use_mesh
@@ -34,34 +35,28 @@ class Runner:
     ``waited``: seconds in which results of the device were waited for.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig, mesh: Mesh | None):
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        mesh: Mesh | None,
+        compiled: Mapping[str, Any] | None = None,
+    ):
         if mesh is not None:
             axes = {name: size for name, size in mesh.shape.items() if size > 1}
             check(set(axes) <= {"tensor"}, "mesh", axes, "an engine supports the axis tensor only")
         self.config, self._mesh = config, mesh
         self._vocab = model.config.vocab_size
-        self._programs = Programs(unstacked(model))
+        self._programs = programs = Programs(unstacked(model), compiled)
         self.waited = 0.0
         with self.on_mesh():
-            self._memory = self._new_memory()
+            new = jax.jit(lambda leaves: new_memory(programs.model(leaves), config))
+            self._memory = new(programs.leaves)
             self._all_allowed = jnp.ones((config.slots, self._vocab), bool)
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The context in which the programs run."""
         return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
-
-    def _new_memory(self) -> Memory:
-        slots, max_length, cache = self.config.slots, self.config.max_length, self.config.cache
-
-        def new(leaves):
-            return Memory(
-                state=self._programs.model(leaves).init_state(slots, max_length, cache),
-                rows=SamplingRows.empty(slots, self._vocab),
-                token_b=jnp.zeros(slots, jnp.int32),
-                position_b=jnp.zeros(slots, jnp.int32),
-            )
-
-        return jax.jit(new)(self._programs.leaves)
 
     def warm_up(self, table_bn: np.ndarray | None) -> None:
         """Compile every program, in an engine without sequences."""
