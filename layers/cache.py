@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from layers.config import check
 from layers.sharding import axes_of, per_device, reshard, spec
 from layers.state import LayerState
-from pallas_kernels.stored import Stored
+from pallas_kernels.stored import Stored, write_rows
 
 ROW = ("batch", None)
 
@@ -192,12 +192,12 @@ def _axes(array: jax.Array) -> tuple[str | None, ...]:
 def _write_slots(old: jax.Array, new: jax.Array, slots_bt: jax.Array) -> jax.Array:
     """``old`` ``[b, k, s, …]`` with ``new`` ``[b, t, k, …]``; a slot of ``s`` is dropped."""
     b, k, s, *c = old.shape
-    # as rows of one matrix, which XLA writes in place
+    # as rows of one matrix
     row_index = jnp.arange(b)[:, None, None] * k + jnp.arange(k)
     slots = slots_bt[..., None]
     index = jnp.where(slots < s, row_index * s + slots, b * k * s)
-    flat = old.reshape(b * k * s, *c).at[index].set(new.astype(old.dtype), mode="drop")
-    return flat.reshape(old.shape)
+    rows = write_rows(old.reshape(b * k * s, *c), index.reshape(-1), new.reshape(-1, *c))
+    return rows.reshape(old.shape)
 
 
 def _append(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -96,5 +96,18 @@ class Stored:
         return x.astype(dtype)
 
 
+def write_rows(rows: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
+    """``rows`` ``[n, …]`` with ``new`` ``[m, …]`` at ``index`` ``[m]``, which may be n: dropped.
+
+    The rows are written in place if the program may overwrite ``rows``.
+    """
+    new = new.astype(rows.dtype)
+    if index.size == 1:
+        # XLA:CPU copies all rows to write a single one. A second one, which is dropped, avoids it.
+        index = jnp.pad(index, (0, 1), constant_values=rows.shape[0])
+        new = jnp.repeat(new, 2, axis=0)
+    return rows.at[index].set(new, mode="drop")
+
+
 def _nonzero(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1)

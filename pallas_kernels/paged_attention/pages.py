@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mask import Mask
-from pallas_kernels.stored import Stored
+from pallas_kernels.stored import Stored, write_rows
 
 
 class Pages(NamedTuple):
@@ -87,14 +87,12 @@ def page_of(slots_bt: jax.Array, table_bn: jax.Array, page: int) -> jax.Array:
 def scattered(old, new, positions_bt, table_bn, written_b) -> jax.Array:
     """An array of a pool, ``[p, k, page, …]`` or ``[p, page]``, with the numbers of new tokens.
 
-    ``new``: ``[b, t, k, …]`` or ``[b, t]``. It is one scatter into the rows of a matrix, which XLA
-    does in place.
+    ``new``: ``[b, t, k, …]`` or ``[b, t]``. It is one scatter into the rows of a matrix.
     """
     p, k, page, *vector = old.shape if old.ndim > 2 else (old.shape[0], 1, old.shape[1])
     slots_bt = new_slots(positions_bt, written_b)
     page_bt = page_of(slots_bt, table_bn, page)
     row = (page_bt[..., None] * k + jnp.arange(k)) * page + (slots_bt % page)[..., None]
     row = jnp.where(page_bt[..., None] >= 0, row, p * k * page)  # out of range: it is dropped
-    flat = old.reshape(p * k * page, *vector)
-    new = new.reshape(*row.shape, *vector).astype(old.dtype)
-    return flat.at[row].set(new, mode="drop").reshape(old.shape)
+    rows = old.reshape(p * k * page, *vector)
+    return write_rows(rows, row.reshape(-1), new.reshape(-1, *vector)).reshape(old.shape)

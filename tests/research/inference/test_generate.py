@@ -250,3 +250,23 @@ def test_refuses_what_the_model_cannot_choose_or_generate_does_not_return(option
     with pytest.raises(ConfigError) as raised:
         generate(make("rotary"), [[1]], dataclasses.replace(GREEDY, **options))
     assert str(raised.value) == message
+
+
+def test_the_layers_of_a_stack_are_not_copied_for_each_token(monkeypatch):
+    """In the compiled program that decodes; a stack would require a copy of its weights."""
+    import sys
+
+    module = sys.modules[generate.__module__]
+    decode, calls = module._decode, []
+
+    def recorded(*arguments, most):
+        calls.append(jax.eval_shape(lambda *a: a, *arguments))
+        return decode(*arguments, most=most)
+
+    monkeypatch.setattr(module, "_decode", recorded)
+    config = dataclasses.replace(BASE, width=256, num_layers=3, mlp=MlpConfig(688), scan=True)
+    model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+    generate(model, [[1, 2, 3]], GREEDY)
+    compiled = decode.lower(*calls[0], most=NEW).compile()
+    weights = sum(a.nbytes for a in jax.tree.leaves(model))
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * weights
