@@ -1,17 +1,15 @@
 """``ablate generate``: text from a trained or imported model, printed token by token."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from layers.config import ConfigError, check
+from layers.config import check
+from research.cli.options import model_folder, number
 
 _EXAMPLES = """examples:
   ablate generate runs/demo/gqa/seed0 --prompt="def " --temperature=0.5
   ablate generate runs/qwen3 --prompt="The capital of France is" --max-tokens=20
 """
-# folders below RUN that are searched for a model: ARM/SEED, and a stage of an arm with several
-_DEPTH = 3
 
 
 def add(commands) -> None:
@@ -36,11 +34,11 @@ def add(commands) -> None:
 
 
 def _generate(options) -> int:
-    count = _number(int, "max-tokens", options.max_tokens)
-    temperature = _number(float, "temperature", options.temperature)
-    seed = _number(int, "seed", options.seed)
+    count = number(int, "max-tokens", options.max_tokens)
+    temperature = number(float, "temperature", options.temperature)
+    seed = number(int, "seed", options.seed)
     check(count > 0, "max-tokens", count, "must be > 0")
-    folder = _model_folder(options.run)
+    folder = model_folder(options.run)
 
     import jax
 
@@ -83,34 +81,3 @@ def _check_memory(model, prompt_tokens: int, new_tokens: int) -> None:
     if memory is not None:
         sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
         check(needed <= memory, "max-tokens", new_tokens, sizes)
-
-
-def _number(kind, option: str, text: str):
-    try:
-        return kind(text)
-    except ValueError:
-        name = "an integer" if kind is int else "a number"
-        raise ConfigError(f"{option}={text!r}: must be {name}") from None
-
-
-def _model_folder(run: Path) -> Path:
-    """The folder with a model: ``run``, or the only such folder below it.
-
-    Raises:
-      ConfigError: there is no such folder, or there are several; the message names them.
-    """
-    check(run.is_dir(), "run", str(run), "is not a folder")
-    if (run / "config.json").is_file():
-        return run
-    depths = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
-    folders = sorted(
-        path.parent
-        for depth in depths
-        for path in run.glob(f"{depth}/config.json")
-        if (path.parent / "checkpoints").is_dir()
-    )
-    check(len(folders) > 0, "run", str(run), "holds no trained model")
-    names = ", ".join(str(path.relative_to(run)) for path in folders)
-    check(len(folders) == 1, "run", str(run), f"holds several models; add one of {names}")
-    print(f"ablate: {folders[0]}", file=sys.stderr)
-    return folders[0]

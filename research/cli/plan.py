@@ -1,13 +1,11 @@
 """``ablate plan``: what an experiment's step requires on a TPU slice, without that slice."""
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from layers.config import ConfigError
+from research.cli.options import quiet
 
 _PLAN = """examples:
   ablate plan architecture/gqa                                  # paper scale, its TOPOLOGY
@@ -85,7 +83,7 @@ def _plan(options) -> int:
     def print_line(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    with _quiet():
+    with quiet():
         if options.sweep:
             planned = plans.sweep(setups, print_line)
         elif options.fit:
@@ -126,17 +124,3 @@ def _decode(text: str | None) -> tuple[int, int] | None:
     if not (rows.isdigit() and length.isdigit() and int(rows) and int(length)):
         raise ConfigError(f"--decode={text}: must be ROWSxLENGTH, e.g. 256x8192")
     return int(rows), int(length)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard the standard error of the process: libtpu reports there that it found no TPU."""
-    stderr = os.dup(2)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(devnull)

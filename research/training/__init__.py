@@ -10,7 +10,7 @@ from research.training.objectives import NextToken, Objective, Sums
 from research.training.optimizers import OptimizerConfig
 from research.training.source import DataError, Source
 from research.training.stopping import Preempted
-from research.training.workdir import load_model, save_model
+from research.training.workdir import load_model, model_config, save_model
 
 __all__ = [
     "DataError",
@@ -27,6 +27,7 @@ __all__ = [
     "WriteError",
     "evaluate",
     "load_model",
+    "model_config",
     "save_model",
     "train",
 ]

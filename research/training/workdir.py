@@ -53,14 +53,8 @@ def load_model(
       ConfigError: ``workdir`` is not that of a run, or has no readable checkpoint.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
-    check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
-    configuration = read_json(path)
-    is_run = isinstance(configuration, dict) and "model" in configuration
-    check(is_run, "workdir", str(workdir), "its config.json is not that of a run")
-    config = (
-        from_mapping(DecoderConfig, configuration["model"], "model") if model is None else model
-    )
+    configuration = _configuration(workdir)
+    config = _decoder_config(configuration) if model is None else model
     if "training" not in configuration:
         return _load_saved_model(workdir, config, make_mesh(mesh, devices))
     training = from_mapping(TrainingConfig, configuration["training"], "training")
@@ -81,6 +75,29 @@ def load_model(
     if restored is None:
         raise ConfigError(f"workdir={str(workdir)!r}: holds no checkpoint")
     return restored
+
+
+def model_config(workdir: Path | str) -> DecoderConfig:
+    """The configuration of the model in ``workdir``, see `load_model`.
+
+    Raises:
+      ConfigError: ``workdir`` is not that of a run.
+    """
+    return _decoder_config(_configuration(Path(workdir)))
+
+
+def _configuration(workdir: Path) -> dict[str, Any]:
+    """The configuration of the run in ``workdir``."""
+    path = workdir / "config.json"
+    check(path.exists(), "workdir", str(workdir), "holds no config.json of a run")
+    configuration = read_json(path)
+    is_run = isinstance(configuration, dict) and "model" in configuration
+    check(is_run, "workdir", str(workdir), "its config.json is not that of a run")
+    return configuration
+
+
+def _decoder_config(configuration: dict[str, Any]) -> DecoderConfig:
+    return from_mapping(DecoderConfig, configuration["model"], "model")
 
 
 def _load_saved_model(workdir: Path, config: DecoderConfig, mesh: Mesh) -> Decoder:
