@@ -74,6 +74,18 @@ def decode_slowdown(
     return long_time / short_time
 
 
+def pass_cost(
+    model: Decoder, *, tokens: int, length: int, batch: int = 1, rounds: int = 30
+) -> float:
+    """How many times longer a pass of ``tokens`` new tokens takes than one of 1, after ``length``.
+
+    The two alternate, as the models do in `decode_speedup`.
+    """
+    runs = [_decoding(model, batch, length, rounds, count) for count in (1, tokens)]
+    one_time, time_ = median_times(runs, rounds)
+    return time_ / one_time
+
+
 def median_times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """Median seconds per call of each of ``runs``: ``rounds`` calls each, in the order A B A B …
 
@@ -109,22 +121,24 @@ def _chunk(length: int) -> int:
     return chunk
 
 
-def _decoding(model: Decoder, batch: int, length: int, rounds: int) -> Callable[[], None]:
-    """A function that decodes the next token of ``batch`` rows after ``length`` cached tokens."""
+def _decoding(
+    model: Decoder, batch: int, length: int, rounds: int, count: int = 1
+) -> Callable[[], None]:
+    """A function of the next ``count`` tokens of ``batch`` rows after ``length`` cached tokens."""
     chunk = _chunk(length)
     # through the host: a model that is sharded over a mesh would decode on all of it
     model = jax.tree.map(jnp.asarray, jax.device_get(model))
-    # one token more than the rounds, for the call that compiles
-    state = model.init_state(batch, length + rounds + 1)
+    # one call more than the rounds: the one that compiles
+    state = model.init_state(batch, length + (rounds + 1) * count)
     for position in range(0, length, chunk):
         state, _ = _extend(model, state, position, batch, chunk)
     position = length
 
     def run():
         nonlocal state, position
-        state, token = _extend(model, state, position, batch, 1)
+        state, token = _extend(model, state, position, batch, count)
         jax.block_until_ready((state, token))
-        position += 1
+        position += count
 
     return run
 

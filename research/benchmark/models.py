@@ -112,7 +112,7 @@ def bench(
     measured = {}
     for name in names:
         deadline = budget.share()
-        with _weights(MODELS[name], not missing) as (theirs, directory):
+        with their_weights(MODELS[name], not missing) as (theirs, directory):
             measured[name] = _measure(name, theirs, directory, rounds, seconds, deadline, budget)
         if missing:
             reason = f"skipped: {' and '.join(missing)} not installed"
@@ -123,7 +123,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _weights(model: Model, installed: bool) -> Iterator[tuple[Any, Path | None]]:
+def their_weights(model: Model, installed: bool) -> Iterator[tuple[Any, Path | None]]:
     """Transformers' model and a directory with its weights; both None if not ``installed``."""
     if not installed:
         yield None, None
@@ -143,8 +143,8 @@ def _weights(model: Model, installed: bool) -> Iterator[tuple[Any, Path | None]]
 def _measure(
     name: str, theirs: Any, directory: Path | None, rounds, seconds, deadline, budget
 ) -> dict[str, Any]:
-    model = _ours(MODELS[name], directory)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    model = our_model(MODELS[name], directory)
+    parameters = parameters_of(model)
     sizes = {"width": WIDTH, "layers": LAYERS, "batch": BATCH, "tokens": TIME, "vocab": VOCAB}
     case = {**sizes, "parameters": parameters, "dtype": "float32"}
     flops = train_flops_per_token(model, TIME) * BATCH * TIME
@@ -158,13 +158,18 @@ def _measure(
     return {"case": case, STEP: step.rows(prepared, flops, rounds, seconds, deadline, budget.clock)}
 
 
-def _ours(model: Model, directory: Path | None) -> Decoder:
+def our_model(model: Model, directory: Path | None) -> Decoder:
     """Our model with the weights in ``directory``, or with random weights."""
     if directory is not None:
         return load(directory, scan=False)
     hf = {"architectures": [FAMILIES[model.family].architecture], **model.fields}
     config = dataclasses.replace(decoder_config(hf), scan=False)
     return jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+
+
+def parameters_of(model: Decoder) -> int:
+    """The number of parameters of ``model``."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def _prepare_theirs(model: Any, arrays: Mapping[str, Any]) -> measure.Prepared:

@@ -1,4 +1,4 @@
-"""``ablate bench``: times kernels, whole models and the training loop beside their peers."""
+"""``ablate bench``: times kernels, whole models, training and the engine beside their peers."""
 
 import argparse
 from pathlib import Path
@@ -12,19 +12,20 @@ _BENCH = """examples:
   ablate bench --all --record --budget=1800   # pallas_kernels/results: JSON, page and plots
   ablate bench models --cases=llama,mamba2    # a training step beside transformers', on a CPU
   ablate bench train                          # the same decoder in PyTorch and in `train`
+  ablate bench engine --cases=13m_b1          # generation beside transformers', on a CPU
 """
 
 
 def add(commands) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time a kernel, models or training beside peers on this machine",
+        help="time a kernel, models, training or the engine beside peers on this machine",
         epilog=_BENCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "op", metavar="OP", nargs="?", help="an operation, e.g. ssd; or models, or train"
+        "op", metavar="OP", nargs="?", help="an operation, e.g. ssd; or models, train, engine"
     )
     parser.add_argument("--all", action="store_true", help="all operations, one after another")
     parser.add_argument("--cases", help="comma-separated names; default: all")
@@ -45,9 +46,9 @@ def add(commands) -> None:
 def _bench(options) -> int:
     from rich.console import Console
 
-    from research.benchmark import measure, models, ops, run, train, tune
+    from research.benchmark import engine, measure, models, ops, run, train, tune
 
-    suites = {module.NAME: module for module in (models, train)}
+    suites = {module.NAME: module for module in (models, train, engine)}
     if options.all == (options.op is not None):
         known = ", ".join((*ops.known(), *suites))
         raise ConfigError(f"op={options.op!r}: name one of {known}, or give --all alone")
@@ -92,7 +93,7 @@ def _bench(options) -> int:
 
 
 def _bench_whole(module, options, restrictions: list[str]) -> int:
-    """Time training steps of whole models: ``module`` is `models` or `train`."""
+    """Time whole models: ``module`` is `models`, `train` or `engine`."""
     from rich.console import Console
 
     from research.benchmark import measure, run, step

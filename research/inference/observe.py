@@ -40,16 +40,17 @@ class Observation:
         """The number of steps that yielded a token."""
         return sum(bool(step.tokens) for step in self.steps)
 
-    def tokens_per_pass(self) -> list[int]:
-        """The tokens of each pass of each sample, without its last pass.
+    def tokens_per_pass(self, first: int) -> list[int]:
+        """The tokens of each of the ``first`` passes of every sample.
 
-        The last pass may end before it has yielded all that it accepted.
+        Later passes may be cut short by the sample's length, and whether a pass is cut depends on
+        how much it accepts: counting those that are whole would be biased.
         """
         passes: dict[Sample, list[int]] = {sample: [] for sample in self.tokens}
         for step in self.steps:
             for sample, tokens in step.tokens.items():
                 passes[sample].append(len(tokens))
-        return [count for counts in passes.values() for count in counts[:-1]]
+        return [count for counts in passes.values() for count in counts[:first]]
 
     def passes(self) -> int:
         """The number of pairs of a step and a sample that it gave a token."""

@@ -2,10 +2,10 @@
 
 import pytest
 
-from research.benchmark import run
+from research.benchmark import engine, run
 from research.benchmark.models import MODELS
 from research.benchmark.ops import OPS
-from research.benchmark.targets import BOTH, FORWARD, TARGETS, judge
+from research.benchmark.targets import BOTH, DECODE, FORWARD, TARGETS, judge
 from research.benchmark.train import CASES
 
 
@@ -80,8 +80,30 @@ def test_bandwidth_and_what_is_absent():
     assert {v[2] for v in verdicts(record, "gpu", "t4096")} == {"ours/gpu not run: budget"}
 
 
+def test_an_engine_beside_what_is_not_run():
+    rows = {
+        "ours/xla": row(2.0) | {"scheduler": 0.04},
+        "transformers": row(5.0),
+        "llama.cpp": {"absent": "not run: no export"},
+    }
+    run.compare(rows)
+    record = {
+        "op": "engine",
+        "machine": {"backend": "cpu"},
+        "cases": {"13m_b8": {"case": {}, DECODE: rows}},
+    }
+    expected = [
+        ("met", 2.5, None),
+        ("not run", None, "llama.cpp not run: no export"),
+        ("met", 0.04, None),
+    ]
+    assert verdicts(record, "cpu", "13m_b8") == expected
+    rows["ours/xla"]["scheduler"] = 0.1
+    assert verdicts(record, "cpu", "13m_b8")[2] == ("missed", 0.1, None)
+
+
 def test_every_target_is_of_a_case_that_is_measured():
     for target in TARGETS:
-        whole = {"models": MODELS, "train": CASES}
+        whole = {"models": MODELS, "train": CASES, "engine": engine.CASES}
         known = whole.get(target.op) or OPS[target.op].cases[target.platform]
         assert target.case in known

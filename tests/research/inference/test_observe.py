@@ -54,9 +54,10 @@ def test_tokens_and_logprobs_are_those_of_each_request():
     assert found.seconds == 8.0
 
 
-def test_passes_leave_out_what_may_be_cut_short():
+def test_passes_are_the_first_of_each_request():
     found = run([4, 2, 1], [0, 3, 2])
-    assert sorted(found.tokens_per_pass()) == [2, 3, 4]
+    assert sorted(found.tokens_per_pass(first=2)) == [2, 2, 3, 4]
+    assert sorted(found.tokens_per_pass(first=1)) == [3, 4]
     assert found.passes() == 5
     assert found.decoding_steps == 3
     assert run([0, 0, 1]).decoding_steps == 1

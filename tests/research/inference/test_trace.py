@@ -103,6 +103,9 @@ def test_the_last_that_began_is_preempted_and_begins_again():
     # two rows of 4 tokens grow by 4 in 12 slots: after 2 steps the second gives its slots back
     found = simulate([Work(4, 4), Work(4, 4)], 2, memory=12)
     assert (found.steps, found.rows, found.preemptions) == (8, 10, 1)
+    # it waits before a third one, which has room first
+    found = simulate([Work(4, 4), Work(4, 3), Work(1, 6)], 2, memory=12)
+    assert (found.steps, found.rows, found.preemptions) == (10, 15, 1)
 
 
 def test_more_rows_fit_in_the_same_memory_by_pages():
