@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass
 class Observation:
-    """The steps of an engine, and the tokens and log-probabilities of each sample."""
+    """The steps of an engine; tokens and log-probabilities of each sample, in order of requests."""
 
     steps: list[Step]
     tokens: dict[Sample, list[int]]
@@ -115,4 +115,5 @@ def observe(
                 found.tokens.setdefault(sample, []).append(event.token)
                 found.logprobs.setdefault(sample, []).append(event.logprob)
         found.steps.append(Step(clock() - start, tokens, measure(engine)))
-    return found
+    in_order = (dict(sorted(each.items())) for each in (found.tokens, found.logprobs))
+    return Observation(found.steps, *in_order)

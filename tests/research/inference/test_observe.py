@@ -46,6 +46,7 @@ def test_tokens_and_logprobs_are_those_of_each_request():
     found = run([2, 1], [0, 3, 1])
     assert found.tokens == {(0, 0): [0, 1, 0], (1, 0): [0, 1, 2, 0]}
     assert found.logprobs[1, 0] == [0.0, -0.5, -1.0, 0.0]
+    assert list(run([0, 1], [1, 1]).tokens) == [(0, 0), (1, 0)]
     assert [sorted(step.tokens) for step in found.steps] == [
         [(0, 0)], [(0, 0), (1, 0)], [(1, 0)]
     ]  # fmt: skip
