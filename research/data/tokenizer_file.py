@@ -92,6 +92,10 @@ class TokenizerFile:
         """The text of ``ids``; special tokens are shown if ``special_tokens``, or left out."""
         return self._tokenizer.decode([int(i) for i in ids], not special_tokens)
 
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` with these tokens."""
+        return self._tokenizer.to_str()
+
     def _added(self) -> list[tokenizers.AddedToken]:
         return list(self._tokenizer.get_added_tokens_decoder().values())
 

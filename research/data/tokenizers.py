@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
         """The text of ``ids``; special tokens are shown if ``special_tokens``, or left out."""
         ...
 
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json`` with these ids."""
+        ...
+
 
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a document, 257 ends it. Requires no file and is lossless.
@@ -65,8 +69,8 @@ class ByteTokenizer:
         # generation may stop inside a character: show it, do not raise
         return b"".join(pieces).decode(errors="replace")
 
-    def save(self, path: Path) -> None:
-        """Write a ``tokenizer.json`` with the same ids, for other programs."""
+    def to_json(self) -> str:
+        """A ``tokenizer.json`` with the same ids, for other programs."""
         printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
         others = iter(range(256, 512))  # as in GPT-2, whose alphabet `ByteLevel` has
         alphabet = [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -74,7 +78,7 @@ class ByteTokenizer:
         tokenizer = _byte_level(model, use_regex=False)
         tokenizer.add_special_tokens(list(self.names))
         _begin_with(tokenizer, self.names[0])
-        tokenizer.save(str(path))
+        return tokenizer.to_str(pretty=True)
 
 
 class JsonTokenizer(TokenizerFile):

@@ -16,12 +16,14 @@ from research.models.companions import ORIGIN
 class PromptTokenizer:
     """Encodes text as the beginning of a document, and decodes tokens to text.
 
-    ``stop_tokens``: the tokens that end a document.
+    ``stop_tokens``: the tokens that end a document. ``to_json``: a ``tokenizer.json`` with all
+    tokens.
     """
 
     to_ids: Callable[[str], list[int]]
     to_text: Callable[[list[int]], str]
     stop_tokens: tuple[int, ...]
+    to_json: Callable[[], str]
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of ``prompt``, after those with which the model begins a document.
@@ -80,6 +82,7 @@ def _from_data(data: DataConfig, special_tokens: bool) -> PromptTokenizer:
         lambda text: [*bos, *tokenizer.encode(text, special_tokens)],
         lambda ids: tokenizer.decode(ids, special_tokens),
         (tokenizer.eos,),
+        tokenizer.to_json,
     )
 
 
@@ -90,6 +93,7 @@ def _from_import(origin: Path, special_tokens: bool) -> PromptTokenizer:
         lambda text: [*tokenizer.beginning(text), *tokenizer.encode(text, special_tokens)],
         lambda ids: tokenizer.decode(ids, special_tokens),
         _stop_tokens(origin),
+        tokenizer.to_json,
     )
 
 

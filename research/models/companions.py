@@ -64,7 +64,7 @@ def write_companions(data: DataConfig | None, origin: Path, start: Path | None =
     origin.mkdir(exist_ok=True)
     described = {}
     if isinstance(tokenizer, ByteTokenizer):
-        tokenizer.save(origin / "tokenizer.json")
+        (origin / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         bos, eos = tokenizer.names
     else:
         source = Path(data.tokenizer).parent

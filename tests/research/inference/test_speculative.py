@@ -1,5 +1,6 @@
 """Verification of drafts: exact laws by enumeration in float64, and the tokens without drafts."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -31,9 +32,7 @@ def rows_of(count, **options):
     """Rows of one configuration with indices 0, 1, …"""
     one = SamplingRows.of(SamplingConfig(**options), V)
     rows = jax.tree.map(lambda a: np.repeat(a, count, axis=0), one)
-    return jax.tree.map(jnp.asarray, rows).__class__(
-        **{**vars(rows), "index_b": np.arange(count, dtype=np.int32)}
-    )
+    return dataclasses.replace(rows, index_b=np.arange(count, dtype=np.int32))
 
 
 def exact(logits, before, options):
@@ -87,12 +86,12 @@ def test_algorithm_1_has_the_law_of_the_target(options):
 
 def drafted(count):
     """Drafts from the draft's law, its probabilities, and the target's logits along them."""
-    drafts = np.zeros((count, 0), int)
+    random, drafts = np.random.default_rng(1), np.zeros((count, 0), int)
     laws, logits = [], [np.tile(TARGET[0], (count, 1))]
     for n in range(DRAFTS):
         q = np.array([exact(DRAFT[n][tuple(x)], (), {}) for x in np.ndindex((V,) * n)])
         q = q.reshape(*[V] * n, V)[tuple(drafts.T)] * np.ones((count, 1))
-        drawn = (RANDOM.random((count, 1)) > q.cumsum(-1)).sum(-1)
+        drawn = (random.random((count, 1)) > q.cumsum(-1)).sum(-1)
         drafts = np.column_stack((drafts, np.minimum(drawn, V - 1)))
         laws.append(q.astype(np.float32))
         logits.append(TARGET[n + 1][tuple(drafts.T)])
@@ -121,7 +120,7 @@ def test_the_mean_number_of_tokens_is_that_of_the_paper():
     count, gamma = 20_000, 4
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
     alpha = np.minimum(p, q).sum()
-    drafts = RANDOM.choice(V, (count, gamma), p=q).astype(np.int32)
+    drafts = np.random.default_rng(2).choice(V, (count, gamma), p=q).astype(np.int32)
     logits = np.tile(np.log(p), (count, gamma + 1, 1)).astype(np.float32)
     laws = np.tile(q, (count, gamma, 1)).astype(np.float32)
     got = verified(logits, drafts, laws, np.zeros(count, np.int32), rows_of(count))
