@@ -40,6 +40,14 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     compile_in_haste()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def key_of_tests(tmp_path_factory):
+    """Compiled programs are signed by a key of these tests, not by the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Unload what a file of tests compiled, and the cache that its commands may have named.

@@ -146,7 +146,7 @@ def _executable(name: str, program: Program, compiler: Compiler, platform: str) 
 
     fresh.__name__ = name
     donated = _donated(program)
-    with _without_cache():
+    with without_cache():
         compiled = compiler(jax.jit(fresh, donate_argnums=donated), *program.arguments)
     if platform == "cpu" and (target := _REGISTERED.search(str(compiled.as_text()))):
         # it would end the process that loads it: jax-ml/jax#28908
@@ -170,7 +170,7 @@ def _compile(function: Any, *arguments: Any) -> jax.stages.Compiled:
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """Compile anew: an executable from JAX's cache on disk lacks functions when written again."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
