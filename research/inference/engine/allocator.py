@@ -1,6 +1,6 @@
 """`Allocator`: which slot and which pages each running sequence has, and what they share."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class Allocator:
         # a copy: a program may still read it when the original changes
         return None if self._table_bn is None else self._table_bn.copy()
 
-    def occupancy(self, running: Iterable[Sequence]) -> tuple[int, int]:
+    def occupancy(self, running: Collection[Sequence]) -> tuple[int, int]:
         """Tokens that are held, and the room that is allocated, of the sequences ``running``."""
         if self.pages is None:
             held = sum(sequence.held for sequence in running)

@@ -175,8 +175,8 @@ class Engine:
         return None if self.tokenizer is None else TextStream(self.tokenizer, request.stop)
 
     def _matcher(self, request: Request) -> Any:
-        grammar = request.grammar
-        return None if grammar is None else compile_grammar(grammar, self.tokenizer)
+        grammar, vocab_size = request.grammar, self.model_config.vocab_size
+        return None if grammar is None else compile_grammar(grammar, self.tokenizer, vocab_size)
 
     @property
     def waited(self) -> float:
