@@ -28,10 +28,6 @@ _STACK = 256 << 20
 _JSON_OPTIONS = dict(lenient=False, whitespace_pattern=r"[\x20\x0A\x0D\x09]{0,16}")
 
 
-class GrammarError(RuntimeError):
-    """The next tokens of a text cannot be computed within the limits on time and memory."""
-
-
 class GrammarTokenizer(Protocol):
     """What of a tokenizer `compile_grammar` requires, e.g. of a `PromptTokenizer`.
 
@@ -86,25 +82,31 @@ class Matcher:
 
     A token may follow if a text of the grammar begins with what there is then. A token that ends
     a text may follow exactly if what there is already is a text of the grammar.
+
+    ``error``: why the tokens that may follow cannot be computed, such as a limit on time or memory
+    that they exceed, or None. After an error only an end may follow, and nothing is accepted.
     """
 
     def __init__(self, matcher: Any, ends: Sequence[int], vocab_size: int):
         self._matcher, self._ends, self._vocab_size = matcher, list(ends), vocab_size
         self._ended = False
+        self._following_v: np.ndarray | None = None  # `mask`, if it is known
+        self.error: str | None = None
 
     def mask(self) -> np.ndarray:
-        """The tokens that may follow, bool ``[v]``; after the end only those that end a text.
+        """The tokens that may follow, bool ``[v]``; after the end only those that end a text."""
+        if self._following_v is None:
+            self._following_v = self._mask()
+        return self._following_v.copy()
 
-        Raises:
-          GrammarError: to compute them would take too much time or memory.
-        """
+    def _mask(self) -> np.ndarray:
         allowed_v = np.zeros(self._vocab_size, bool)
         if not self._ended:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             self._check()
             known_v = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
             allowed_v[: len(known_v)] = known_v
-        allowed_v[self._ends] = self.is_complete
+        allowed_v[self._ends] = self.is_complete or self.error is not None
         return allowed_v
 
     def masks(self, drafts: Sequence[int]) -> np.ndarray:
@@ -123,24 +125,23 @@ class Matcher:
         return allowed_tv
 
     def accept(self, token: int) -> bool:
-        """Add ``token`` and return True; if it may not follow, change nothing and return False.
-
-        Raises:
-          GrammarError: see `mask`.
-        """
-        if self._ended:
+        """Add ``token`` and return True; if it may not follow, change nothing and return False."""
+        if self._ended or self.error is not None:
             return False
+        if not 0 <= token < self._vocab_size or not self.mask()[token]:
+            return False
+        self._following_v = None
         if token in self._ends:
-            self._ended = self.is_complete
-            return self._ended
-        if self._matcher.validate_tokens([token]) != 1:
-            return False
+            self._ended = True
+            return True
         self._matcher.consume_token(token)
         self._check()
-        return True
+        self.mask()  # an error is known at once
+        return self.error is None
 
     def rollback(self, count: int) -> None:
         """Take back the last ``count`` tokens that were accepted."""
+        self._following_v = None if count > 0 else self._following_v
         if count > 0 and self._ended:
             self._ended, count = False, count - 1
         if count > 0:
@@ -150,7 +151,7 @@ class Matcher:
     @property
     def is_complete(self) -> bool:
         """Whether what there is already is a text of the grammar."""
-        return self._matcher.is_accepting()
+        return self.error is None and self._matcher.is_accepting()
 
     @property
     def is_done(self) -> bool:
@@ -159,7 +160,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(_first_line(self._matcher.get_error()))
+            self.error = _first_line(self._matcher.get_error())
 
 
 def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: int) -> Matcher:

@@ -322,8 +322,9 @@ class Engine:
             reason = "stop"
         else:
             if sequence.matcher is not None:
-                sequence.matcher.accept(token)
-                reason = "stop" if sequence.matcher.is_done else None
+                matcher = sequence.matcher
+                matcher.accept(token)
+                reason = "error" if matcher.error else "stop" if matcher.is_done else None
             if sequence.stream is not None:
                 text = sequence.stream.push(token)
                 reason = "stop" if sequence.stream.stopped is not None else reason

@@ -86,6 +86,15 @@ def test_text_has_the_form_of_its_grammar():
     assert engine.run([requests[5]])[0].tokens == results[5].tokens
 
 
+def test_a_grammar_that_exceeds_its_limits_ends_its_row_only():
+    hard, bias = Grammar.regex("(a|b|ab|ba|[^c]{3,500}){1,500}"), ((ord("a"), 10), (ord("b"), 10))
+    biased = dataclasses.replace(SAMPLED, logit_bias=bias)
+    engine, free = make(), request(1)
+    failed, other = engine.run([request(grammar=hard, sampling=biased), free])
+    assert failed.finish_reason == "error" and 1 < len(failed.tokens) < 200
+    assert other.tokens == engine.run([free])[0].tokens
+
+
 def test_a_grammar_that_cannot_be_compiled_is_refused():
     engine = make()
     with pytest.raises(ConfigError, match="^regex='\\('"):
