@@ -70,14 +70,15 @@ class Stored:
             check(x.shape[-1] % 2 == 0, "channels", x.shape[-1], "must be even for int4")
             x = x.astype(jnp.float32)
             minimum = jnp.min(x, axis=-1, initial=jnp.inf)
-            scale = (jnp.max(x, axis=-1, initial=-jnp.inf) - minimum) / 15
+            scale = (jnp.max(x, axis=-1, initial=-jnp.inf) - minimum) * (1 / 15)
             codes = jnp.round((x - minimum[..., None]) / _nonzero(scale)[..., None])
             low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
             return cls(low | high << 4, scale, minimum, dtype)
         if dtype not in _LARGEST:
             return cls(x.astype(dtype), None, None, dtype)
         x = x.astype(jnp.float32)
-        scale = jnp.max(jnp.abs(x), axis=-1, initial=0) / _LARGEST[dtype]
+        # a product: XLA:CPU rounds the division by a constant in one of two ways, by shape
+        scale = jnp.max(jnp.abs(x), axis=-1, initial=0) * (1 / _LARGEST[dtype])
         codes = x / _nonzero(scale)[..., None]
         if dtype == "int8":
             codes = jnp.round(codes)
