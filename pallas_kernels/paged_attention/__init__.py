@@ -26,11 +26,24 @@ Without ``values``, the values are the first channels of the keys: the latents o
 Implementations, and what each has in fast memory:
 
 - ``reference``: a copy of all pages of each row, and all scores. The equation.
-- ``xla``: a loop over groups of pages, which are copied and dequantised; online softmax as in
-  `pallas_kernels.flash_attention`.
+- ``xla``: a loop over groups of pages, which are copied next to each other; online softmax as in
+  `pallas_kernels.flash_attention`. It ends after the last group that a row has.
+- ``tpu``: one block of queries with its maximum, sum and values in VMEM; groups of pages are copied
+  to VMEM through the table, the next while one is computed. `update_pages` replaces the slots of
+  new tokens in VMEM, in place. Queries of float32 and bfloat16; a page must have a multiple of 8
+  slots of float32, 16 of bfloat16, or 32 of the other dtypes. See `tpu` and `tpu_update`.
+- ``gpu``: one block of queries with its maximum, sum and values in registers, which loads slots
+  through the table; the slots of a row are split between programs. Queries of float32, bfloat16 and
+  float16. See `gpu`. `update_pages` is XLA's scatter.
 
-Limits: this is for inference. Gradients of queries and of pages in floating point are those of the
-reference (`pallas_kernels.derivatives`) and require its memory.
+Codes are converted in fast memory; their scales and minima multiply the products, so that no
+dequantised copy of a page is stored.
+
+Limits: this is for inference. Gradients, of queries and of what is floating point in the pages, are
+those of the reference (`pallas_kernels.derivatives`) and require its memory. Slopes of ALiBi are
+constants. A value that is not finite also reaches queries of its row that do not see it, if another
+query of the same call sees it. The kernels have been compiled for
+TPUs, lowered for an H100 and run interpreted; they have not run on a TPU or a GPU yet.
 """
 
 import functools
@@ -94,8 +107,11 @@ def paged_attention(
         and ``window``. Positions and segments of keys are those of the pages.
       value_channels: if ``values`` is None, how many channels of a key are its value.
       alibi_slopes_h, soft_cap, sinks_h, scale: as in `pallas_kernels.flash_attention`.
-      implementation: None, ``"reference"`` or ``"xla"`` (`pallas_kernels`).
-      blocks: sizes that override `pallas_kernels.blocks`: ``key``, the slots of a group of pages.
+      implementation: None, ``"reference"``, ``"xla"``, ``"tpu"`` or ``"gpu"`` (`pallas_kernels`).
+      blocks: sizes that override `pallas_kernels.blocks`: ``key``, the slots of a group of pages;
+        for a named kernel also ``query``, the rows of a block of queries (each token has as many
+        as query heads share a key head), and for ``"gpu"`` ``splits``, the most programs that the
+        slots of a row are split between.
 
     Returns:
       ``[b, t, h, channels]`` with the channels of a value.

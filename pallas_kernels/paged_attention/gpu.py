@@ -73,6 +73,7 @@ def _kernel(spec: Spec, shape: Shape, has, dtype, *refs):
         mask = jnp.broadcast_to(is_loaded[:, None], (shape.key, channels.size))
         if channels.size > packed:
             mask &= channels[None, :] < packed
+            channels = jnp.minimum(channels, packed - 1)
         place = ref.at[page_of[:, None], offset[:, None], channels[None, :]]
         if ref.dtype == jnp.float8_e4m3fn:  # Triton has no constant of this type
             return jnp.where(mask, triton.load(place, mask=mask).astype(jnp.float32), 0.0)

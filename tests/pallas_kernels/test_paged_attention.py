@@ -1,6 +1,9 @@
 """Paged attention against float64 NumPy, contiguous attention, and the operation in JAX's tree."""
 
 import dataclasses
+import functools
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,17 @@ import pytest
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mask import Mask
-from pallas_kernels.paged_attention import paged_attention, update_pages
+from pallas_kernels.paged_attention import paged_attention, update_pages, xla
 from pallas_kernels.stored import DTYPES, Stored
+from tests.pallas_kernels.conftest import (
+    GENERATIONS,
+    compile_for_gpu,
+    compile_for_tpu,
+    interpreted,
+    lower_for_gpu,
+    topology_mesh,
+    triton_kernels,
+)
 
 SLOPES = np.array([0.5, 0.25, 0.1, 0.0], np.float32)
 SINKS = np.array([1.0, -2.0, 0.0, 5.0], np.float32)
@@ -20,7 +32,6 @@ PAGES = 40  # in the pool
 # positions of each row's queries: the last tokens of rows with 41, 3, 7 and no tokens
 MIXED = ((36, 37, 38, 39, 40), (0, 1, 2, -1, -1), (6, -1, -1, -1, -1), (-1, -1, -1, -1, -1))
 DECODE = ((40,), (2,), (6,), (-1,))
-WRITTEN = np.array([41, 3, 7, 0], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Case:
     channels: int = 8
     packed: bool = False
     latent: int | None = None
+    written: tuple = (41, 3, 7, 0)
+    padding: bool = True  # one of the written tokens is padding
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -62,6 +75,7 @@ class Inputs:
     at_bs: np.ndarray
     in_bs: np.ndarray | None
     mask: Mask
+    written: tuple
     pages: dict
     options: dict
 
@@ -70,8 +84,8 @@ def inputs(case: Case, dtype: str = "float32", q_dtype="float32") -> Inputs:
     """Every slot without a token is NaN, and so is every page that no row has."""
     rng = np.random.default_rng(0)
     q_at = np.asarray(case.queries, np.int32)
-    b, t = q_at.shape
-    n = -(-WRITTEN.max() // case.page) + 1
+    (b, t), held = q_at.shape, np.asarray(case.written, np.int32)
+    n = -(-held.max() // case.page) + 1
     s, k, c = n * case.page, case.kv_heads, case.channels
     q = rng.normal(size=(b, t, HEADS, c)).astype(np.float32)
     vectors = rng.normal(size=(2, b, s, k, c)).astype(np.float32)
@@ -80,15 +94,16 @@ def inputs(case: Case, dtype: str = "float32", q_dtype="float32") -> Inputs:
     if case.packed:  # the second document begins at position 0
         at = np.where(at < 20, at, at - 20)
         q_at = np.where(q_at >= 20, q_at - 20, q_at)
-    at[0, 4] = -1  # padding that was written all the same
+    if case.padding:
+        at[0, 4] = -1
     # every row's pages in a random order; a row has only the pages that it requires
     table = rng.permutation(PAGES).astype(np.int32)[: b * n].reshape(b, n)
-    table[np.arange(n) * case.page >= WRITTEN[:, None]] = -1
+    table[np.arange(n) * case.page >= held[:, None]] = -1
 
     def paged(a_bs, empty):
         pool = np.full((PAGES, case.page, *a_bs.shape[2:]), empty, a_bs.dtype)
         for row in range(b):
-            for i in range(WRITTEN[row]):
+            for i in range(held[row]):
                 pool[table[row, i // case.page], i % case.page] = a_bs[row, i]
         return pool
 
@@ -111,7 +126,7 @@ def inputs(case: Case, dtype: str = "float32", q_dtype="float32") -> Inputs:
         positions_ps=jnp.asarray(paged(at, 0)),
         segments_ps=None if inside is None else jnp.asarray(paged(inside, 5)),
         table_bn=jnp.asarray(table),
-        written_b=jnp.asarray(WRITTEN),
+        written_b=jnp.asarray(held),
     )
     fields = {f.name for f in dataclasses.fields(Mask)}
     static = {name: v for name, v in case.options.items() if name in fields}
@@ -123,14 +138,29 @@ def inputs(case: Case, dtype: str = "float32", q_dtype="float32") -> Inputs:
     mask = Mask(q_positions_bt=q_at, q_segments_bt=q_in, **static)
     mask = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), mask)
     q = np.asarray(jnp.asarray(q, q_dtype).astype(jnp.float32))
-    return Inputs(q, k_bskc, v_bskc, at, inside, mask, pages, options)
+    return Inputs(q, k_bskc, v_bskc, at, inside, mask, case.written, pages, options)
 
 
-def run(given: Inputs, implementation, q_dtype="float32", **options):
-    q = jnp.asarray(given.q_bthc, q_dtype)
-    return paged_attention(
-        q, **given.pages, mask=given.mask, **given.options, implementation=implementation, **options
-    )
+def operation(given: Inputs, implementation, q_dtype=jnp.float32, races=False, **options):
+    """The operation with the options of ``given``, as a compiled function of such inputs."""
+    options |= {name: a for name, a in given.options.items() if name != "sinks_h"}
+
+    @jax.jit
+    def call(q, pages, mask, sinks):
+        return paged_attention(
+            q, **pages, mask=mask, sinks_h=sinks, implementation=implementation, **options
+        )
+
+    def of_inputs(given: Inputs):
+        q = jnp.asarray(given.q_bthc, q_dtype)
+        with interpreted(implementation, races=races):
+            return call(q, given.pages, given.mask, given.options.get("sinks_h"))
+
+    return of_inputs
+
+
+def run(given: Inputs, *arguments, **options):
+    return operation(given, *arguments, **options)(given)
 
 
 def equation(given: Inputs) -> np.ndarray:
@@ -141,7 +171,7 @@ def equation(given: Inputs) -> np.ndarray:
     y = np.zeros((b, t, h, given.v_bskc.shape[-1]))
     q_at, until = np.asarray(mask.q_positions_bt), mask.until_bt
     for row, i, head in np.ndindex(b, t, h):
-        at, here = given.at_bs[row, : WRITTEN[row]], q_at[row, i]
+        at, here = given.at_bs[row, : given.written[row]], q_at[row, i]
         reach = here if until is None else max(here, int(until[row, i]))
         seen = (at >= 0) & (here >= 0)
         if mask.causal:
@@ -149,8 +179,10 @@ def equation(given: Inputs) -> np.ndarray:
         if mask.window is not None:
             seen &= np.abs(here - at) < mask.window
         if mask.q_segments_bt is not None:
-            seen &= given.in_bs[row, : WRITTEN[row]] == int(mask.q_segments_bt[row, i])
-        k, v = (a[row, : WRITTEN[row], head // group][seen] for a in (given.k_bskc, given.v_bskc))
+            seen &= given.in_bs[row, : given.written[row]] == int(mask.q_segments_bt[row, i])
+        k, v = (
+            a[row, : given.written[row], head // group][seen] for a in (given.k_bskc, given.v_bskc)
+        )
         scores = k @ given.q_bthc[row, i, head].astype(np.float64)
         scores *= options.get("scale") or c**-0.5
         if "alibi_slopes_h" in options:
@@ -166,20 +198,149 @@ def equation(given: Inputs) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("case", CASES)
+SMALL = {  # blocks, so that there are several
+    "reference": None,
+    "xla": dict(key=16),
+    "tpu": dict(query=8, key=128),
+    "gpu": dict(query=16, key=16, splits=2),
+}
+# the slots in a page that the TPU's kernel supports
+TILE = {"float32": 8, "bfloat16": 16, "int8": 32, "int4": 32, "float8_e4m3fn": 32}
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [
+        *((case, name) for name in ("reference", "xla") for case in CASES),
+        *((case, name) for name in ("tpu", "gpu") for case in ("packed, everything", "latent")),
+        ("primes, 4:1 heads", "gpu"),
+    ],
+)
 def test_value(case, implementation):
     given = inputs(CASES[case])
-    options = {} if implementation == "reference" else dict(blocks=dict(key=16))
-    got = run(given, implementation, **options)
+    got = run(given, implementation, blocks=SMALL[implementation])
+    np.testing.assert_allclose(got, equation(given), atol=2e-6)
+    assert got.shape == equation(given).shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["decode", "mixed", "latent"])
+def test_stored_pages(case, dtype):
+    given = inputs(CASES[case], dtype)
+    for implementation in ("reference", "xla")[case != "mixed" :]:
+        got = run(given, implementation, blocks=SMALL[implementation])
+        np.testing.assert_allclose(got, equation(given), atol=2e-6, err_msg=implementation)
+
+
+def test_many_queries_of_stored_pages(monkeypatch):
+    """On a CPU many queries and few have different products."""
+    given = inputs(CASES["mixed"], "int4")
+    monkeypatch.setattr(xla, "FEW", 1)
+    np.testing.assert_allclose(run(given, "xla"), equation(given), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "implementation"),
+    [
+        ("mixed", "bfloat16", "tpu"), ("decode", "int8", "tpu"), ("mixed", "int4", "tpu"),
+        ("mixed", "float8_e4m3fn", "gpu"), ("decode", "int8", "gpu"), ("mixed", "int4", "gpu"),
+    ],
+)  # fmt: skip
+def test_stored_pages_in_kernels(case, dtype, implementation):
+    given = inputs(dataclasses.replace(CASES[case], page=TILE[dtype]), dtype)
+    blocks = dict(SMALL[implementation])
+    if (dtype, implementation) == ("int4", "gpu"):
+        blocks["splits"] = 1  # XLA:CPU's code for the interpreted kernel with 2 ends the process
+    got = run(given, implementation, blocks=blocks)
     np.testing.assert_allclose(got, equation(given), atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_stored_pages(dtype, implementation):
-    given = inputs(CASES["mixed"], dtype)
-    np.testing.assert_allclose(run(given, implementation), equation(given), atol=2e-6)
+def test_the_tpu_kernel_races_with_no_copy():
+    """Also with several groups of pages, heads apart, and pages that a row does not have."""
+    case = Case(((299, 300), (2, -1)), page=32, channels=8, written=(301, 3), packed=True)
+    given = inputs(case, "int8")
+    got = run(given, "tpu", races=True, blocks=SMALL["tpu"])
+    np.testing.assert_allclose(got, equation(given), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_queries_in_bfloat16(implementation):
+    case = dataclasses.replace(CASES["mixed"], page=TILE["bfloat16"])
+    given = inputs(case, "bfloat16", "bfloat16")
+    got = run(given, implementation, jnp.bfloat16)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(got), equation(given), atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(window=9, soft_cap=2.0)])
+def test_is_the_ragged_paged_attention_of_jax(options):
+    """Its queries are the last tokens of their rows, and keys and values alternate."""
+    module = importlib.import_module(
+        "jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel"
+    )
+    given = inputs(Case(padding=False, options=options))
+    got = run(given, "xla", blocks=SMALL["xla"])
+    keys, values = (given.pages[name].codes for name in ("keys", "values"))
+    pages = jnp.stack([jnp.swapaxes(a, 1, 2) for a in (keys, values)], 3)
+    counts = (np.asarray(MIXED) >= 0).sum(1)
+    queries = np.concatenate([given.q_bthc[row, :n] for row, n in enumerate(counts)])
+    want = module.ref_ragged_paged_attention(
+        jnp.asarray(queries),
+        pages.reshape(*pages.shape[:2], -1, pages.shape[-1]),
+        given.pages["written_b"],
+        jnp.maximum(given.pages["table_bn"], 0),
+        jnp.asarray(np.concatenate([[0], np.cumsum(counts)]), jnp.int32),
+        jnp.asarray([3], jnp.int32),
+        sm_scale=given.q_bthc.shape[-1] ** -0.5,
+        sliding_window=options.get("window"),
+        soft_cap=options.get("soft_cap"),
+    )
+    got = np.concatenate([got[row, :n] for row, n in enumerate(counts)])
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(value_channels=3), "value_channels=3: requires values=None"),
+        (dict(values=None), "value_channels=None: without values it must be in 1…8"),
+        (dict(segments_ps=jnp.zeros((PAGES, 8), jnp.int32)), "segments='one of two'"),
+        (dict(mask=Mask()), "mask.q_positions=None: is required"),
+        (
+            dict(mask=Mask.of_tokens(jnp.zeros((4, 5), jnp.int32))),
+            "mask.k_positions_bs='given': must be None",
+        ),
+        (dict(table_bn=jnp.zeros((3, 2), jnp.int32)), "written.shape=(4,): must be (3,)"),
+        (dict(positions_ps=jnp.zeros((PAGES, 7), jnp.int32)), "positions_ps.shape"),
+        (dict(written_b=jnp.zeros(4)), "written.dtype='float32': must be an integer type"),
+        (dict(soft_cap=0.0), "soft_cap=0.0: must be > 0"),
+        (dict(blocks=dict(keys=4)), "blocks.keys=4: no such size"),
+        (dict(implementation="tpus"), "implementation='tpus'"),
+    ],
+)
+def test_what_is_not_described_is_refused(change, message):
+    given = inputs(CASES["mixed"])
+    arguments = dict(given.pages, mask=given.mask) | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        paged_attention(jnp.asarray(given.q_bthc), **arguments)
+
+
+def test_what_a_kernel_does_not_support_is_named():
+    def refused(implementation, case, dtype="float32", q_dtype=jnp.float32):
+        with pytest.raises(ValueError) as error:
+            run(inputs(case, dtype), implementation, q_dtype)
+        return str(error.value)
+
+    assert "pages of 7 slots of float32: must be a multiple of 8" in refused("tpu", Case(page=7))
+    assert "pages of 16 slots of int8" in refused("tpu", Case(page=16), "int8")
+    assert "pages of float16" in refused("tpu", Case(), "float16")
+    assert "dtype float16 of queries" in refused("tpu", Case(), q_dtype=jnp.float16)
+    assert "288 channels per head: at most 256" in refused("gpu", Case(channels=288))
+    keys, values, positions, segments = pool("float32", page=7)
+    new, at = jnp.ones((1, 1, 2, 6)), jnp.zeros((1, 1), jnp.int32)
+    arguments = (keys, values, positions, segments, new, new, at, at, at, at[0])
+    with pytest.raises(ValueError, match="update_pages does not support pages of 7 slots"):
+        update_pages(*arguments, implementation="tpu")
 
 
 def pool(dtype, kv_heads=2, page=4, channels=6, pages=9):
@@ -227,6 +388,29 @@ def test_update_writes_each_token_into_its_slot(dtype):
     assert written.tolist() == count
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [d if d in ("bfloat16", "int4") else pytest.param(d, marks=pytest.mark.slow) for d in TILE],
+)
+def test_the_tpu_update_writes_the_same_bytes(dtype):
+    """Rows that begin inside a tile, padding between tokens, and a row without pages."""
+    rng, page = np.random.default_rng(0), 2 * TILE[dtype]
+    keys, values, positions, segments = pool(dtype, page=page)
+    table = jnp.asarray([[3, 8, -1], [5, 0, 7], [-1, -1, -1]], jnp.int32)
+    at = jnp.asarray(np.where(rng.random((3, 19)) < 0.3, -1, 5), jnp.int32)
+    new = jnp.asarray(rng.normal(size=(3, 19, 2, 6)), jnp.float32)
+    written = jnp.asarray([page - 3, 0, 5], jnp.int32)
+    want, got = [], []
+    for implementation, results in (("xla", want), ("tpu", got)):
+        with interpreted(implementation, races=implementation == "tpu"):
+            results += update_pages(
+                keys, values, positions, segments, new, new, at, at, table, written,
+                implementation=implementation,
+            )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
 def test_update_is_in_place():
     """The compiled program of donated pages has no copy of the pool."""
     keys, values, positions, segments = pool("float32", pages=1000, channels=64)
@@ -241,13 +425,15 @@ def test_update_is_in_place():
     assert compiled.memory_analysis().temp_size_in_bytes < keys.codes.nbytes / 10
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
-@pytest.mark.parametrize("case", ["decode", "packed, everything"])
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [("decode", "xla"), ("packed, everything", "xla"), ("mixed", "tpu"), ("mixed", "gpu")],
+)
 def test_a_row_does_not_depend_on_other_rows(case, implementation):
     """Bit by bit: with other rows of other lengths, and at another index."""
     given = inputs(CASES[case])
-    blocks = dict(key=16)
-    whole = run(given, implementation, blocks=blocks)
+    result = operation(given, implementation, blocks=SMALL[implementation])
+    whole = result(given)
     order = jnp.asarray([2, 1, 0, 3])
     pages = given.pages | {n: given.pages[n][order] for n in ("table_bn", "written_b")}
     pages["written_b"] = pages["written_b"].at[1].set(0)
@@ -257,11 +443,11 @@ def test_a_row_does_not_depend_on_other_rows(case, implementation):
         mask=jax.tree.map(lambda a: a[order], given.mask),
         pages=pages,
     )
-    alone = run(others, implementation, blocks=blocks)
+    alone = result(others)
     np.testing.assert_array_equal(whole[2], alone[0])
     np.testing.assert_array_equal(whole[0], alone[2])
     pages["table_bn"] = pages["table_bn"].at[2].set(-1)
-    alone = run(dataclasses.replace(others, pages=pages), implementation, blocks=blocks)
+    alone = result(dataclasses.replace(others, pages=pages))
     np.testing.assert_array_equal(whole[2], alone[0])
 
 
@@ -271,7 +457,7 @@ def test_gradients_are_those_of_contiguous_attention():
     sinks = given.options["sinks_h"]
     options = {name: a for name, a in given.options.items() if name != "sinks_h"}
     k, v = (jnp.asarray(a, jnp.float32) for a in (given.k_bskc, given.v_bskc))
-    held = np.arange(k.shape[1]) < WRITTEN[:, None]
+    held = np.arange(k.shape[1]) < np.asarray(given.written)[:, None]
     mask = given.mask.with_keys(
         jnp.asarray(np.where(held, given.at_bs, -1)), jnp.asarray(given.in_bs)
     )
@@ -300,3 +486,124 @@ def test_gradients_are_those_of_contiguous_attention():
     for a, b in zip(got, want, strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The shapes of a call to compile; without segments and ``until`` if not ``packed``."""
+
+    dtype: str = "bfloat16"
+    q_dtype: str = "bfloat16"
+    b: int = 8
+    t: int = 1
+    heads: tuple[int, int] = (32, 8)
+    channels: int = 128
+    page: int = 32
+    packed: bool = False
+    latent: int | None = None
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def arguments(self, pages=64, n=40):
+        ints, (h, k) = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), self.heads
+        shape = (pages, k, self.page, self.channels)
+        stored = jax.eval_shape(lambda: Stored.empty(shape, self.dtype))
+        of_pool = ints((pages, self.page))
+        new = ints((self.b, self.t))
+        return (
+            jax.ShapeDtypeStruct((self.b, self.t, h, self.channels), self.q_dtype),
+            (
+                stored,
+                stored if self.latent is None else None,
+                of_pool,
+                of_pool if self.packed else None,
+                ints((self.b, n)),
+                ints((self.b,)),
+            ),
+            (new, *(new if self.packed else None for _ in range(2))),
+        )
+
+    def attend(self, q, pages, of_queries, implementation=None):
+        at, inside, until = of_queries
+        options = dict(self.options, value_channels=self.latent, implementation=implementation)
+        mask = Mask(
+            q_positions_bt=at,
+            q_segments_bt=inside,
+            until_bt=until,
+            window=options.pop("window", None),
+        )
+        return paged_attention(q, *pages, mask, **options)
+
+    def update(self, q, pages, of_queries):
+        """New tokens, which are among the queries."""
+        keys, values, positions, segments, table, written = pages
+        at, inside, _ = of_queries
+        new = q[:, :, : keys.codes.shape[1]]
+        v = None if values is None else new
+        return update_pages(keys, values, positions, segments, new, v, at, inside, table, written)
+
+
+CALLS = {
+    "decode": Call(page=16),
+    "chunk": Call(b=1, t=256),
+    "int8": Call("int8"),
+    "int4": Call("int4", heads=(4, 2), channels=64, t=5),
+    "e4m3": Call("float8_e4m3fn"),
+    "float32, everything": Call(
+        "float32", "float32", 2, 5, (4, 4), 64, 8, packed=True,
+        options=dict(window=50, soft_cap=3.0, scale=0.5, alibi_slopes_h=SLOPES, sinks_h=SINKS),
+    ),
+    "int8 for float32": Call("int8", "float32", 2, 5, (4, 2), 80, packed=True),
+    "latent": Call(heads=(128, 1), channels=576, latent=512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["int4", "e4m3", "latent"])
+def test_lowers_for_a_gpu(case):
+    """Chosen by the platform; what no kernel supports takes another way."""
+    text = lower_for_gpu(CALLS[case].attend, *CALLS[case].arguments())
+    kernels = triton_kernels(text)
+    assert kernels == ([] if case == "latent" else ["paged_attention"])
+    assert kernels or "stablehlo.while" in text
+
+
+def check_compiles(call: Call, generation: str):
+    """Both operations, chosen by the platform."""
+    mesh = topology_mesh(generation, (1,), ("data",))
+    text = compile_for_tpu(call.attend, mesh, *call.arguments()).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1 and "paged_attention" in text
+    text = compile_for_tpu(call.update, mesh, *call.arguments()).as_text()
+    count = 1 if call.latent else 2
+    assert text.count('custom_call_target="tpu_custom_call"') == count and "update_pages" in text
+
+
+QUICK = ("decode", "int4", "float32, everything")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CALLS]
+)
+def test_compiles_for_tpus(case):
+    check_compiles(CALLS[case], "v5e")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", GENERATIONS[1:])
+def test_compiles_for_other_tpus(generation):
+    check_compiles(CALLS["chunk"], generation)
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("case", [case for case in CALLS if case != "latent"])
+def test_compiles_for_a_gpu(case):
+    text = compile_for_gpu(CALLS[case].attend, *CALLS[case].arguments()).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case, dtype, gpu):
+    given = inputs(CASES[case], dtype)
+    for blocks in (None, SMALL["gpu"]):
+        np.testing.assert_allclose(run(given, "gpu", blocks=blocks), equation(given), atol=2e-5)
