@@ -60,8 +60,8 @@ def get_config(scale):
     config = serving_model(scale)
     smoke = scale == "smoke"
     sizes = dict(slots=2, max_length=32, chunk=16) if smoke else dict(max_length=512, chunk=128)
-    sizes.update(cache=dict(kind="paged"), prefix=True)
-    config.engine = dataclasses.asdict(from_mapping(EngineConfig, sizes, "engine"))
+    fields = {**sizes, "cache": dict(kind="paged"), "prefix": True}
+    config.engine = dataclasses.asdict(from_mapping(EngineConfig, fields, "engine"))
     served = dict(count=2, prompt=12, new=4) if smoke else dict(count=12, prompt=200, new=32)
     config.requests = served
     if scale == "paper":
