@@ -11,7 +11,9 @@ is `research.inference.generate` in groups of 8, one compiled loop for each grou
 compiled before they are timed. Times are compared in one unit, one after the other. A request's
 tokens are compared with those that it has alone in the same engine. For chunks, 7 requests decode
 while a prompt of 1,024 tokens enters, in chunks or as a whole; and 8 prompts of 1,024 tokens are
-served. The order of work of one device is compared: there is no second one to overlap with.
+served. The order of work of one device is compared: there is no second one to overlap with. Both
+kinds of batches run all 8 rows in each step, also those that wait, so the cost of a step of 8 rows
+beside one of 1 row (``batch_cost``) decides nothing here.
 
     ablate run efficiency/continuous_batching --scale=smoke    # a few steps, no findings
     ablate run efficiency/continuous_batching                  # cpu: 2 cores; time in `ablate list`
@@ -85,15 +87,6 @@ ARMS = (
     *(Arm(f"chunk_{size}", _chunk(size)) for size in (64, 256)),
 )
 
-GATE = Claim(
-    "batching_pays",
-    "A step of 8 rows takes less than 4 times one of 1 row",
-    paper="",
-    measure=mean("batch_cost", "continuous"),
-    comparison="<",
-    margin=4.0,
-)
-
 
 def _gap(size):
     return Claim(
@@ -142,7 +135,6 @@ CLAIMS = (
         measure=mean("speedup", "continuous"),
         comparison=">",
         margin=1.4,
-        gate=GATE,
     ),
     Claim(
         "alone",
