@@ -70,7 +70,7 @@ MOST = max(DRAFTED)
 def get_config(scale):
     config = language_model(scale)
     smoke, small = scale == "smoke", scale in ("smoke", "cpu")
-    width, layers, heads, mlp = (32, 1, 4, 64) if smoke else (128, 2, 2, 344)
+    width, layers, heads, mlp = (16, 1, 4, 32) if smoke else (128, 2, 2, 344)
     if smoke:
         config.model.num_layers = 1
     if scale == "cpu":
