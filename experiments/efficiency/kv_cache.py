@@ -157,7 +157,8 @@ CLAIMS = (
 
 def check(unit: Unit):
     check_unit(unit)
-    _cache(unit), _rounding(unit)
+    _cache(unit)
+    _rounding(unit)
 
 
 def _cache(unit):

@@ -106,7 +106,8 @@ def _training(
     )
     if decode:
         cache = from_mapping(CacheConfig, arm.get("cache", {}), "cache")
-        return _decoding(model, topology, *decode, batch, cache)
+        rows, length = decode
+        return _decoding(model, topology, rows, length, batch, cache)
     rows = _rows(data.batch_size if batch is None else batch)
     length, vocabulary = data.sequence_length, vocabulary_size(data)
     return Setup(model, topology, MeshConfig(), rows, length, training, vocabulary)

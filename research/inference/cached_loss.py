@@ -93,7 +93,7 @@ class CachedNextToken(NextToken):
             )  # fmt: skip
             logits.append(output.logits_btv)
             state = output.state
-            if group < t:
+            if rounding is not None and group < t:
                 state = _round_slots(state, rounding, some)
         return Output(jnp.concatenate(logits, axis=1), state, {}, None)
 

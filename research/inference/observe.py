@@ -115,5 +115,5 @@ def observe(
                 found.tokens.setdefault(sample, []).append(event.token)
                 found.logprobs.setdefault(sample, []).append(event.logprob)
         found.steps.append(Step(clock() - start, tokens, measure(engine)))
-    in_order = (dict(sorted(each.items())) for each in (found.tokens, found.logprobs))
-    return Observation(found.steps, *in_order)
+    logprobs = dict(sorted(found.logprobs.items()))
+    return Observation(found.steps, dict(sorted(found.tokens.items())), logprobs)
