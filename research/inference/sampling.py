@@ -306,9 +306,19 @@ def sample(
 
     any_drawn = jnp.any(rows.temperature_b > 0)
     token_b = jax.lax.cond(any_drawn, drawn, lambda _: likeliest_b, scores_bv).astype(jnp.int32)
-    logprobs_bv = jax.nn.log_softmax(logits_bv, axis=-1)
-    logprob_b = jnp.take_along_axis(logprobs_bv, token_b[:, None], axis=-1)[:, 0]
-    return Sampled(token_b, logprob_b, *_top_if_wanted(logprobs_bv, rows.wants_logprobs_b))
+    return Sampled(token_b, *logprobs_of(logits_bv, token_b, rows))
+
+
+def logprobs_of(
+    logits: jax.Array, tokens: jax.Array, rows: SamplingRows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `Sampled` says of ``tokens``: log-probabilities, likeliest tokens, theirs.
+
+    ``logits``: ``[b, v]`` with ``[b]`` tokens, or ``[b, t, v]`` with ``[b, t]``.
+    """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    of_tokens = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    return of_tokens, *_top_if_wanted(logprobs, rows.wants_logprobs_b)
 
 
 def probabilities(
@@ -332,19 +342,19 @@ def _scores(logits_bv: jax.Array, rows: SamplingRows, allowed_bv: jax.Array | No
     return scores_bv if allowed_bv is None else jnp.where(allowed_bv, scores_bv, -jnp.inf)
 
 
-def top_logprobs(logprobs_bv: jax.Array) -> tuple[jax.Array, jax.Array]:
+def top_logprobs(logprobs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The `MOST_LOGPROBS` likeliest tokens of each row, and theirs; −1, −inf beyond ``v``."""
-    values_bk, ids_bk = jax.lax.top_k(logprobs_bv, min(MOST_LOGPROBS, logprobs_bv.shape[-1]))
-    missing = ((0, 0), (0, MOST_LOGPROBS - ids_bk.shape[-1]))
+    values, ids = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, logprobs.shape[-1]))
+    missing = *((0, 0),) * (ids.ndim - 1), (0, MOST_LOGPROBS - ids.shape[-1])
     return (
-        jnp.pad(ids_bk, missing, constant_values=-1),
-        jnp.pad(values_bk, missing, constant_values=-jnp.inf),
+        jnp.pad(ids, missing, constant_values=-1),
+        jnp.pad(values, missing, constant_values=-jnp.inf),
     )
 
 
-def _top_if_wanted(logprobs_bv: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    shape = (logprobs_bv.shape[0], MOST_LOGPROBS)
+def _top_if_wanted(logprobs: jax.Array, wanted_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (*logprobs.shape[:-1], MOST_LOGPROBS)
     none = jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
-    ids, values = jax.lax.cond(jnp.any(wanted_b), top_logprobs, lambda _: none, logprobs_bv)
-    wanted_b1 = wanted_b[:, None]
-    return jnp.where(wanted_b1, ids, -1), jnp.where(wanted_b1, values, -jnp.inf)
+    ids, values = jax.lax.cond(jnp.any(wanted_b), top_logprobs, lambda _: none, logprobs)
+    wanted = wanted_b.reshape(-1, *[1] * (ids.ndim - 1))
+    return jnp.where(wanted, ids, -1), jnp.where(wanted, values, -jnp.inf)

@@ -49,11 +49,14 @@ class Allocator:
         self._write_table(sequence)
         return shared
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Give ``sequence`` the page of its next position; False if there is none."""
-        if self.pages is None or sequence.position < len(sequence.pages) * self.pages.size:
+    def grow(self, sequence: Sequence, count: int) -> bool:
+        """Give ``sequence`` pages for its next ``count`` positions; False if too few are left."""
+        if self.pages is None:
             return True
-        new = self._allocate(1)
+        missing = self.pages.needed(sequence.position + count) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        new = self._allocate(missing)
         if new is None:
             return False
         sequence.pages += new

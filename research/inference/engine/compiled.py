@@ -89,7 +89,7 @@ def _programs(weights: Decoder, config: EngineConfig, mesh: Mesh | None) -> dict
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     leaves, slots = programs.leaves, config.slots
-    memory = _shaped(mesh, lambda leaves: new_memory(programs.model(leaves), config), leaves)
+    memory = _shaped(mesh, lambda leaves: new_memory(programs.models(leaves), config), leaves)
     table_bn = ints(slots, config.pages_per_slot) if config.cache.kind == "paged" else None
     row = jax.eval_shape(lambda: SamplingRows.of(SamplingConfig(), vocab, [0]))
     tokens_t, one = ints(config.chunk), ints()

@@ -1,13 +1,14 @@
 """`Engine`: continuous batching (Yu 2022, Orca) over slots of fixed shape.
 
 Each step admits waiting sequences to free slots, computes one chunk of one prompt, and decodes one
-token in every slot whose prompt is complete. So a long prompt delays the others by one chunk, and a
-sequence that ends makes room at once.
+token, or with speculation several, in every slot whose prompt is complete. So a long prompt delays
+the others by one chunk, and a sequence that ends makes room at once.
 
 A sequence's tokens are, bit for bit, those that it has alone in the same engine: a row's results do
 not depend on other rows, its chunks begin at multiples of ``chunk``, and random numbers are keyed
 by (seed, index of the sample, position). A sequence that loses its pages to older ones is computed
-again by the same programs: its prompt in chunks, then its tokens one by one.
+again by the same programs: its prompt in chunks, then its tokens one by one, or with speculation in
+the same steps as before, as drafts that are accepted.
 """
 
 import collections
@@ -28,6 +29,7 @@ from research.inference.engine.programs import Echo
 from research.inference.engine.request import Event, QueueFull, Request, Result, Sample
 from research.inference.engine.runner import Choice, Runner, likeliest
 from research.inference.engine.sequence import Sequence
+from research.inference.engine.speculation import Speculative
 from research.inference.grammar import compile_grammar
 from research.inference.text import TextStream
 
@@ -38,6 +40,9 @@ class Stats:
 
     ``prefilled``: prompt tokens that were computed; ``shared``: that were not, for their prefix was
     kept. ``generated``: new tokens. ``replayed``: tokens computed again after a preemption.
+    ``passes``: how often the model computed a sample's next tokens: ``generated`` without
+    speculation. ``proposed_at[i]``, ``accepted_at[i]``: how many drafts were the ``i``-th of their
+    pass, and how many of these became tokens.
     """
 
     steps: int = 0
@@ -46,14 +51,31 @@ class Stats:
     generated: int = 0
     replayed: int = 0
     preemptions: int = 0
+    passes: int = 0
+    proposed_at: list[int] = dataclasses.field(default_factory=list)
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def proposed(self) -> int:
+        """The number of drafts."""
+        return sum(self.proposed_at)
+
+    @property
+    def accepted(self) -> int:
+        """The number of drafts that were emitted."""
+        return sum(self.accepted_at)
 
 
 class Engine:
     """Serves many requests with one model. Not thread-safe: one thread calls it.
 
-    ``compiled``: programs of this model, configuration and mesh, from
-    `research.inference.engine.compiled.load_programs`; None: `warm_up` compiles them.
+    ``tokenizer``: is required by stop strings and grammars. ``compiled``: programs of this model,
+    configuration and mesh, from `research.inference.engine.compiled.load_programs`; None: `warm_up`
+    compiles them. ``speculative``: what drafts, so that a step may yield several tokens a sample.
+
+    Raises:
+      ConfigError: the engine cannot serve the model, or ``speculative`` cannot draft for it.
     """
 
     def __init__(
@@ -64,11 +86,18 @@ class Engine:
         tokenizer: Any = None,
         mesh: Mesh | None = None,
         compiled: Mapping[str, Any] | None = None,
+        speculative: Speculative | None = None,
     ):
         config.check_model(model.config)
+        if speculative is not None:
+            speculative.check_model(model.config, config)
+            names = list(compiled or ())
+            check(not names, "compiled", names, "does not support speculative")
         self.model_config, self.config, self.tokenizer = model.config, config, tokenizer
-        self.stats = Stats()
-        self._runner = Runner(model, config, mesh, compiled)
+        most = 0 if speculative is None else speculative.tokens
+        self.stats = Stats(proposed_at=[0] * most, accepted_at=[0] * most)
+        self._speculative = speculative
+        self._runner = Runner(model, config, mesh, compiled, speculative)
         self._allocator = Allocator(config)
         self._next_id = 0
         self._waiting: collections.deque[Sequence] = collections.deque()
@@ -108,8 +137,9 @@ class Engine:
             keys = prefixes.chain(root, prompt[:-1], self.config.chunk)
         for index in range(request.n):
             stream, matcher = self._stream(request), self._matcher(request)
+            ngrams = None if self._speculative is None else self._speculative.index(prompt)
             self._waiting.append(
-                Sequence(request_id, index, request, prompt, stream, matcher, keys)
+                Sequence(request_id, index, request, prompt, stream, matcher, keys, ngrams)
             )
         self._results[request_id] = Result([Sample() for _ in range(request.n)])
         return request_id
@@ -296,26 +326,53 @@ class Engine:
                 self._end(first, "length")
 
     def _decode(self) -> None:
-        """One token for every sequence whose prompt is complete."""
+        """New tokens for every sequence whose prompt is complete: one, or accepted drafts too."""
+        planned: list[tuple[Sequence, list[int]]] = []
         for sequence in list(self._running):
-            while sequence.is_decoding and not self._allocator.grow(sequence):
-                self._preempt(self._running[-1])
-        decoding = [s for s in self._running if s.is_decoding]
+            if sequence.is_decoding:
+                made = [] if self._speculative is None else self._speculative.drafts(sequence)
+                while sequence.is_decoding and not self._allocator.grow(sequence, 1 + len(made)):
+                    self._preempt(self._running[-1])
+                planned.append((sequence, made))
+        decoding = [sequence for sequence, _ in planned if sequence.is_decoding]
+        drafts = [made for sequence, made in planned if sequence.is_decoding]
         if not decoding:
             return
-        choices = self._runner.decode(self._allocator.table(), decoding)
-        for sequence, choice in zip(decoding, choices, strict=True):
-            is_known = sequence.forced >= 0
-            sequence.steps += 1
-            if is_known:
-                self.stats.replayed += 1
+        table_bn = self._allocator.table()
+        if self._speculative is None:
+            chosen = [[choice] for choice in self._runner.decode(table_bn, decoding)]
+        else:
+            chosen = self._runner.verify(table_bn, decoding, drafts)
+        for sequence, made, choices in zip(decoding, drafts, chosen, strict=True):
+            if sequence.known:
+                self.stats.replayed += len(choices)
+                sequence.decoded += len(choices)
             else:
-                self._take(sequence, choice)
+                self.stats.passes += 1
+                for i in range(len(made)):
+                    self.stats.proposed_at[i] += 1
+                self._take(sequence, choices)
 
-    def _take(self, sequence: Sequence, choice: Choice) -> None:
-        """Add a new token to ``sequence``, and end it if that is its last."""
-        sampling, token = sequence.request.sampling, choice.token
+    def _take(self, sequence: Sequence, choices: list[Choice]) -> None:
+        """Add new tokens to ``sequence``, and end it if one of them is its last."""
+        for i, choice in enumerate(choices):
+            if i < len(choices) - 1:
+                self.stats.accepted_at[i] += 1
+            text, reason = self._append(sequence, choice.token)
+            if reason is not None:
+                self._end(sequence, reason, choice, text)
+                return
+            identity = (sequence.request_id, sequence.index)
+            self._emit(Event(*identity, choice.token, text, *choice[1:], None))
+        sequence.decoded = len(sequence.tokens)
+        sequence.ends.append(sequence.decoded)
+
+    def _append(self, sequence: Sequence, token: int) -> tuple[str, str | None]:
+        """Append ``token``: the text that can be shown now, and why the sequence ends, or None."""
+        sampling = sequence.request.sampling
         sequence.tokens.append(token)
+        if sequence.ngrams is not None:
+            sequence.ngrams.extend([token])
         self.stats.generated += 1
         text, reason = "", None
         if token in sampling.stop_tokens:
@@ -328,12 +385,9 @@ class Engine:
             if sequence.stream is not None:
                 text = sequence.stream.push(token)
                 reason = "stop" if sequence.stream.stopped is not None else reason
-        if reason is None and len(sequence.tokens) >= sampling.max_new_tokens:
+        if reason is None and sequence.remaining == 0:
             reason = "length"
-        if reason is None:
-            self._emit(Event(sequence.request_id, sequence.index, token, text, *choice[1:], None))
-        else:
-            self._end(sequence, reason, choice, text)
+        return text, reason
 
     def _end(
         self, sequence: Sequence, reason: str, last: Choice | None = None, text: str = ""

@@ -15,8 +15,9 @@ from layers.config import check
 from layers.decoder import Decoder
 from layers.stack import unstacked
 from research.inference.engine.config import EngineConfig
-from research.inference.engine.programs import Chunk, Echo, Programs, new_memory
+from research.inference.engine.programs import Chunk, Drafts, Echo, Programs, new_memory
 from research.inference.engine.sequence import Sequence
+from research.inference.engine.speculation import BY_MODEL, Speculative
 from research.inference.sampling import SamplingConfig, SamplingRows
 from research.parallel.rules import use_mesh
 
@@ -41,18 +42,24 @@ class Runner:
         config: EngineConfig,
         mesh: Mesh | None,
         compiled: Mapping[str, Any] | None = None,
+        speculative: Speculative | None = None,
     ):
         if mesh is not None:
             axes = {name: size for name, size in mesh.shape.items() if size > 1}
             check(set(axes) <= {"tensor"}, "mesh", axes, "an engine supports the axis tensor only")
-        self.config, self._mesh = config, mesh
+        self.config, self._mesh, self._speculative = config, mesh, speculative
         self._vocab = model.config.vocab_size
-        self._programs = programs = Programs(unstacked(model), compiled)
+        draft = None if speculative is None else speculative.draft
+        self._has_draft = draft is not None
+        self._programs = programs = Programs(
+            unstacked(model), compiled, None if draft is None else unstacked(draft)
+        )
         self.waited = 0.0
         with self.on_mesh():
-            new = jax.jit(lambda leaves: new_memory(programs.model(leaves), config))
+            new = jax.jit(lambda leaves: new_memory(programs.models(leaves), config))
             self._memory = new(programs.leaves)
-            self._all_allowed = jnp.ones((config.slots, self._vocab), bool)
+            inputs = () if speculative is None else (speculative.tokens + 1,)
+            self._all_allowed = jnp.ones((config.slots, *inputs, self._vocab), bool)
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The context in which the programs run."""
@@ -63,7 +70,10 @@ class Runner:
         chunk, zero = np.zeros(self.config.chunk, np.int32), np.int32(0)
         self._chunk(table_bn, Chunk(zero, chunk, chunk, zero, zero, np.bool_(False)))
         self._admit(0, SamplingConfig(), [0], 0)
-        self.decode(table_bn, [])
+        if self._speculative is None:
+            self.decode(table_bn, [])
+        else:
+            self.verify(table_bn, [], [])
         self.copy(0, 0, (0, 0))
         if self.config.prefix:
             self.resume(0, self.snapshot(0), 0)
@@ -101,31 +111,74 @@ class Runner:
         slots = self.config.slots
         active_b, forced_b = np.zeros(slots, bool), np.full(slots, -1, np.int32)
         for sequence in decoding:
-            active_b[sequence.slot], forced_b[sequence.slot] = True, sequence.forced
+            active_b[sequence.slot] = True
+            forced_b[sequence.slot] = next(iter(sequence.known), -1)
+        allowed_bv = self._all_allowed
+        constrained = [s for s in decoding if s.matcher is not None and not s.known]
+        if constrained:
+            allowed_bv = np.ones(allowed_bv.shape, bool)
+            for sequence in constrained:
+                allowed_bv[sequence.slot] = sequence.matcher.mask()
         self._memory, sampled = self._programs.decode(
-            self._programs.leaves, self._memory, table_bn, active_b, forced_b,
-            self._allowed(decoding),
-        )  # fmt: skip
+            self._programs.leaves, self._memory, table_bn, active_b, forced_b, allowed_bv
+        )
+        fetched = self._fetch(sampled, decoding)
+        return [_choice(fetched, sequence, (sequence.slot,)) for sequence in decoding]
+
+    def verify(
+        self, table_bn: np.ndarray | None, decoding: Listed[Sequence], drafts: Listed[list[int]]
+    ) -> list[list[Choice]]:
+        """The accepted ``drafts`` of each of ``decoding``, and one more token.
+
+        The draft model chooses those that are `BY_MODEL`.
+        """
+        assert self._speculative is not None
+        slots, most = self.config.slots, self._speculative.tokens
+        active_b = np.zeros(slots, bool)
+        step = Drafts(
+            np.full((slots, most), BY_MODEL, np.int32),
+            np.zeros(slots, np.int32),
+            np.full(slots, -1, np.int32),
+        )
+        for sequence, tokens in zip(decoding, drafts, strict=True):
+            slot = sequence.slot
+            active_b[slot], step.count_b[slot] = True, len(tokens)
+            step.tokens_bt[slot, : len(tokens)] = tokens
+            if sequence.known:
+                step.last_b[slot] = sequence.known[-1]
+        arguments, proposed = (table_bn, active_b), None
+        if self._has_draft:
+            self._memory, proposed = self._programs.propose(
+                self._programs.leaves, self._memory, *arguments, step
+            )
+        allowed_btv = self._all_allowed
+        constrained = [s for s in decoding if s.matcher is not None and not s.known]
+        if constrained:
+            tokens_bt = step.tokens_bt if proposed is None else jax.device_get(proposed.tokens_bt)
+            allowed_btv = np.ones(allowed_btv.shape, bool)
+            for sequence in constrained:
+                slot, count = sequence.slot, step.count_b[sequence.slot]
+                masks_tv = sequence.matcher.masks(tokens_bt[slot, :count].tolist())
+                allowed_btv[slot, : count + 1] = masks_tv
+        self._memory, accepted = self._programs.verify(
+            self._programs.leaves, self._memory, *arguments, step, proposed, allowed_btv
+        )
+        accepted_b, *of_tokens = self._fetch(accepted, decoding)
+        return [
+            [
+                _choice(of_tokens, sequence, (sequence.slot, i))
+                for i in range(accepted_b[sequence.slot] + 1)
+            ]
+            for sequence in decoding
+        ]
+
+    def _fetch(self, results: Any, decoding: Listed[Sequence]) -> list[np.ndarray]:
+        """``results`` from the device; the last two, of the likeliest tokens, if asked for."""
         wants_top = any(sequence.request.sampling.logprobs for sequence in decoding)
         begin = time.perf_counter()
-        token_b, logprob_b, *top = jax.device_get(sampled if wants_top else sampled[:2])
+        fetched = jax.device_get(tuple(results) if wants_top else tuple(results[:-2]))
         self.waited += time.perf_counter() - begin
-        choices = []
-        for sequence in decoding:
-            slot, count = sequence.slot, sequence.request.sampling.logprobs
-            pairs = likeliest(top[0][slot], top[1][slot], count) if count else []
-            choices.append(Choice(int(token_b[slot]), float(logprob_b[slot]), pairs))
-        return choices
-
-    def _allowed(self, decoding: Listed[Sequence]) -> Any:
-        """The tokens that each slot may choose, bool ``[slots, v]``."""
-        constrained = [s for s in decoding if s.matcher is not None and s.forced < 0]
-        if not constrained:
-            return self._all_allowed
-        allowed_bv = np.ones(self._all_allowed.shape, bool)
-        for sequence in constrained:
-            allowed_bv[sequence.slot] = sequence.matcher.mask()
-        return allowed_bv
+        return list(fetched)
 
     def copy(self, source: int, target: int, page: tuple[int, int]) -> None:
         """Copy what a slot remembers to another slot, and a page to another page."""
@@ -140,6 +193,14 @@ class Runner:
         """Let a slot go on after ``count`` tokens, which are in its pages and in ``snapshot``."""
         program, where = self._programs.resume, np.int32(slot)
         self._memory = program(self._memory, where, snapshot, np.int32(count))
+
+
+def _choice(fetched: list[np.ndarray], sequence: Sequence, at: tuple) -> Choice:
+    """The choice at an index of tokens, their log-probabilities, and the likeliest tokens."""
+    token, logprob, *top = fetched
+    count = sequence.request.sampling.logprobs
+    pairs = likeliest(top[0][at], top[1][at], count) if count else []
+    return Choice(int(token[at]), float(logprob[at]), pairs)
 
 
 def likeliest(ids: np.ndarray, logprobs: np.ndarray, count: int) -> list[tuple[int, float]]:

@@ -260,8 +260,8 @@ def test_what_was_left_in_memory_never_reaches_its_next_owner(config):
     def poisoned(a):
         return a * np.nan if np.issubdtype(a.dtype, np.floating) else a
 
-    state = jax.tree.map(poisoned, engine._runner._memory.state)
-    engine._runner._memory = dataclasses.replace(engine._runner._memory, state=state)
+    states = jax.tree.map(poisoned, engine._runner._memory.states)
+    engine._runner._memory = dataclasses.replace(engine._runner._memory, states=states)
     assert answers(engine.run(requests)) == want
 
 
@@ -389,5 +389,6 @@ def test_memory_is_donated():
     before = engine._runner._memory
     engine.run([Request([1, 2, 3], GREEDY)])
     assert all(a.is_deleted() for a in jax.tree.leaves(before) if a.ndim > 2)
-    is_paged = [not isinstance(layer.mixer, KVCache) for layer in engine._runner._memory.state]
+    (state,) = engine._runner._memory.states
+    is_paged = [not isinstance(layer.mixer, KVCache) for layer in state]
     assert all(is_paged)

@@ -14,7 +14,7 @@ from layers.mlp import MlpConfig
 from layers.rwkv import RwkvConfig
 from layers.state import CacheConfig
 from research.inference import SamplingConfig
-from research.inference.engine import Engine, EngineConfig, Request
+from research.inference.engine import Engine, EngineConfig, Request, Speculative
 from research.parallel import MeshConfig, make_mesh, shardings
 
 BASE = DecoderConfig(
@@ -39,15 +39,16 @@ requests = [
 ]
 
 
-def tokens(config, engine_config, devices):
+def tokens(config, engine_config, devices, drafted=False):
     model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:devices])
     if devices > 1:
         model = jax.device_put(model, shardings(model, mesh))
-    engine = Engine(model, engine_config, mesh=mesh)
+    speculative = Speculative(draft=model, tokens=3) if drafted else None
+    engine = Engine(model, engine_config, mesh=mesh, speculative=speculative)
     engine.warm_up()
     results = engine.run(requests)
-    mixer = engine._runner._memory.state[0].mixer
+    mixer = engine._runner._memory.states[0][0].mixer
     held = mixer.scan_bhpn if config is RECURRENT else mixer.keys.codes
     assert held.sharding.shard_shape(held.shape)[1] == 8 // devices, held.sharding
     return [sample.tokens for result in results for sample in result.samples]
@@ -58,9 +59,11 @@ CASES = {
     "contiguous": (BASE, CONTIGUOUS),
     "paged": (BASE, PAGED),
     "recurrent": (RECURRENT, SHARED),
+    "drafted": (HYBRID, PAGED),
 }
 config, engine_config = CASES[sys.argv[1]]
-assert tokens(config, engine_config, 8) == tokens(config, engine_config, 1)
+drafted = sys.argv[1] == "drafted"
+assert tokens(config, engine_config, 8, drafted) == tokens(config, engine_config, 1, drafted)
 
 try:
     mesh = make_mesh(MeshConfig(data=2, tensor=-1))
@@ -73,9 +76,10 @@ print("passed")
 
 @pytest.mark.parametrize(
     "case",
-    [
-        "hybrid",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("contiguous", "paged", "recurrent")),
+    ["hybrid"]
+    + [
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("contiguous", "paged", "recurrent", "drafted")
     ],
 )
 def test_tensor_parallel_tokens_are_those_of_one_device(run_script, case):

@@ -17,7 +17,7 @@ from layers.mlp import MlpConfig
 from layers.state import CacheConfig
 from research.data import DataConfig, tokenizer_of, vocabulary_size
 from research.inference import SamplingConfig
-from research.inference.engine import Engine, EngineConfig, Request
+from research.inference.engine import Engine, EngineConfig, Request, Speculative
 from research.inference.grammar import Grammar
 from research.inference.prompt import _from_data
 
@@ -27,14 +27,14 @@ SAMPLED = SamplingConfig(max_new_tokens=200, temperature=1.0, stop_tokens=(BYTES
 
 
 @functools.cache
-def make():
+def make(**options):
     config = DecoderConfig(
         vocabulary_size(DATA), 16, 1, attention=AttentionConfig(2), mlp=MlpConfig(24)
     )
     model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     cache = CacheConfig("paged", page=8)
     sizes = EngineConfig(slots=4, max_length=256, chunk=16, cache=cache)
-    engine = Engine(model, sizes, tokenizer=_from_data(DATA, False))
+    engine = Engine(model, sizes, tokenizer=_from_data(DATA, False), **options)
     engine.warm_up()
     return engine
 
@@ -100,3 +100,16 @@ def test_a_grammar_that_cannot_be_compiled_is_refused():
     with pytest.raises(ConfigError, match="^regex='\\('"):
         engine.add(request(grammar=Grammar.regex("(")))
     assert not engine.has_work
+
+
+def test_drafts_are_held_to_a_grammar():
+    """The same texts as without drafts; the grammar repeats itself, so that drafts are accepted."""
+    plain, engine = make(), make(speculative=Speculative(ngram=(1, 4), tokens=3))
+    grammar = Grammar.regex(r"(ab[cd]){5,7}\.")
+    requests = [request(seed, grammar=grammar, n=2) for seed in range(3)]
+    results, want = engine.run(requests), plain.run(requests)
+    for ours, theirs in zip(results, want, strict=True):
+        for sample, other in zip(ours.samples, theirs.samples, strict=True):
+            assert sample.tokens == other.tokens and sample.text == other.text
+            assert re.fullmatch(grammar.text, sample.text) and sample.finish_reason == "stop"
+    assert 0 < engine.stats.accepted < engine.stats.proposed
