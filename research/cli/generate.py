@@ -1,15 +1,28 @@
 """``ablate generate``: text from a trained or imported model, printed token by token."""
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from layers.config import check
-from research.cli.options import model_folder, number
+from research.cli.options import (
+    check_state,
+    draft_options,
+    load_language_model,
+    load_speculative,
+    model_folder,
+    number,
+)
 
 _EXAMPLES = """examples:
   ablate generate runs/demo/gqa/seed0 --prompt="def " --temperature=0.5
   ablate generate runs/qwen3 --prompt="The capital of France is" --max-tokens=20
+  ablate generate runs/qwen3 --prompt="The capital" --top-p=0.9 --draft=runs/qwen3-small
 """
+# sizes of the compiled programs: few, so that they are found in JAX's compilation cache
+_LENGTHS = 256
+_CHUNKS = (16, 256)
 
 
 def add(commands) -> None:
@@ -27,7 +40,16 @@ def add(commands) -> None:
     parser.add_argument(
         "--temperature", metavar="T", default="1", help="0 selects the likeliest token; default: 1"
     )
+    parser.add_argument("--top-k", metavar="K", help="sample from the K likeliest tokens")
+    what = "sample from the likeliest tokens whose probabilities reach P together"
+    parser.add_argument("--top-p", metavar="P", help=what)
     parser.add_argument("--seed", metavar="S", default="0", help="seed of sampling; default: 0")
+    what = "end before this text; may be given several times"
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
+    what = "a smaller model with the same tokens that drafts: faster, by the same law"
+    parser.add_argument("--draft", metavar="RUN", help=what)
+    what = "draft what followed the last A to B tokens where they were before, e.g. 2:5"
+    parser.add_argument("--ngram", metavar="A:B", help=what)
     what = "read special tokens such as <|im_start|> in the prompt, and show them in the text"
     parser.add_argument("--special-tokens", action="store_true", help=what)
     parser.set_defaults(command=_generate)
@@ -35,49 +57,42 @@ def add(commands) -> None:
 
 def _generate(options) -> int:
     count = number(int, "max-tokens", options.max_tokens)
-    temperature = number(float, "temperature", options.temperature)
-    seed = number(int, "seed", options.seed)
     check(count > 0, "max-tokens", count, "must be > 0")
+    fields: dict[str, Any] = {
+        name: number(kind, name.replace("_", "-"), getattr(options, name))
+        for name, kind in (("temperature", float), ("seed", int), ("top_k", int), ("top_p", float))
+        if getattr(options, name) is not None
+    }
     folder = model_folder(options.run)
+    drafting = draft_options(options)
 
-    import jax
+    from layers.state import CONTIGUOUS
+    from research.inference import SamplingConfig, load_prompt_tokenizer
+    from research.inference.engine import Engine, EngineConfig, Request
 
-    from research.inference import SamplingConfig, TextStream, generate, load_prompt_tokenizer
-    from research.training import load_model
-
-    sampling = SamplingConfig(max_new_tokens=count, temperature=temperature, seed=seed)
+    sampling = SamplingConfig(max_new_tokens=count, **fields)
     tokenizer = load_prompt_tokenizer(folder, options.special_tokens)
     prompt = tokenizer.encode(options.prompt)
-    model = load_model(folder)
-    outputs = model.config.outputs
-    check(outputs is None, "model.outputs", outputs, "generation requires a language model")
-    if len(jax.devices()) > 1:  # `generate` runs on one device
-        model = jax.device_put(jax.device_get(model), jax.devices()[0])
-    _check_memory(model, len(prompt), count)
-    stops = tuple(stop for stop in tokenizer.stop_tokens if stop < model.config.vocab_size)
-    sampling = SamplingConfig(count, temperature, stop_tokens=stops, seed=seed)
+    model, speculative = load_language_model(folder), load_speculative(*drafting)
+    size = model.config.vocab_size
+    stops = tuple(stop for stop in tokenizer.stop_tokens if stop < size)
+    sampling = dataclasses.replace(sampling, stop_tokens=stops)
+    request = Request(prompt, sampling, stop=tuple(options.stop))
 
-    text = TextStream(tokenizer)
+    length = -(-(len(prompt) + count) // _LENGTHS) * _LENGTHS
+    if model.config.position == "learned":
+        length = min(length, model.config.max_length or length)
+    chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1])
+    draft = None if speculative is None else speculative.draft
+    for one in (model, draft):
+        if one is not None:
+            check_state(one, 1, length, CONTIGUOUS, "max-tokens", count)
+    sizes = EngineConfig(slots=1, max_length=length, chunk=chunk)
+    engine = Engine(model, sizes, tokenizer=tokenizer, speculative=speculative)
+    engine.add(request)
     unprinted = [options.prompt]  # until the first token: an invalid request prints nothing
-
-    def show(row: int, token: int) -> None:
-        print(*unprinted, text.push(token), sep="", end="", flush=True)
+    for event in engine.stream():
+        print(*unprinted, event.text, sep="", end="", flush=True)
         unprinted.clear()
-
-    generate(model, [prompt], sampling, stream=show)
-    print(text.flush())
+    print()
     return 0
-
-
-def _check_memory(model, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise `ConfigError` if memory cannot hold the state: XLA may wait for ever to allocate it."""
-    import jax
-
-    from research.memory import device_memory, spell
-
-    state = jax.eval_shape(lambda: model.init_state(1, prompt_tokens + new_tokens))
-    needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    memory = device_memory(jax.devices()[0])
-    if memory is not None:
-        sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
-        check(needed <= memory, "max-tokens", new_tokens, sizes)

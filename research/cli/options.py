@@ -56,3 +56,59 @@ def quiet() -> Iterator[None]:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(devnull)
+
+
+def load_language_model(folder: Path):
+    """The `Decoder` in ``folder``: of a run, or an imported checkpoint.
+
+    Raises:
+      ConfigError: it cannot be read, or is no language model.
+    """
+    import jax
+
+    from research.training import load_model
+
+    model = load_model(folder)
+    outputs = model.config.outputs
+    check(outputs is None, "model.outputs", outputs, "generation requires a language model")
+    if len(jax.devices()) > 1:  # generation runs on one device
+        model = jax.device_put(jax.device_get(model), jax.devices()[0])
+    return model
+
+
+def check_state(model, batch: int, length: int, cache, option: str, value: int) -> None:
+    """Raise `ConfigError` if memory cannot hold the state: XLA may wait for ever to allocate it."""
+    import jax
+
+    from research.memory import device_memory, spell
+
+    state = jax.eval_shape(lambda: model.init_state(batch, length, cache))
+    needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    memory = device_memory(jax.devices()[0])
+    if memory is not None:
+        sizes = f"{spell(needed)} of state must fit into {spell(memory)} of memory"
+        check(needed <= memory, option, value, sizes)
+
+
+def draft_options(options) -> tuple[Path | None, tuple[int, int] | None]:
+    """The folder of ``--draft``, and ``--ngram=A:B`` as numbers; at most one is given.
+
+    Raises:
+      ConfigError: both are given, or one is not valid.
+    """
+    if options.ngram is None:
+        return None if options.draft is None else model_folder(Path(options.draft)), None
+    check(options.draft is None, "ngram", options.ngram, "cannot be given with draft")
+    least, _, most = options.ngram.partition(":")
+    valid = least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)
+    check(valid, "ngram", options.ngram, "must be A:B, numbers of tokens with 1 ≤ A ≤ B")
+    return None, (int(least), int(most))
+
+
+def load_speculative(folder: Path | None, ngram: tuple[int, int] | None):
+    """The `Speculative` of what `draft_options` found, or None."""
+    from research.inference.engine import Speculative
+
+    if folder is None and ngram is None:
+        return None
+    return Speculative(None if folder is None else load_language_model(folder), ngram)

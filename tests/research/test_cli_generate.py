@@ -64,6 +64,19 @@ def test_a_units_text_is_that_of_generate(run, capsys):
     assert capsys.readouterr().out == "é" + tokenizer.decode(new) + "\n"
 
 
+@pytest.mark.parametrize("drafter", ["--draft", "--ngram=1:3"])
+def test_drafts_change_no_greedy_text(run, capsys, drafter):
+    folder = run / "bytes/seed0"
+    options = ["generate", str(folder), "--prompt=ab", "--max-tokens=12", "--temperature=0"]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    drafter = f"--draft={folder}" if drafter == "--draft" else drafter
+    assert main([*options, drafter]) == 0
+    assert capsys.readouterr().out == text
+    assert main([*options, drafter, f"--stop={text[6:8]}", "--top-k=2", "--top-p=0.5"]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[6:8], 2)] + "\n"
+
+
 def test_an_imported_checkpoint_speaks_with_its_own_tokenizer(imported, capsys):
     tokenizer = load_prompt_tokenizer(imported)
     own = tokenizers.Tokenizer.from_file(str(imported / ORIGIN / "tokenizer.json"))
@@ -101,6 +114,13 @@ def test_several_models_are_named_and_one_is_taken(run, capsys):
         (["--temperature=hot"], "temperature='hot': must be a number"),
         (["--temperature=nan"], "temperature=nan: must be a finite number"),
         (["--seed=-1"], "seed=-1: must be in [0, 2**32)"),
+        (["--top-k=0"], "top_k=0: must be > 0 or None"),
+        (["--top-p=much"], "top-p='much': must be a number"),
+        (["--stop="], "--stop=: must not be empty"),
+        (["--ngram=3"], "ngram='3': must be A:B, numbers of tokens with 1 ≤ A ≤ B"),
+        (["--ngram=3:2"], "ngram='3:2': must be A:B"),
+        (["--ngram=1:2", "--draft=x"], "ngram='1:2': cannot be given with draft"),
+        (["--draft=nowhere"], "run='nowhere': is not a folder"),
         (["--prompt=\udcff"], "prompt='\\udcff': cannot be encoded"),
     ],
 )
