@@ -1,5 +1,6 @@
 """Converts Hugging Face directories to checkpoints for training and generation, and back."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -8,11 +9,12 @@ from typing import Any
 
 from layers.architecture import DTYPES
 from layers.config import check, check_choice
+from layers.decoder import Decoder, DecoderConfig
 from research.files import check_new, new_directory
 from research.models.companions import ORIGIN, copy_companions, family_name
-from research.models.families import FAMILIES, text_config
+from research.models.families import FAMILIES, decoder_config, text_config
 from research.models.fields import Fields
-from research.models.load import load, open_model
+from research.models.load import load, open_model, read_object
 from research.models.save import save
 from research.training import load_model, save_model
 
@@ -37,9 +39,7 @@ def import_directory(
     """
     check_new(to)
     hf, _ = open_model(source)
-    param_dtype = _dtype(hf) if param_dtype is None else param_dtype
-    check_choice("param_dtype", param_dtype, DTYPES)
-    model = load(source, param_dtype=param_dtype, context=context)
+    model = load_directory(source, param_dtype=param_dtype, context=context)
     with new_directory(to) as fresh:
         save_model(model, fresh)
         (fresh / ORIGIN).mkdir()
@@ -48,7 +48,30 @@ def import_directory(
             copy_companions(source, fresh / ORIGIN)
         else:
             (fresh / ORIGIN / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    return param_dtype
+    return model.config.param_dtype
+
+
+def load_directory(
+    source: Path, *, param_dtype: str | None = None, context: int | None = None
+) -> Decoder:
+    """The model in ``source``, with parameters of the dtype that it has there.
+
+    Args and errors: see `import_directory`.
+    """
+    hf, _ = open_model(source)
+    param_dtype = _dtype(hf) if param_dtype is None else param_dtype
+    check_choice("param_dtype", param_dtype, DTYPES)
+    return load(source, param_dtype=param_dtype, context=context)
+
+
+def directory_config(source: Path) -> DecoderConfig:
+    """The configuration of what `load_directory` gives; no weights are read.
+
+    Raises:
+      ConfigError: a missing or damaged config.json, or an unsupported architecture or dtype.
+    """
+    hf = read_object(source / "config.json")
+    return dataclasses.replace(decoder_config(hf), param_dtype=_dtype(hf))
 
 
 def _dtype(hf: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from research.cli.engine_options import add_engine_options, engine_config
-from research.cli.options import model_folder, quiet
+from research.cli.options import language_model_config, model_folder, quiet
 
 _EXAMPLES = """examples:
   ablate compile runs/qwen3 --to=compiled/qwen3 --slots=16 --max-length=4096
@@ -22,7 +22,7 @@ def add(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = "a unit's folder, the folder of a run with one unit, or an imported checkpoint"
+    what = "the folder of a unit, of a run with one unit, or of a checkpoint; or Hugging Face's"
     parser.add_argument("run", metavar="RUN", type=Path, help=what)
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
     what = "a TPU slice, e.g. v5e:2x2, whose chips share the heads; default: this process's device"
@@ -39,10 +39,9 @@ def _compile(options) -> int:
     from research.files import check_new
     from research.inference.engine.compiled import save_programs
     from research.memory import spell
-    from research.training import model_config
 
     check_new(options.to)
-    model = model_config(model_folder(options.run))
+    model = language_model_config(model_folder(options.run))
     config = engine_config(options, model)
     weights = jax.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
     mesh = compiler = None

@@ -33,7 +33,7 @@ def add(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = "a unit's folder, the folder of a run with one unit, or an imported checkpoint"
+    what = "the folder of a unit, of a run with one unit, or of a checkpoint; or Hugging Face's"
     parser.add_argument("run", metavar="RUN", type=Path, help=what)
     parser.add_argument("--prompt", metavar="TEXT", default="", help="the beginning of the text")
     parser.add_argument("--max-tokens", metavar="N", default="200", help="new tokens; default: 200")

@@ -58,17 +58,32 @@ def quiet() -> Iterator[None]:
         os.close(devnull)
 
 
+def language_model_config(folder: Path):
+    """The `DecoderConfig` of the model in ``folder``; no weights are read.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    from research.convert import directory_config
+    from research.models.companions import is_hugging_face
+    from research.training import model_config
+
+    return directory_config(folder) if is_hugging_face(folder) else model_config(folder)
+
+
 def load_language_model(folder: Path):
-    """The `Decoder` in ``folder``: of a run, or an imported checkpoint.
+    """The `Decoder` in ``folder``: of a run, an imported checkpoint, or a Hugging Face directory.
 
     Raises:
       ConfigError: it cannot be read, or is no language model.
     """
     import jax
 
+    from research.convert import load_directory
+    from research.models.companions import is_hugging_face
     from research.training import load_model
 
-    model = load_model(folder)
+    model = load_directory(folder) if is_hugging_face(folder) else load_model(folder)
     outputs = model.config.outputs
     check(outputs is None, "model.outputs", outputs, "generation requires a language model")
     if len(jax.devices()) > 1:  # generation runs on one device

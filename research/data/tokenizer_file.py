@@ -28,6 +28,7 @@ class TokenizerFile:
     Attributes:
       vocab_size: the largest id + 1; there may be fewer tokens.
       sha256: of the file.
+      special: the special tokens.
 
     Raises:
       ConfigError: the file cannot be read, or its ids are not those that it declares.
@@ -46,6 +47,7 @@ class TokenizerFile:
         self._tokenizer.add_special_tokens(
             [name for name in special if name in vocabulary and not added.get(name)]
         )
+        self.special = tuple(t.content for t in self._added() if t.special)
         self._text_tokenizer = _for_text(self._tokenizer)
 
     def token_id(self, field: str, token: str) -> int:

@@ -17,12 +17,14 @@ class Tokenizer(Protocol):
     """The interface of a tokenizer; every document becomes ``bos ids eos``.
 
     ``bos`` is None if documents begin with their text. ``vocab_size`` is the largest id + 1.
+    ``special``: the texts that are tokens of their own for ``encode`` with ``special_tokens``.
     """
 
     vocab_size: int
     bos: int | None
     eos: int
     sha256: str
+    special: Sequence[str]
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Ids of ``text``, without ``bos`` and ``eos``.
@@ -52,6 +54,7 @@ class ByteTokenizer:
 
     vocab_size = 258
     names = ("<bos>", "<eos>")
+    special: Sequence[str] = ()
     bos: int | None = 256
     eos = 257
     sha256 = hashlib.sha256(b"byte 256 257").hexdigest()
@@ -71,14 +74,19 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         """A ``tokenizer.json`` with the same ids, for other programs."""
-        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        others = iter(range(256, 512))  # as in GPT-2, whose alphabet `ByteLevel` has
-        alphabet = [chr(byte if byte in printable else next(others)) for byte in range(256)]
-        model = tokenizers.models.BPE({letter: byte for byte, letter in enumerate(alphabet)}, [])
+        alphabet = {letter: byte for byte, letter in enumerate(byte_letters())}
+        model = tokenizers.models.BPE(alphabet, [])
         tokenizer = _byte_level(model, use_regex=False)
         tokenizer.add_special_tokens(list(self.names))
         _begin_with(tokenizer, self.names[0])
         return tokenizer.to_str(pretty=True)
+
+
+def byte_letters() -> list[str]:
+    """The letter for each byte in GPT-2's vocabulary, which the library calls ``ByteLevel``."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 class JsonTokenizer(TokenizerFile):

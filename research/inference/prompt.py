@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: that of its run's data, or that of the imported directory."""
+"""The tokenizer of a model: that of its run's data, or that of a Hugging Face directory."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -8,8 +8,9 @@ from typing import Any
 from layers.config import ConfigError, check, from_mapping
 from research.data import DataConfig, tokenizer_of
 from research.data.tokenizer_file import TokenizerFile, special_names
+from research.data.tokenizers import ByteTokenizer
 from research.files import read_json
-from research.models.companions import ORIGIN
+from research.models.companions import ORIGIN, is_hugging_face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +18,17 @@ class PromptTokenizer:
     """Encodes text as the beginning of a document, and decodes tokens to text.
 
     ``stop_tokens``: the tokens that end a document. ``to_json``: a ``tokenizer.json`` with all
-    tokens.
+    tokens. ``beginning``: the tokens with which the model begins a text; they are part of
+    ``to_ids``. ``tokenizer``: what encodes without them. ``folder``: the tokenizer's files, if any.
     """
 
     to_ids: Callable[[str], list[int]]
     to_text: Callable[[list[int]], str]
     stop_tokens: tuple[int, ...]
     to_json: Callable[[], str]
+    beginning: Callable[[str], list[int]] = lambda text: []
+    tokenizer: ByteTokenizer | TokenizerFile | None = None
+    folder: Path | None = None
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of ``prompt``, after those with which the model begins a document.
@@ -46,10 +51,10 @@ class PromptTokenizer:
 
 
 def load_prompt_tokenizer(workdir: Path | str, special_tokens: bool = False) -> PromptTokenizer:
-    """The tokenizer of the run or the imported checkpoint in ``workdir``.
+    """The tokenizer of the run, the imported checkpoint or the Hugging Face directory ``workdir``.
 
-    For a run, a prompt begins with the token that begins a document. For an imported checkpoint,
-    tokenizer.json defines the beginning, and the configuration names the tokens that end a text.
+    For a run, a prompt begins with the token that begins a document. Otherwise tokenizer.json
+    defines the beginning, and the configuration names the tokens that end a text.
 
     Args:
       special_tokens: the text of a special token, e.g. ``<|im_start|>``, is that token, in prompts
@@ -63,19 +68,20 @@ def load_prompt_tokenizer(workdir: Path | str, special_tokens: bool = False) -> 
     path = workdir / "config.json"
     check(path.exists(), "workdir", str(workdir), "must hold the config.json of a run")
     config: Any = read_json(path)
-    origin = workdir / ORIGIN
+    origin = workdir if is_hugging_face(workdir) else workdir / ORIGIN
     exists = (origin / "tokenizer.json").is_file()
     if "data" not in config:
-        check(exists, "workdir", str(workdir), f"must hold {ORIGIN}/tokenizer.json")
+        name = "tokenizer.json" if origin == workdir else f"{ORIGIN}/tokenizer.json"
+        check(exists, "workdir", str(workdir), f"must hold {name}")
         return _from_import(origin, special_tokens)
     data = from_mapping(DataConfig, config["data"], "data")
     check(data.source != "synthetic", "data.source", data.source, "generation requires text")
     if exists and data.tokenizer != "byte":  # as it was when the run began
         data = dataclasses.replace(data, tokenizer=str(origin / "tokenizer.json"))
-    return _from_data(data, special_tokens)
+    return _from_data(data, origin if exists else None, special_tokens)
 
 
-def _from_data(data: DataConfig, special_tokens: bool) -> PromptTokenizer:
+def _from_data(data: DataConfig, folder: Path | None, special_tokens: bool) -> PromptTokenizer:
     tokenizer = tokenizer_of(data)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     return PromptTokenizer(
@@ -83,6 +89,9 @@ def _from_data(data: DataConfig, special_tokens: bool) -> PromptTokenizer:
         lambda ids: tokenizer.decode(ids, special_tokens),
         (tokenizer.eos,),
         tokenizer.to_json,
+        lambda _: bos,
+        tokenizer,
+        folder,
     )
 
 
@@ -94,6 +103,9 @@ def _from_import(origin: Path, special_tokens: bool) -> PromptTokenizer:
         lambda ids: tokenizer.decode(ids, special_tokens),
         _stop_tokens(origin),
         tokenizer.to_json,
+        tokenizer.beginning,
+        tokenizer,
+        origin,
     )
 
 

@@ -35,6 +35,13 @@ def copy_companions(source: Path, to: Path) -> None:
             shutil.copyfile(source / name, to / name)
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether the config.json in ``folder`` is Hugging Face's, not that of a run."""
+    content = _content(folder / "config.json")
+    named = content.get("architectures") or content.get("model_type")
+    return bool(named) and "model" not in content
+
+
 def family_name(origin: Path) -> str | None:
     """The family of the config.json in ``origin``, or None if it has none that is supported."""
     path = origin / "config.json"

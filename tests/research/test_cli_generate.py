@@ -95,6 +95,14 @@ def test_an_imported_checkpoint_speaks_with_its_own_tokenizer(imported, capsys):
     (imported / ORIGIN / "generation_config.json").unlink()
 
 
+def test_a_hugging_face_directory_is_read_as_it_is(imported, capsys):
+    asked = ["--prompt=the", "--max-tokens=6", "--temperature=0"]
+    assert main(["generate", str(imported), *asked]) == 0
+    want = capsys.readouterr().out
+    assert main(["generate", str(imported.parent / "theirs"), *asked]) == 0
+    assert capsys.readouterr().out == want
+
+
 def test_several_models_are_named_and_one_is_taken(run, capsys):
     assert main(["generate", str(run)]) == 2
     error = capsys.readouterr().err
