@@ -25,6 +25,7 @@ from layers.decoder import Decoder
 from research.inference.engine import prefixes
 from research.inference.engine.allocator import Allocator
 from research.inference.engine.config import EngineConfig
+from research.inference.engine.pages import Pages
 from research.inference.engine.programs import Echo
 from research.inference.engine.request import Event, QueueFull, Request, Result, Sample
 from research.inference.engine.runner import Choice, Runner, likeliest
@@ -164,6 +165,15 @@ class Engine:
             self._end(sequence, "cancelled")
         for sequence in [s for s in self._running if s.request_id == request_id]:
             self._end(sequence, "cancelled")
+
+    def result(self, request_id: int) -> Result:
+        """What a request that has not ended has so far; later steps add to it."""
+        return self._results[request_id]
+
+    @property
+    def pages(self) -> Pages | None:
+        """The pool of pages, or None if the cache has none."""
+        return self._allocator.pages
 
     @property
     def has_work(self) -> bool:
