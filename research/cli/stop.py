@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from research.files import remove_temporaries
@@ -27,6 +27,7 @@ _LOOK = 0.02  # seconds between two looks whether training has saved
 
 _stopping = threading.Event()  # a signal was received, or the output was lost
 _goes_on = False  # whether the same command continues what is stopped
+_finishing: str | None = None  # what is printed at a signal after which the command ends by itself
 _messages = 2  # standard error, also while a command discards what libraries write there
 _wakeup = -1  # what is written here wakes the thread: the numbers of signals
 
@@ -56,6 +57,20 @@ def goes_on() -> None:
     _goes_on = True
 
 
+@contextlib.contextmanager
+def finishing(message: str) -> Iterator[None]:
+    """Let the command end by itself after a signal, which it handles: only ``message`` is printed.
+
+    A second Ctrl-C ends the process at once.
+    """
+    global _finishing
+    _finishing = message
+    try:
+        yield
+    finally:
+        _finishing = None
+
+
 def settle() -> None:
     """If the process is being stopped, wait for its end."""
     while _stopping.is_set():
@@ -76,15 +91,22 @@ def _heed(number: int, frame: object) -> None:
 
 def _watch(descriptor: int, heeded: list[int]) -> NoReturn:
     """End the process after the first signal: at once, or when training has saved."""
-    stopping = 0
+    stopping, finishing = 0, False
     while True:
         ready, _, _ = select.select([descriptor], [], [], _LOOK if stopping else None)
         for number in os.read(descriptor, 64) if ready else b"":
             if number not in (*heeded, signal.SIGPIPE):
                 continue
-            _stopping.set()
             if number == signal.SIGHUP:
                 _silence(fd for fd in (0, 1, 2) if os.isatty(fd))
+            if _finishing is not None and number != signal.SIGPIPE:
+                if finishing and number == signal.SIGINT:
+                    _end(number)
+                if not finishing:
+                    _print(_finishing)
+                finishing = True
+                continue
+            _stopping.set()
             if number == signal.SIGINT and stopping:
                 _end(number)
             if not stopping and _saves_first():
