@@ -1,6 +1,7 @@
 # make demo   set up; train two arms of one ablation to verdicts, a picture and a text
 # make test   set up and pass the tests
 # make soak   kill a run 50 times, also in the middle of a save
+# make soak-server  ten minutes of requests whose clients leave at random
 # make fuzz   mutate files that users have, 100,000 times each: refused in one line, or read
 # make check  lint and types
 # make test-gpu          the kernels on this machine's NVIDIA GPU
@@ -14,7 +15,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: demo test test-slow soak fuzz test-gpu test-gpu-compile check clean
+.PHONY: demo test test-slow soak soak-server fuzz test-gpu test-gpu-compile check clean
 
 demo: $(VENV)/.core
 	$(VENV)/bin/ablate run architecture/gqa --arms=mha,gqa --seeds=0,1 --workdir=runs/demo
@@ -29,7 +30,10 @@ test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow
 
 soak: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m soak
+	$(VENV)/bin/python -m pytest -m soak --ignore=tests/research/inference/server
+
+soak-server: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m soak tests/research/inference/server/test_soak.py
 
 fuzz: $(VENV)/.test
 	$(VENV)/bin/python tests/fuzz.py

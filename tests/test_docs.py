@@ -103,7 +103,8 @@ def test_commands_are_those_of_the_command(page):
 def test_some_commands_are_found():
     verbs = {words[0] for page in WRITTEN for words in commands(page)}
     assert verbs == {
-        "list", "run", "generate", "report", "plan", "bench", "import", "export", "compile",
+        "list", "run", "generate", "serve", "report", "plan", "bench", "import", "export",
+        "compile",
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from layers.config import ConfigError
 from pallas_kernels.names import suggest
-from research.cli import bench, board, compile, generate, models, plan, run, stop
+from research.cli import bench, board, compile, generate, models, plan, run, serve, stop
 from research.cli.errors import line
 
 # Only argparse above: `ablate --help` must be fast. The commands import what requires JAX.
@@ -126,6 +126,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (run, board, generate, compile, plan, bench, models):
+    for module in (run, board, generate, serve, compile, plan, bench, models):
         module.add(commands)
     return parser
