@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.mask import Mask
+from pallas_kernels.stored import Stored
+
 Case = Mapping[str, int | str]
 
 # by platform; the implementation that is made for it comes first
@@ -28,15 +31,19 @@ class Tuning(NamedTuple):
 
 
 class Op(NamedTuple):
-    """``arrays(case)``: in the op's order of arguments; ``flops(case)``: of the forward pass."""
+    """``arrays(case)``: the arguments of ``call``; ``flops(case)``: of the forward pass.
+
+    ``call(op, *arrays, **settings)``: a call of the operation; by default of these arrays.
+    """
 
     module: str  # in `pallas_kernels`
     arrays: Callable[[Case], list[jax.Array]]
     flops: Callable[[Case], float]
     cases: Mapping[str, Mapping[str, Case]]  # by platform
-    backward: float  # FLOPs of forward+backward over those of forward
+    backward: float | None  # FLOPs of forward+backward over those of forward; None: only forward
     settings: Mapping[str, Any] = {}  # keyword arguments of the op that are not its defaults
     tuning: Mapping[str, Tuning] = {}  # by platform
+    call: Callable = lambda op, *arrays, **settings: op(*arrays, **settings)
 
 
 def _normal(case, *shapes):
@@ -112,6 +119,55 @@ def _grouped_flops(case):
     return 2 * case["m"] * case["d"] * case["f"]
 
 
+def _paged(case):
+    """Decoding: one query for each row, whose pages are full and in a random order.
+
+    The queries, their positions, those of the pages, the table, the tokens of each row; then the
+    arrays of keys and of values.
+    """
+    b, s, h, k, c, page = (case[name] for name in ("b", "s", "h", "k", "c", "page"))
+    n = s // page
+    pages = np.random.default_rng(0).permutation(b * n).astype(np.int32).reshape(b, n)
+    keys, values = _normal(case, *[(b * n, k, page, c)] * 2)
+    stored = [Stored.of(a, case["pages"]) for a in (keys, values)]
+    positions = np.zeros((b * n, page), np.int32)
+    positions[pages] = np.arange(s).reshape(n, page)
+    return [
+        *_normal(case, (b, 1, h, c)),
+        jnp.full((b, 1), s - 1, jnp.int32),
+        jnp.asarray(positions),
+        jnp.asarray(pages),
+        jnp.full((b,), s, jnp.int32),
+        *jax.tree.leaves(stored),
+    ]
+
+
+def paged_call(op, q, at, positions, table, written, *arrays, **settings):
+    """``op`` of the arrays of a case of paged attention."""
+    stored = []
+    for codes, *numbers in (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]):
+        scale, minimum = (*numbers, None, None)[:2]
+        dtype = str(codes.dtype) if minimum is None else "int4"
+        stored.append(Stored(codes, scale, minimum, dtype))
+    mask = Mask(q_positions_bt=at)
+    return op(q, *stored, positions, None, table, written, mask, **settings)
+
+
+def _paged_flops(case):  # two products
+    return 4 * case["b"] * case["h"] * case["s"] * case["c"]
+
+
+def _paged_cases(sizes, h, k, c, page, dtype):
+    shape = {"h": h, "k": k, "c": c, "page": page, "dtype": dtype}
+    return {
+        f"b{b}_s{s}{'' if pages == dtype else '_' + pages}": {
+            "b": b, "s": s, **shape, "pages": pages
+        }
+        for b, s in sizes
+        for pages in (dtype, "int8")
+    }  # fmt: skip
+
+
 def _attention_cases(batch_tokens, lengths, h, c, dtype):
     sizes = {"h": h, "c": c, "dtype": dtype}
     return {f"t{t}": {"b": max(1, batch_tokens // t), "t": t, **sizes} for t in lengths}
@@ -149,6 +205,22 @@ OPS: dict[str, Op] = {
             "gpu": Tuning("t16384", {"query": (64, 128), "key": (64, 128), "kernels": (1, 2)}),
             "tpu": Tuning("t16384", {"query": (256, 512, 1024), "key": (512, 1024, 2048)}),
         },
+    ),
+    "paged_attention": Op(
+        "paged_attention",
+        _paged,
+        _paged_flops,
+        _platforms(
+            _paged_cases([(8, 2048)], 8, 2, 64, 16, "float32"),
+            _paged_cases([(8, 2048), (32, 8192)], 32, 8, 128, 32, "bfloat16"),
+        ),
+        None,
+        tuning={
+            "cpu": Tuning("b8_s2048", {"key": (128, 256, 512)}),
+            "gpu": Tuning("b32_s8192", {"key": (32, 64, 128), "splits": (4, 8, 16)}),
+            "tpu": Tuning("b32_s8192", {"key": (256, 512, 1024)}),
+        },
+        call=paged_call,
     ),
     "grouped_matmul": Op(
         "grouped_matmul",
@@ -214,7 +286,7 @@ def ours(name: str, implementation: str, blocks: Mapping[str, int] | None = None
 
     def call(*arrays):
         op = getattr(importlib.import_module(f"pallas_kernels.{OPS[name].module}"), name)
-        y = op(*arrays, implementation=implementation, **settings)
+        y = OPS[name].call(op, *arrays, implementation=implementation, **settings)
         return y[0] if isinstance(y, tuple) else y
 
     return call

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.mask import Mask
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.pages import gathered
+from pallas_kernels.stored import Stored
 from research.benchmark.measure import Prepared, both_passes, prepare, sample
+from research.benchmark.ops import paged_call
 
 
 class Peer(NamedTuple):
@@ -35,6 +41,16 @@ def of_jax(function: Callable, package: str = "jax", module: str = "jax") -> Pee
         return prepare(both_passes(function, arrays[:-1]) if backward else function, arrays)
 
     return Peer(prepare_passes, package, module)
+
+
+def arranged(arrange: Callable, function: Callable) -> Peer:
+    """A peer that is ``function(*arrange(*arrays))``; only ``function`` is timed, forward."""
+
+    def prepare_forward(arrays, backward):
+        assert not backward, "the operation has no backward pass"
+        return prepare(function, jax.jit(arrange)(*arrays))
+
+    return Peer(prepare_forward)
 
 
 def missing(peer: Peer) -> str | None:
@@ -188,6 +204,65 @@ def _jla_rwkv7(r, w, k, v, a, b):
     return _call("jla.ops", "linear_attention", "rwkv7", r, k, v, lower_bound=-0.61, **settings)[0]
 
 
+def _pages(q, at, positions, table, written, *arrays):
+    """The `Stored` keys and values of a case of paged attention."""
+    return paged_call(lambda *a, **_: a[1:3], q, at, positions, table, written, *arrays)
+
+
+def _contiguous(q, at, positions, table, written, *arrays):
+    k, v = (
+        gathered(a, table).load(q.dtype) for a in _pages(q, at, positions, table, written, *arrays)
+    )
+    k_at = jnp.broadcast_to(jnp.arange(k.shape[2]), (q.shape[0], k.shape[2]))
+    return q, k, v, at, k_at
+
+
+def _contiguous_attention(q, k, v, at, k_at):
+    # heads before slots, as our caches have them
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    return flash_attention(q, k, v, Mask(q_positions_bt=at, k_positions_bs=k_at))
+
+
+def _without_codes(q, *arrays):
+    keys, values = _pages(q, *arrays)
+    if keys.scale is None:
+        raise ValueError("the pages have no codes")
+    return q, *arrays[:4], *(Stored.of(a.load(), str(q.dtype)).codes for a in (keys, values))
+
+
+def _paged_attention(*arrays):
+    return paged_call(paged_attention, *arrays)
+
+
+def _jax_paged_pages(q, at, positions, table, written, *arrays):
+    keys, values = _pages(q, at, positions, table, written, *arrays)
+    pools = [jnp.swapaxes(a, 0, 1) for a in (keys.codes, values.codes)]
+    scales = [None if a.scale is None else jnp.swapaxes(a.scale, 0, 1) for a in (keys, values)]
+    return q[:, 0] * q.shape[-1] ** -0.5, *pools, table, written, *scales  # it applies no scale
+
+
+def _jax_paged(*arrays):
+    return _call(_GPU + "paged_attention", "paged_attention", *arrays)[:, None]
+
+
+def _jax_ragged_pages(q, at, positions, table, written, *arrays):
+    keys, values = _pages(q, at, positions, table, written, *arrays)
+    if keys.scale is not None:
+        raise ValueError("it does not support a scale for each vector")
+    pairs = jnp.stack([jnp.swapaxes(a.codes, 1, 2) for a in (keys, values)], axis=3)
+    b = jnp.asarray([q.shape[0]], jnp.int32)
+    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    pages = pairs.reshape(*pairs.shape[:2], -1, pairs.shape[-1])
+    return q[:, 0], pages, written, table, starts, b
+
+
+def _jax_ragged(q, *arrays):
+    settings = {"sm_scale": q.shape[-1] ** -0.5}
+    return _call(_TPU + "ragged_paged_attention", "ragged_paged_attention", q, *arrays, **settings)[
+        :, None
+    ]
+
+
 def torch_attention(arrays: Sequence[jax.Array], backward: bool) -> Prepared:
     """PyTorch's scaled_dot_product_attention: on all cores, or its flash kernel on the GPU.
 
@@ -241,6 +316,11 @@ def _of_jla(function):
     return {"jax_linear_attention": of_jax(function, "jax-linear-attention", "jla")}
 
 
+_PAGED = {
+    "contiguous": arranged(_contiguous, _contiguous_attention),
+    "without codes": arranged(_without_codes, _paged_attention),
+}
+
 # op → platform → name → peer
 PEERS: Mapping[str, Mapping[str, Mapping[str, Peer]]] = {
     "flash_attention": {
@@ -272,6 +352,11 @@ PEERS: Mapping[str, Mapping[str, Mapping[str, Peer]]] = {
             **_of_jla(_jla_ragged),
         },
         "tpu": {"megablox": of_jax(_megablox), **_RAGGED, **_of_tokamax(_tokamax_ragged)},
+    },
+    "paged_attention": {
+        "cpu": _PAGED,
+        "gpu": {"jax_paged": arranged(_jax_paged_pages, _jax_paged), **_PAGED},
+        "tpu": {"jax_ragged": arranged(_jax_ragged_pages, _jax_ragged), **_PAGED},
     },
     "selective_scan": {
         "cpu": _ASSOCIATIVE,

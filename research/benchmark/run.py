@@ -13,7 +13,7 @@ from layers.config import ConfigError, check, check_choice
 from research.benchmark import measure
 from research.benchmark.ops import IMPLEMENTATIONS, Op, known, ours
 from research.benchmark.peers import PEERS, Peer, missing, of_jax
-from research.benchmark.targets import BOTH, PASSES, REFERENCE, judge
+from research.benchmark.targets import BOTH, FORWARD, PASSES, REFERENCE, judge
 from research.training.environment import environment
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +35,11 @@ class Request(NamedTuple):
     @property
     def parts(self) -> int:
         """The number of parts that share a budget."""
-        return len(self.cases) * len(PASSES)
+        return len(self.cases) * len(self.passes)
+
+    @property
+    def passes(self) -> Sequence[str]:
+        return PASSES if self.op.backward is not None else (FORWARD,)
 
     @property
     def flops(self) -> float:
@@ -96,7 +100,7 @@ def request(
 
 
 def _reshaped(case: dict[str, Any], shape: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    sizes = [field for field in case if field != "dtype"]
+    sizes = [field for field, value in case.items() if isinstance(value, int)]
     for field, value in shape.items():
         if field not in sizes:
             raise ConfigError(f"shape.{field}={value!r}: no such size; known: {', '.join(sizes)}")
@@ -143,9 +147,11 @@ def bench(
         if dtype not in ceilings:
             ceilings[dtype] = measure.ceilings(dtype, rounds, seconds)
         measured[case_name] = {"case": dict(case)}
-        for which in PASSES:
+        for which in asked.passes:
             measured[case_name][which] = _pass(asked, case, which, rounds, seconds, budget)
     record = {"op": asked.name, "machine": machine, "ceilings": ceilings, "cases": measured}
+    if asked.op.backward is None:
+        record["passes"] = list(asked.passes)
     return record | {"targets": judge(record)}
 
 
@@ -195,7 +201,7 @@ def _pass(asked: Request, case, which, rounds, seconds, budget):
     runs = {name: one.run for name, one in prepared.items() if name not in absent}
     times, failed = measure.interleave(runs, rounds, seconds, deadline, budget.clock)
     absent |= failed
-    flops = asked.op.flops(case) * (asked.op.backward if backward else 1)
+    flops = asked.op.flops(case) * (asked.op.backward or 1 if backward else 1)
     moved = _moved(arrays, dy, backward)
     results = {}
     for name in contenders:

@@ -1,4 +1,4 @@
-"""Find an operation's block sizes for this chip: a small grid, forward and backward, in one run."""
+"""Find an operation's block sizes for this chip: a small grid, in one run of its passes."""
 
 import itertools
 import json
@@ -60,7 +60,9 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
     (case,) = asked.cases.values()
     arrays = asked.op.arrays(case)
     y = jax.eval_shape(ours(asked.name, "xla"), *arrays)
-    inputs = [*arrays, jax.random.normal(jax.random.key(1), y.shape, y.dtype)]
+    backward = asked.op.backward is not None
+    dy = [jax.random.normal(jax.random.key(1), y.shape, y.dtype)] if backward else []
+    inputs = [*arrays, *dy]
     deadline = budget.share()
     prepared, failed = {}, {}
     grid_points = candidates(blocks.block_sizes(asked.op.module, platform), tuning.grid)
@@ -70,7 +72,7 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
             continue
         try:
             peer = of_jax(ours(asked.name, implementation, sizes))
-            prepared[str(i)] = peer.prepare(inputs, True)
+            prepared[str(i)] = peer.prepare(inputs, backward)
         except Exception as error:  # most likely, the sizes do not fit the chip
             failed[str(i)] = f"failed: {measure.reason(error)}"
     failed |= measure.warm(prepared, measure.Agreement(), deadline, budget.clock)
@@ -90,7 +92,7 @@ def tune(asked: Request, *, rounds: int, seconds: float, budget: measure.Budget)
         why = f"{implementation} with the present block sizes {rows[0]['absent']}"
         raise ConfigError(f"op={asked.name!r}: {why}")
     shape = " ".join(f"{field}={value}" for field, value in case.items())
-    title = f"{asked.name} {implementation}, forward+backward, {shape}"
+    title = f"{asked.name} {implementation}, {asked.passes[-1]}, {shape}"
     kind = jax.devices()[0].device_kind
     return Found(title, kind, asked.op.module, rows, choose(rows))
 

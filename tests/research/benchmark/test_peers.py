@@ -4,13 +4,15 @@ Those of TPUs are interpreted. Those of GPUs (cuDNN, attention_mgpu, ragged_dot_
 jax-linear-attention) need a GPU: there the bench itself compares every result with ours.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.benchmark import measure, ops, peers
-from tests.pallas_kernels.conftest import interpreted
+from tests.pallas_kernels.conftest import interpreted, lower_for_gpu
 
 ATTENTION = {"b": 1, "t": 128, "h": 1, "c": 128, "dtype": "float32"}
 GROUPED = {"m": 128, "e": 4, "d": 128, "f": 128, "dtype": "float32"}
@@ -70,6 +72,46 @@ def test_quadratic_ssd():
     assert wrong(peers.of_jax(peers._quadratic_ssd).prepare, ops.ours("ssd", "xla"), arrays) is None
 
 
+PAGED = {"b": 2, "s": 256, "h": 4, "k": 2, "c": 128, "page": 16, "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("pages", "names"), [("float32", ["contiguous"]), ("int8", list(peers._PAGED))]
+)
+def test_paged_attention(pages, names):
+    arrays = ops._paged({**PAGED, "pages": pages})
+    agreement = measure.Agreement()
+    agreement.TOLERANCE = 1e-4
+    ours = peers.of_jax(ops.ours("paged_attention", "reference")).prepare(arrays, False)
+    assert agreement("ours", ours.values(ours.run())) is None
+    for name in names:
+        peer = peers.PEERS["paged_attention"]["cpu"][name].prepare(arrays, False)
+        assert agreement(name, peer.values(peer.run())) is None, name
+
+
+def test_jax_s_ragged_paged_attention_takes_our_pages(monkeypatch):
+    """Its equation of them is ours; the kernel is lowered only: no interpreter supports it."""
+    kernel = importlib.import_module(peers._TPU + "ragged_paged_attention.kernel")
+    # it looks for a TPU to choose its blocks: pages of keys, and queries
+    monkeypatch.setattr(kernel, "get_tuned_block_sizes", lambda *_: (4, 2))
+    arrays = ops._paged({**PAGED, "pages": "float32"})
+    theirs = peers._jax_ragged_pages(*arrays)
+    y = kernel.ref_ragged_paged_attention(*theirs, sm_scale=PAGED["c"] ** -0.5)[:, None]
+    want = ops.ours("paged_attention", "reference")(*arrays)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    lowered = jax.jit(peers._jax_ragged).trace(*theirs).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") == 1
+    with pytest.raises(ValueError, match="a scale for each vector"):
+        peers._jax_ragged_pages(*ops._paged({**PAGED, "pages": "int8"}))
+
+
+@pytest.mark.parametrize("pages", ["float32", "int8"])
+def test_jax_s_paged_attention_takes_our_pages(pages):
+    """It is lowered only: there is no interpreter for its products."""
+    arrays = peers._jax_paged_pages(*ops._paged({**PAGED, "pages": pages}))
+    assert lower_for_gpu(peers._jax_paged, *arrays).count("gpu.triton") == 1
+
+
 def test_one_that_is_not_installed_is_named():
     assert peers.missing(peers.of_jax(jnp.sin)) is None
     gone = peers.of_jax(jnp.sin, "jax-elsewhere", "jax_elsewhere")
@@ -84,6 +126,8 @@ def test_every_op_has_its_peers_by_platform():
         named["flash_attention"]["gpu"]
     )
     assert {"jax_splash", "jax_flash", "tokamax"} <= named["flash_attention"]["tpu"]
+    assert {"jax_paged", "contiguous"} <= named["paged_attention"]["gpu"]
+    assert {"jax_ragged", "contiguous"} <= named["paged_attention"]["tpu"]
     assert {"megablox", "tokamax"} <= named["grouped_matmul"]["tpu"]
     assert {"ragged_dot", "tokamax"} <= named["grouped_matmul"]["gpu"]
     for name in ("selective_scan", "ssd", "wkv7"):
