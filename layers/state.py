@@ -54,7 +54,12 @@ class CacheConfig:
         """
         stored = self.dtype or jax.numpy.dtype(dtype).name
         even = channels % 2 == 0
-        check(even or stored != "int4", "dtype", stored, f"requires even channels, not {channels}")
+        check(
+            even or stored != "int4",
+            "cache.dtype",
+            stored,
+            f"requires even channels, not {channels}",
+        )
         return stored
 
 

@@ -5,10 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from layers.attention import AttentionConfig
 from layers.config import ConfigError
+from layers.decoder import Decoder, DecoderConfig
+from layers.mamba import MambaConfig
+from layers.mlp import MlpConfig
+from layers.state import CacheConfig
 from research.ablation.attention_op import AttentionOp
-from research.ablation.measure import growth, median_times, temporary_bytes
+from research.ablation.measure import growth, median_times, state_bytes, temporary_bytes
 
 
 def test_growth_is_the_power():
@@ -17,6 +23,29 @@ def test_growth_is_the_power():
     assert growth(sizes, [7.0] * 3) == pytest.approx(0, abs=1e-12)
     with pytest.raises(ConfigError, match="^values=.*must be > 0"):
         growth(sizes, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("cache", "vector"),
+    [
+        (CacheConfig(), 4 * 8),
+        (CacheConfig(dtype="bfloat16"), 2 * 8),
+        (CacheConfig(dtype="int8"), 8 + 4),
+        (CacheConfig("paged", page=4, dtype="float8_e4m3fn"), 8 + 4),
+        (CacheConfig("paged", page=4, dtype="int4"), 8 // 2 + 4 + 4),
+    ],
+)
+def test_a_state_is_its_vectors_codes_and_scales(cache, vector):
+    """Not positions, segments and tables; the recurrent layer's state does not depend on it."""
+    model = Decoder(
+        DecoderConfig(
+            11, 16, 2, attention=AttentionConfig(2), mlp=MlpConfig(8), mamba=MambaConfig(state=3),
+            pattern=("attention", "mamba"), feed_forward=("mlp", "none"), position="none",
+        ),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    recurrent = 32 * (3 + 3) * 4  # of 32 channels: the convolution's inputs, and the scan
+    assert state_bytes(model, 2, 8, cache) == 2 * (8 * 2 * 2 * vector + recurrent)
 
 
 def test_turns_alternate_and_the_first_is_not_counted(monkeypatch):
