@@ -5,11 +5,11 @@ import dataclasses
 from layers.config import check
 from research.cli.options import number
 
-_MAX_LENGTH = 2048
+_MAX_LENGTH, _CHUNK = 2048, 256
 _OPTIONS = (
     ("--slots", "N", "8", "samples that are computed at a time"),
     ("--max-length", "N", None, f"tokens of a prompt and its answer; default: {_MAX_LENGTH}"),
-    ("--chunk", "N", "256", "tokens of a prompt that are computed at a time"),
+    ("--chunk", "N", None, f"tokens of a prompt that are computed at a time; default: {_CHUNK}"),
     ("--page", "N", None, "tokens of a page of the cache; default: 16"),
     ("--pages", "N", None, "pages of the cache; default: as many as all slots can fill"),
     ("--kv-dtype", "D", None, "how keys and values are stored; default: as the model computes"),
@@ -50,7 +50,10 @@ def engine_config(options, model, **fields):
         cache = CacheConfig()
     else:
         cache = CacheConfig("paged", options.kv_dtype, **pool)
-    config = EngineConfig(**{"max_length": default, **sizes}, cache=cache, prefix=True)
+    sizes = {"max_length": default, **sizes}
+    most = min(_CHUNK, sizes["max_length"])
+    sizes.setdefault("chunk", most // cache.page * cache.page or most)
+    config = EngineConfig(**sizes, cache=cache, prefix=True)
     config = dataclasses.replace(config, **fields)
     config.check_model(model)
     return config

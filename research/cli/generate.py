@@ -7,6 +7,7 @@ from typing import Any
 
 from layers.config import check
 from research.cli.options import (
+    add_draft_options,
     check_state,
     draft_options,
     load_language_model,
@@ -46,10 +47,7 @@ def add(commands) -> None:
     parser.add_argument("--seed", metavar="S", default="0", help="seed of sampling; default: 0")
     what = "end before this text; may be given several times"
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help=what)
-    what = "a smaller model with the same tokens that drafts: faster, by the same law"
-    parser.add_argument("--draft", metavar="RUN", help=what)
-    what = "draft what followed the last A to B tokens where they were before, e.g. 2:5"
-    parser.add_argument("--ngram", metavar="A:B", help=what)
+    add_draft_options(parser)
     what = "read special tokens such as <|im_start|> in the prompt, and show them in the text"
     parser.add_argument("--special-tokens", action="store_true", help=what)
     parser.set_defaults(command=_generate)
@@ -82,7 +80,7 @@ def _generate(options) -> int:
     length = -(-(len(prompt) + count) // _LENGTHS) * _LENGTHS
     if model.config.position == "learned":
         length = min(length, model.config.max_length or length)
-    chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1])
+    chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1], length)
     draft = None if speculative is None else speculative.draft
     for one in (model, draft):
         if one is not None:

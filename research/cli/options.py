@@ -105,6 +105,13 @@ def check_state(model, batch: int, length: int, cache, option: str, value: int) 
         check(needed <= memory, option, value, sizes)
 
 
+def add_draft_options(parser) -> None:
+    what = "a smaller model with the same tokens that drafts: faster, by the same law"
+    parser.add_argument("--draft", metavar="RUN", help=what)
+    what = "draft what followed the last A to B tokens where they were before, e.g. 2:5"
+    parser.add_argument("--ngram", metavar="A:B", help=what)
+
+
 def draft_options(options) -> tuple[Path | None, tuple[int, int] | None]:
     """The folder of ``--draft``, and ``--ngram=A:B`` as numbers; at most one is given.
 

@@ -6,13 +6,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from layers.config import ConfigError
+from layers.config import ConfigError, check
 from research.cli import stop
 from research.cli.engine_options import add_engine_options, engine_config
 from research.cli.options import (
+    add_draft_options,
     check_state,
+    draft_options,
     language_model_config,
     load_language_model,
+    load_speculative,
     model_folder,
     number,
 )
@@ -36,6 +39,7 @@ def add(commands) -> None:
     what = "the folder of a unit, of a run with one unit, or of a checkpoint; or Hugging Face's"
     parser.add_argument("run", metavar="RUN", type=Path, help=what)
     add_engine_options(parser)
+    add_draft_options(parser)
     for option, metavar, default, what in (
         ("--host", "H", "127.0.0.1", "the address; one that is not a loopback address needs keys"),
         ("--port", "P", "8000", "0 takes a free one"),
@@ -57,7 +61,10 @@ def _serve(options) -> int:
     port = number(int, "port", options.port)
     queue = number(int, "queue", options.queue)
     timeout = number(float, "timeout", options.timeout)
-    folder = model_folder(options.run)
+    folder, drafting = model_folder(options.run), draft_options(options)
+    drafts = options.draft or options.ngram
+    unused = options.engine is None or drafts is None
+    check(unused, "engine", options.engine, "does not support drafts")
 
     from research.inference.server import ServedTokenizer, Server, ServerConfig
 
@@ -65,7 +72,7 @@ def _serve(options) -> int:
     name = options.run.resolve().name
     server = Server(ServerConfig(name, options.host, port, options.api_key_file, timeout=timeout))
     tokenizer = ServedTokenizer(folder)
-    engine = _engine(config, folder, options.engine, tokenizer)
+    engine = _engine(config, folder, drafting, options.engine, tokenizer)
     if options.engine is None:
         print("ablate: compiling", file=sys.stderr)
     engine.warm_up()
@@ -79,12 +86,18 @@ def _serve(options) -> int:
         return server.run(engine, tokenizer, ready)
 
 
-def _engine(config, folder: Path, compiled: str | None, tokenizer):
+def _engine(config, folder: Path, drafting, compiled: str | None, tokenizer):
     from research.inference.engine import Engine
     from research.inference.engine.compiled import load_programs
 
     model = load_language_model(folder)
+    speculative = load_speculative(*drafting)
+    draft = None if speculative is None else speculative.draft
     length = config.max_length
-    check_state(model, config.slots, length, config.cache, "max-length", length)
+    for one in (model, draft):
+        if one is not None:
+            check_state(one, config.slots, length, config.cache, "max-length", length)
     programs = None if compiled is None else load_programs(Path(compiled), model, config)
-    return Engine(model, config, tokenizer=tokenizer.plain, compiled=programs)
+    return Engine(
+        model, config, tokenizer=tokenizer.plain, compiled=programs, speculative=speculative
+    )

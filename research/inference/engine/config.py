@@ -32,6 +32,8 @@ class EngineConfig:
         check_types(self)
         for name in ("slots", "max_length", "chunk"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be > 0")
+        fits = self.chunk <= self.max_length
+        check(fits, "chunk", self.chunk, f"must be at most max_length={self.max_length}")
         check(self.queue is None or self.queue > 0, "queue", self.queue, "must be > 0 or None")
         check(self.snapshots >= 0, "snapshots", self.snapshots, "must be ≥ 0")
         if self.cache.kind == "paged":
