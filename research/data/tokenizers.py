@@ -26,6 +26,11 @@ class Tokenizer(Protocol):
     sha256: str
     special: Sequence[str]
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        ...
+
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Ids of ``text``, without ``bos`` and ``eos``.
 
@@ -57,6 +62,7 @@ class ByteTokenizer:
     special: Sequence[str] = ()
     bos: int | None = 256
     eos = 257
+    stop_tokens = (eos,)
     sha256 = hashlib.sha256(b"byte 256 257").hexdigest()
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
@@ -104,6 +110,7 @@ class JsonTokenizer(TokenizerFile):
         check(bool(eos), "eos_token", eos_token, required)
         self.bos = self.token_id("bos_token", bos) if bos else None
         self.eos = self.token_id("eos_token", str(eos))
+        self.stop_tokens = (self.eos,)
         self.sha256 = hashlib.sha256(f"{self.sha256} {self.bos} {self.eos}".encode()).hexdigest()
 
 

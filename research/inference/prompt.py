@@ -87,7 +87,7 @@ def _from_data(data: DataConfig, folder: Path | None, special_tokens: bool) -> P
     return PromptTokenizer(
         lambda text: [*bos, *tokenizer.encode(text, special_tokens)],
         lambda ids: tokenizer.decode(ids, special_tokens),
-        (tokenizer.eos,),
+        tokenizer.stop_tokens,
         tokenizer.to_json,
         lambda _: bos,
         tokenizer,

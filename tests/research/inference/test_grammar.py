@@ -24,14 +24,12 @@ TEXT = [
 
 
 def byte_level():
-    data = load_tokenizer("byte")
-    return PromptTokenizer(data.encode, data.decode, (data.eos,), data.to_json)
+    return load_tokenizer("byte")
 
 
 def merged(folder):
     train_bpe(TEXT * 5, 290, folder / "tokenizer.json")
-    data = load_tokenizer(str(folder / "tokenizer.json"))
-    return PromptTokenizer(data.encode, data.decode, (data.eos,), data.to_json)
+    return load_tokenizer(str(folder / "tokenizer.json"))
 
 
 def byte_fallback():
