@@ -151,27 +151,33 @@ def test_every_arm_of_every_scale_is_a_step(scale):
         assert sorted(arm for each in found for arm in each) == sorted(arms)
 
 
+def decoding(name, arms, **options) -> dict[str, Setup]:
+    """Arm → its one setup, for an experiment at cpu scale."""
+    found = plans.setups(load(name), "cpu", "v5e:2x2", arms=arms, **options)
+    setups = {}
+    for names, (setup,) in found.items():
+        assert isinstance(setup, Setup) and setup.training is None
+        setups |= dict.fromkeys(names, setup)
+    return setups
+
+
 def test_an_engine_is_planned_by_its_decoding_step():
-    experiment = load("efficiency/paged_attention")
-    config = experiment.config("cpu")
-    found = plans.setups(experiment, "cpu", "v5e:2x2", arms=["contiguous", "paged_16"])
-    (whole,), (paged,) = found["contiguous",], found["paged_16",]
-    assert (whole.batch_size, paged.batch_size) == (config.engine.slots, config.rows)
-    assert whole.sequence_length == paged.sequence_length == config.engine.max_length
-    assert whole.training is None and whole.cache == CacheConfig()
+    name, config = "efficiency/paged_attention", load("efficiency/paged_attention").config("cpu")
+    whole, paged = decoding(name, ["contiguous", "paged_16"]).values()
+    assert (whole.batch_size, paged.batch_size) == (config["engine"].slots, config["rows"])
+    assert whole.sequence_length == paged.sequence_length == config["engine"].max_length
+    assert whole.cache == CacheConfig()
     # as many slots of the cache
-    assert paged.cache == CacheConfig("paged", page=16, pages=config.tokens // 16)
-    given = dict(decode=(6, 128), overrides=["engine.cache.dtype=int8"])
-    [(other,)] = plans.setups(experiment, "cpu", "v5e:2x2", arms=["paged_16"], **given).values()
+    assert paged.cache == CacheConfig("paged", page=16, pages=config["tokens"] // 16)
+    overrides = ["engine.cache.dtype=int8"]
+    other = decoding(name, ["paged_16"], decode=(6, 128), overrides=overrides)["paged_16"]
     assert (other.batch_size, other.sequence_length, other.cache.dtype) == (6, 128, "int8")
 
 
 def test_a_decoding_step_has_the_cache_of_its_arm():
-    experiment = load("efficiency/kv_cache")
-    given = dict(arms=["base", "int8", "int4"], decode=(8, 64))
-    found = plans.setups(experiment, "cpu", "v5e:2x2", **given)
-    dtypes = {names: setup.cache.dtype for names, (setup,) in found.items()}
-    assert dtypes == {("base",): "float32", ("int8",): "int8", ("int4",): "int4"}
+    found = decoding("efficiency/kv_cache", ["base", "int8", "int4"], decode=(8, 64))
+    dtypes = {name: setup.cache.dtype for name, setup in found.items()}
+    assert dtypes == {"base": "float32", "int8": "int8", "int4": "int4"}
 
 
 def test_an_experiment_without_a_model_is_refused(make_package):
