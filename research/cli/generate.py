@@ -78,13 +78,14 @@ def _generate(options) -> int:
     request = Request(prompt, sampling, stop=tuple(options.stop))
 
     length = -(-(len(prompt) + count) // _LENGTHS) * _LENGTHS
-    if model.config.position == "learned":
-        length = min(length, model.config.max_length or length)
-    chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1], length)
     draft = None if speculative is None else speculative.draft
-    for one in (model, draft):
-        if one is not None:
-            check_state(one, 1, length, CONTIGUOUS, "max-tokens", count)
+    models = [model] if draft is None else [model, draft]
+    for one in models:
+        if one.config.position == "learned":
+            length = min(length, one.config.max_length or length)
+    chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1], length)
+    for one in models:
+        check_state(one, 1, length, CONTIGUOUS, "max-tokens", count)
     sizes = EngineConfig(slots=1, max_length=length, chunk=chunk)
     engine = Engine(model, sizes, tokenizer=tokenizer, speculative=speculative)
     engine.add(request)

@@ -322,8 +322,7 @@ def _run(model: Decoder, tokens_bt, positions_bt, state: State) -> tuple[jax.Arr
 
 
 def _before_or_after(new: State, old: State, fed_b: jax.Array) -> State:
-    """``new``, which had ``fed_b`` tokens more than ``old``; without all of them if it cannot
-    `rewind` some."""
+    """``new``, ``fed_b`` tokens after ``old``; without these if a layer cannot `rewind`."""
     return new if can_rewind(new) else rollback(new, old, fed_b)
 
 
