@@ -13,7 +13,7 @@ from layers.decoder import Decoder
 from research import cli
 from research.ablation import discover
 from research.ablation.techniques import BEGIN, END
-from research.benchmark import models, ops, train
+from research.benchmark import engine, models, ops, train
 from research.convert import import_directory
 from research.data import train_bpe
 from research.models import decoder_config, save
@@ -97,7 +97,7 @@ def test_commands_are_those_of_the_command(page):
         else:
             assert not overrides, words
         if words[0] == "bench" and asked.op is not None:
-            assert asked.op in {*ops.known(), models.NAME, train.NAME}, words
+            assert asked.op in {*ops.known(), engine.NAME, models.NAME, train.NAME}, words
 
 
 def test_some_commands_are_found():
