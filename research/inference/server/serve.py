@@ -98,6 +98,8 @@ class _Uvicorn(uvicorn.Server):
             )
         )
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        # asyncio warns of each write to a client that has just left
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         self._server, self._service, self._worker, self._ready = server, service, worker, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked = False  # to drain
