@@ -14,7 +14,7 @@ from layers.decoder import Decoder
 from layers.stack import unstacked
 from research.inference.compiled import Compiler, Program, load, make_stamp, save
 from research.inference.engine.config import EngineConfig
-from research.inference.engine.programs import Chunk, Programs, new_memory
+from research.inference.engine.programs import Chunk, Programs, new_memory, program_names
 from research.inference.sampling import SamplingConfig, SamplingRows
 from research.parallel import use_mesh
 
@@ -100,11 +100,12 @@ def _programs(weights: Decoder, config: EngineConfig, mesh: Mesh | None) -> dict
         "admit": (memory, one, row, one, one),
         "decode": (leaves, memory, table_bn, active_b, ints(slots), allowed_bv),
         "copy": (memory, one, one, one, one),
+        "snapshot": (memory, one),
     }
     if config.prefix:
-        arguments["snapshot"] = (memory, one)
         arguments["resume"] = (memory, one, _shaped(mesh, programs.snapshot, memory, one), one)
-    return {name: Program(getattr(programs, name), given) for name, given in arguments.items()}
+    names = program_names(config)
+    return {name: Program(getattr(programs, name), arguments[name]) for name in names}
 
 
 def _shaped(mesh: Mesh | None, function: Any, *arguments: Any) -> Any:

@@ -144,6 +144,12 @@ class Proposed(NamedTuple):
     fed_b: jax.Array
 
 
+def program_names(config: EngineConfig) -> tuple[str, ...]:
+    """The programs that an engine of ``config`` runs."""
+    sharing = ("snapshot", "resume") if config.prefix else ()
+    return ("chunk", "admit", "decode", "copy", *sharing)
+
+
 class Programs:
     """The programs of ``model`` with states of ``slots`` rows; all arguments are arrays.
 

@@ -15,7 +15,14 @@ from layers.config import check
 from layers.decoder import Decoder
 from layers.stack import unstacked
 from research.inference.engine.config import EngineConfig
-from research.inference.engine.programs import Chunk, Drafts, Echo, Programs, new_memory
+from research.inference.engine.programs import (
+    Chunk,
+    Drafts,
+    Echo,
+    Programs,
+    new_memory,
+    program_names,
+)
 from research.inference.engine.sequence import Sequence
 from research.inference.engine.speculation import BY_MODEL, Speculative
 from research.inference.sampling import SamplingConfig, SamplingRows
@@ -47,6 +54,9 @@ class Runner:
         if mesh is not None:
             axes = {name: size for name, size in mesh.shape.items() if size > 1}
             check(set(axes) <= {"tensor"}, "mesh", axes, "an engine supports the axis tensor only")
+        if compiled is not None:
+            names = sorted(program_names(config))
+            check(sorted(compiled) == names, "compiled", sorted(compiled), f"must hold {names}")
         self.config, self._mesh, self._speculative = config, mesh, speculative
         self._vocab = model.config.vocab_size
         draft = None if speculative is None else speculative.draft

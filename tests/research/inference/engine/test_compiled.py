@@ -62,6 +62,9 @@ def test_an_engine_with_loaded_programs_compiles_nothing(folder):
     expected = results(jitted)
     programs = load_programs(folder, models[0], CONFIG)
     engines = [Engine(model, CONFIG, compiled=programs) for model in models]  # new weights, too
+    some = {name: programs[name] for name in ("admit", "decode")}
+    with pytest.raises(ConfigError, match=r"^compiled=\['admit', 'decode'\]: must hold \['admit'"):
+        Engine(models[0], CONFIG, compiled=some)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         load_programs(folder, models[0], dataclasses.replace(CONFIG, queue=3, snapshots=5))
