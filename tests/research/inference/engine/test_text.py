@@ -34,7 +34,7 @@ def make(**options):
     model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     cache = CacheConfig("paged", page=8)
     sizes = EngineConfig(slots=4, max_length=256, chunk=16, cache=cache)
-    engine = Engine(model, sizes, tokenizer=_from_data(DATA, False), **options)
+    engine = Engine(model, sizes, tokenizer=_from_data(DATA, None, False), **options)
     engine.warm_up()
     return engine
 
