@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.config import check
 from layers.decoder import Decoder
@@ -69,7 +69,7 @@ class Runner:
             new = jax.jit(lambda leaves: new_memory(programs.models(leaves), config))
             self._memory = new(programs.leaves)
             inputs = () if speculative is None else (speculative.tokens + 1,)
-            self._all_allowed = jnp.ones((config.slots, *inputs, self._vocab), bool)
+            self._all_allowed = self._placed(np.ones((config.slots, *inputs, self._vocab), bool))
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """The context in which the programs run."""
@@ -129,6 +129,7 @@ class Runner:
             allowed_bv = np.ones(allowed_bv.shape, bool)
             for sequence in constrained:
                 allowed_bv[sequence.slot] = sequence.matcher.mask()
+            allowed_bv = self._placed(allowed_bv)
         self._memory, sampled = self._programs.decode(
             self._programs.leaves, self._memory, table_bn, active_b, forced_b, allowed_bv
         )
@@ -170,6 +171,7 @@ class Runner:
                 slot, count = sequence.slot, step.count_b[sequence.slot]
                 masks_tv = sequence.matcher.masks(tokens_bt[slot, :count].tolist())
                 allowed_btv[slot, : count + 1] = masks_tv
+            allowed_btv = self._placed(allowed_btv)
         self._memory, accepted = self._programs.verify(
             self._programs.leaves, self._memory, *arguments, step, proposed, allowed_btv
         )
@@ -181,6 +183,12 @@ class Runner:
             ]
             for sequence in decoding
         ]
+
+    def _placed(self, allowed: np.ndarray) -> jax.Array:
+        """``allowed`` on the devices, always in the same way: another would be another program."""
+        if self._mesh is None:
+            return jnp.asarray(allowed)
+        return jax.device_put(allowed, NamedSharding(self._mesh, PartitionSpec()))
 
     def _fetch(self, results: Any, decoding: Listed[Sequence]) -> list[np.ndarray]:
         """``results`` from the device; the last two, of the likeliest tokens, if asked for."""

@@ -1,10 +1,10 @@
-"""The engine on eight devices: tensor parallelism gives the tokens of one device."""
+"""The engine on eight devices: the tokens of one device, and nothing is compiled after warm-up."""
 
 import pytest
 
 SCRIPT = """
 import dataclasses, sys
-import jax, numpy as np
+import jax, jax.monitoring, numpy as np
 from flax import nnx
 from layers.attention import AttentionConfig
 from layers.config import ConfigError
@@ -39,6 +39,34 @@ requests = [
 ]
 
 
+class Even:  # a matcher that allows even tokens
+    error, is_done = None, False
+
+    def mask(self):
+        return np.arange(64) % 2 == 0
+
+    def masks(self, drafts):
+        return np.stack([self.mask()] * (len(drafts) + 1))
+
+    def accept(self, token):
+        return True
+
+
+def constrain(engine):
+    engine._matcher = lambda request: Even()
+    compiled = []
+
+    def listen(event, _, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    [result] = engine.run(requests[1:2])
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not any(token % 2 for sample in result.samples for token in sample.tokens)
+    assert not compiled  # warmed up
+
+
 def tokens(config, engine_config, devices, drafted=False):
     model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     mesh = make_mesh(MeshConfig(data=1, tensor=-1), jax.devices()[:devices])
@@ -49,6 +77,7 @@ def tokens(config, engine_config, devices, drafted=False):
     engine.warm_up()
     results = engine.run(requests)
     mixer = engine._runner._memory.states[0][0].mixer
+    constrain(engine)
     held = mixer.scan_bhpn if config is RECURRENT else mixer.keys.codes
     assert held.sharding.shard_shape(held.shape)[1] == 8 // devices, held.sharding
     return [sample.tokens for result in results for sample in result.samples]
