@@ -64,7 +64,6 @@ def _generate(options) -> int:
     folder = model_folder(options.run)
     drafting = draft_options(options)
 
-    from layers.state import CONTIGUOUS
     from research.inference import SamplingConfig, load_prompt_tokenizer
     from research.inference.engine import Engine, EngineConfig, Request
 
@@ -84,9 +83,8 @@ def _generate(options) -> int:
         if one.config.position == "learned":
             length = min(length, one.config.max_length or length)
     chunk = min(max(_CHUNKS[0], 1 << (len(prompt) - 1).bit_length()), _CHUNKS[1], length)
-    for one in models:
-        check_state(one, 1, length, CONTIGUOUS, "max-tokens", count)
     sizes = EngineConfig(slots=1, max_length=length, chunk=chunk)
+    check_state(models, sizes, "max-tokens", count)
     engine = Engine(model, sizes, tokenizer=tokenizer, speculative=speculative)
     engine.add(request)
     unprinted = [options.prompt]  # until the first token: an invalid request prints nothing

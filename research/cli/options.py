@@ -91,13 +91,17 @@ def load_language_model(folder: Path):
     return model
 
 
-def check_state(model, batch: int, length: int, cache, option: str, value: int) -> None:
-    """Raise `ConfigError` if memory cannot hold the state: XLA may wait for ever to allocate it."""
+def check_state(models, config, option: str, value: int) -> None:
+    """Raise `ConfigError` if memory cannot hold the state of an engine of ``config``.
+
+    Else XLA may wait for ever to allocate it. ``models``: the model, and what drafts for it.
+    """
     import jax
 
+    from research.inference.engine.programs import new_memory
     from research.memory import device_memory, spell
 
-    state = jax.eval_shape(lambda: model.init_state(batch, length, cache))
+    state = jax.eval_shape(lambda: new_memory(models, config).states)
     needed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     memory = device_memory(jax.devices()[0])
     if memory is not None:

@@ -92,11 +92,8 @@ def _engine(config, folder: Path, drafting, compiled: str | None, tokenizer):
 
     model = load_language_model(folder)
     speculative = load_speculative(*drafting)
-    draft = None if speculative is None else speculative.draft
-    length = config.max_length
-    for one in (model, draft):
-        if one is not None:
-            check_state(one, config.slots, length, config.cache, "max-length", length)
+    drafts = [] if speculative is None or speculative.draft is None else [speculative.draft]
+    check_state([model, *drafts], config, "max-length", config.max_length)
     programs = None if compiled is None else load_programs(Path(compiled), model, config)
     return Engine(
         model, config, tokenizer=tokenizer.plain, compiled=programs, speculative=speculative

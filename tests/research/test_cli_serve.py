@@ -6,12 +6,20 @@ import subprocess
 import sys
 import threading
 
+import jax
 import openai
 import pytest
 import torch
 import transformers
+from flax import nnx
 
+from layers.config import check
+from layers.decoder import Decoder, DecoderConfig
+from layers.mamba import MambaConfig
+from layers.mlp import MlpConfig
 from research.cli import main
+from research.cli.options import load_language_model
+from research.inference.engine import Speculative
 from tests.conftest import environment
 from tests.research.inference.server.test_openai import write_model
 
@@ -107,6 +115,26 @@ def test_bad_options_are_one_line_before_anything_is_compiled(
     assert main(["serve", str(model), "--port=0", *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_draft_model_may_have_no_keys_to_store_in_pages(model, monkeypatch, capsys):
+    recurrent = DecoderConfig(
+        load_language_model(model).config.vocab_size, 8, 1, pattern=("mamba2",),
+        mamba=MambaConfig(state=2, head_dim=8), mlp=MlpConfig(8), position="none",
+    )  # fmt: skip
+    draft = jax.jit(lambda: Decoder(recurrent, rngs=nnx.Rngs(0)))()
+
+    def speculative(*_):
+        return Speculative(draft=draft)
+
+    def warm_up(engine):
+        check(False, "warm_up", engine.config.cache.kind, "is reached")
+
+    monkeypatch.setattr("research.cli.serve.load_speculative", speculative)
+    monkeypatch.setattr("research.inference.engine.Engine.warm_up", warm_up)
+    sizes = ("--slots=2", "--max-length=32", "--chunk=16")
+    assert main(["serve", str(model), "--port=0", *sizes]) == 2
+    assert "warm_up='paged': is reached" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(model, monkeypatch, capsys):
