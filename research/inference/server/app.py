@@ -46,8 +46,11 @@ class Service:
     def __init__(self, worker: Worker, tokenizer: ServedTokenizer, config: ServerConfig):
         self._worker, self._tokenizer, self._config = worker, tokenizer, config
         engine = worker.engine
+        longest, pages = engine.config.max_length, engine.pages
+        if pages is not None:  # no sample can have more than all of them
+            longest = min(longest, pages.count * pages.size)
         self._limits = parsing.Limits(
-            engine.config.max_length,
+            longest,
             engine.model_config.vocab_size,
             engine.config.queue or engine.config.slots,
         )

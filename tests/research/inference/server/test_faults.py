@@ -12,6 +12,7 @@ import pytest
 
 from layers.config import ConfigError
 from research.inference.engine import Event
+from research.inference.engine.pages import Pages
 from research.inference.server import Server, ServerConfig
 from research.inference.server.config import Keys, is_loopback
 from tests.research.inference.server.fake import FakeEngine, serving
@@ -185,6 +186,19 @@ def test_a_body_that_is_no_json_object_of_bounded_size(server, content, kind, st
         assert len(content) > 4 << 20
         return
     assert error(response)[0] == status and reason in error(response)[2]
+
+
+def test_no_answer_is_longer_than_all_pages(tokenizer):
+    engine = FakeEngine(tokenizer.plain, reply(tokenizer))
+    engine.pages = Pages(2, 16)
+    with serving(engine, tokenizer) as server:
+        ask = {"model": "small", "messages": HELLO}
+        assert post(server, "/v1/chat/completions", dict(json=ask)).status_code == 200
+        [request] = engine.requests
+        assert len(request.tokens) + request.sampling.max_new_tokens == 32
+        response = post(server, "/v1/chat/completions", dict(json=ask | {"max_tokens": 30}))
+        assert error(response)[1] == "messages" and "max_length=32" in error(response)[2]
+        assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_body_in_pieces_is_counted(server):
