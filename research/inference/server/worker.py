@@ -88,7 +88,7 @@ class Worker:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._orders: collections.deque[tuple[Callable[[Job], None], Job]] = collections.deque()
         self._changed = threading.Condition()
         self._stopped = False
@@ -155,7 +155,7 @@ class Worker:
                     orders.popleft()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
-            except Exception as error:
+            except BaseException as error:  # a panic in Rust, of a grammar, is no Exception
                 self._end(error, [job for _, job in orders])
                 return
 
@@ -197,7 +197,7 @@ class Worker:
         for job, items in sent.items():
             self._call(functools.partial(job.receive, items))
 
-    def _end(self, error: Exception, ordered: Sequence[Job]) -> None:
+    def _end(self, error: BaseException, ordered: Sequence[Job]) -> None:
         """Fail all jobs: those that run, those of ``ordered`` and of later orders."""
         traceback.print_exception(error)
         with self._changed:

@@ -83,7 +83,7 @@ class FakeEngine:
         with self.steps:
             time.sleep(self.seconds)
         if self.fault:
-            raise RuntimeError(self.fault)
+            raise self.fault
         self.stats.steps += 1
         events = []
         for sample in self.samples[: self.config.slots]:

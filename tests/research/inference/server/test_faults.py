@@ -526,10 +526,11 @@ def test_a_sample_that_cannot_go_on_is_an_error(tokenizer, monkeypatch, stream):
                 list(client.completions.create(model="small", prompt="x", stream=stream))
 
 
-def test_a_failed_engine_ends_the_server(tokenizer):
+@pytest.mark.parametrize("kind", [RuntimeError, BaseException])  # a panic in Rust is the latter
+def test_a_failed_engine_ends_the_server(tokenizer, kind):
     engine = FakeEngine(tokenizer.plain, reply(tokenizer, count=10))
-    engine.fault = "out of memory"
-    with serving(engine, tokenizer) as server:
+    engine.fault = kind("out of memory")
+    with serving(engine, tokenizer, timeout=10.0) as server:
         response = post(server, "/v1/completions", dict(json={"model": "small", "prompt": "x"}))
         assert error(response)[0] == 503 and response.json()["error"]["code"] == "engine_failed"
         server.thread.join(10)

@@ -179,7 +179,7 @@ def test_a_chat_by_keyboard_that_streams_stops_and_shows_errors(
             assert browser.run(f"{script} document.head.append(s); return window.ran") is None
             loaded = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
             assert all(name.startswith(server.address) for name in browser.run(loaded))
-            engine.fault = "lost"
+            engine.fault = RuntimeError("lost")
             browser.type("#text", "Again")
             browser.keys(ENTER)
             browser.wait("!document.getElementById('problem').hidden")
