@@ -138,9 +138,8 @@ class Engine:
             keys = prefixes.chain(root, prompt[:-1], self.config.chunk)
         for index in range(request.n):
             stream, matcher = self._stream(request), self._matcher(request)
-            ngrams = None if self._speculative is None else self._speculative.index(prompt)
             self._waiting.append(
-                Sequence(request_id, index, request, prompt, stream, matcher, keys, ngrams)
+                Sequence(request_id, index, request, prompt, stream, matcher, keys)
             )
         self._results[request_id] = Result([Sample() for _ in range(request.n)])
         return request_id

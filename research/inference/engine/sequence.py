@@ -11,7 +11,7 @@ from research.inference.engine.request import Request
 class Sequence:
     """Sample ``index`` of a request.
 
-    ``ngrams``: an `NgramIndex` of its tokens, if these are drafted from. ``tokens``: what was
+    ``ngrams``: an `NgramIndex` of its tokens, once these are drafted from. ``tokens``: what was
     generated. ``ends``: how many they were after each decoding step. ``slot``,
     ``pages``: its memory, while it runs. ``prefilled``: how many tokens of the prompt are in that
     memory; the last one is the first input of decoding. ``decoded``: new tokens since it got the

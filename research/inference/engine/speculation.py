@@ -57,8 +57,6 @@ class Speculative:
         most = min(self.tokens, sequence.remaining - 1)
         if self.ngram is None:
             return [BY_MODEL] * most
+        if sequence.ngrams is None:  # not before: those that wait are many, and an index is large
+            sequence.ngrams = NgramIndex([*sequence.prompt, *sequence.tokens], *self.ngram)
         return sequence.ngrams.propose(most)
-
-    def index(self, prompt: list[int]) -> NgramIndex | None:
-        """The n-grams of a prompt, if these draft."""
-        return None if self.ngram is None else NgramIndex(prompt, *self.ngram)

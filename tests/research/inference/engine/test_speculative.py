@@ -312,6 +312,15 @@ class Alternating:
         return self.count == self.most
 
 
+def test_samples_that_wait_have_no_index_of_their_prompt():
+    engine = engine_of("attention", PAGED, "ngram")
+    request = engine.add(Request([1, 2, 3] * 5, GREEDY, n=16))
+    assert all(sequence.ngrams is None for sequence in engine._waiting)
+    engine.cancel(request)
+    engine.step()
+    assert whole(engine)
+
+
 @pytest.mark.parametrize(("name", "config", "drafter"), DEFAULT)
 def test_grammars_hold_for_drafts_too(name, config, drafter, monkeypatch):
     engine, model = engine_of(name, config, drafter), make(name)
