@@ -28,7 +28,7 @@ class TextStream:
     the tokens; of several that end together, the longest. Neither it nor what follows is returned.
 
     Raises:
-      ConfigError: a stop string is empty.
+      ConfigError: a stop string is empty, or ``stop`` is one text.
     """
 
     def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
@@ -44,7 +44,8 @@ class TextStream:
 
     @staticmethod
     def check_stop(stop: Sequence[str]) -> None:
-        """Raise `ConfigError` unless each of ``stop`` is a text that is not empty."""
+        """Raise `ConfigError` unless ``stop`` is a list of texts that are not empty."""
+        check(not isinstance(stop, str), "stop", stop, "must be a list of texts")
         for i, text in enumerate(stop):
             is_text = isinstance(text, str) and text != ""
             check(is_text, f"stop[{i}]", text, "must be a text, not ''")

@@ -41,6 +41,11 @@ class Request:
         is_count = type(self.n) is int and 1 <= self.n <= MOST_SAMPLES
         check(is_count, "n", self.n, f"must be an integer in [1, {MOST_SAMPLES}]")
         check(type(self.echo) is bool, "echo", self.echo, "must be True or False")
+        for name, kind in (("sampling", SamplingConfig), ("salt", str)):
+            value = getattr(self, name)
+            check(isinstance(value, kind), name, value, f"must be of type {kind.__name__}")
+        is_grammar = self.grammar is None or isinstance(self.grammar, Grammar)
+        check(is_grammar, "grammar", self.grammar, "must be of type Grammar, or None")
         listed = isinstance(self.tokens, list | tuple | np.ndarray)
         check(listed, "tokens", self.tokens, "must be a list of tokens")
         check(len(self.tokens) > 0, "tokens", list(self.tokens), "must hold at least one token")

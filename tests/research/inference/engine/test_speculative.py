@@ -17,6 +17,7 @@ from layers.mlp import MlpConfig
 from layers.state import CacheConfig
 from research.inference import SamplingConfig, generate
 from research.inference.engine import Engine, EngineConfig, Request, Speculative
+from research.inference.grammar import Grammar
 from tests.research.inference.engine.test_engine import (
     BASE,
     CONFIGS,
@@ -331,7 +332,7 @@ def test_grammars_hold_for_drafts_too(name, config, drafter, monkeypatch):
         return matchers[-1]
 
     monkeypatch.setattr("research.inference.engine.engine.compile_grammar", compile_grammar)
-    requests = [Request(prompt, GREEDY, grammar=object()) for prompt in PROMPTS]  # type: ignore
+    requests = [Request(prompt, GREEDY, grammar=Grammar.regex("a")) for prompt in PROMPTS]
     free = Request(PROMPTS[1], GREEDY)
     results = engine.run([*requests, free])
     for prompt, result in zip(PROMPTS, results, strict=False):
