@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from layers.config import check
+from layers.config import ConfigError, check
 from layers.decoder import Decoder
 from research.inference.engine import prefixes
 from research.inference.engine.allocator import Allocator
@@ -125,11 +125,11 @@ class Engine:
           ConfigError: the request does not fit the model or the engine.
           QueueFull: as many requests wait as ``config.queue`` allows.
         """
+        self.check(request)
         limit = self.config.queue
         waiting = len({sequence.request_id for sequence in self._waiting})
         if limit is not None and waiting >= limit:
             raise QueueFull(f"queue={limit}: as many requests wait")
-        self.check(request)
         prompt = [int(token) for token in request.tokens]
         request_id, self._next_id = self._next_id, self._next_id + 1
         keys = []
@@ -198,8 +198,19 @@ class Engine:
         return self._allocator.occupancy(self._running)
 
     def run(self, requests: Iterable[Request]) -> list[Result]:
-        """The results of ``requests``, in their order."""
-        ids = [self.add(request) for request in requests]
+        """The results of ``requests``, in their order.
+
+        Raises:
+          ConfigError, QueueFull: `add` refuses one of them; none is computed.
+        """
+        ids: list[int] = []
+        try:
+            for request in requests:
+                ids.append(self.add(request))
+        except ConfigError:
+            for request_id in ids:
+                self.cancel(request_id)
+            raise
         results = {request_id: self._results[request_id] for request_id in ids}
         while not all(result.is_finished for result in results.values()):
             self.step()

@@ -344,6 +344,10 @@ def test_cancelled_requests_free_their_memory(config):
         (dict(n=17), "n=17: must be an integer in [1, 16]"),
         (dict(stop=("",)), "stop[0]='': must be a text, not ''"),
         (dict(stop=("a",)), "stop=('a',): requires a tokenizer"),
+        (dict(stop="ab"), "stop='ab': must be a list of texts"),
+        (dict(sampling=None), "sampling=None: must be of type SamplingConfig"),
+        (dict(grammar="[a-z]+"), "grammar='[a-z]+': must be of type"),
+        (dict(salt=None), "salt=None: must be of type str"),
         (dict(sampling=SamplingConfig(stop_tokens=(V,))), "stop_tokens[0]=17: must be below"),
         (dict(sampling=SamplingConfig(logit_bias=((V, 1.0),))), "logit_bias[0][0]=17: must be be"),
     ],
@@ -364,8 +368,20 @@ def test_a_prompt_that_exceeds_all_pages_and_a_full_queue_are_refused():
     first = [engine.add(Request([1], GREEDY)) for _ in range(2)]
     with pytest.raises(QueueFull, match="^queue=2: as many requests wait"):
         engine.add(Request([1], GREEDY))
+    with pytest.raises(ConfigError, match="^tokens"):  # a later time would not help
+        engine.add(Request([1] * 5, GREEDY))
     engine.cancel(first[0])
     engine.add(Request([1], GREEDY))
+
+
+@pytest.mark.parametrize("last", [Request([V], GREEDY), Request([1], GREEDY, n=2)])
+def test_a_run_with_a_request_that_is_refused_leaves_none_behind(last):
+    engine = Engine(make("attention"), dataclasses.replace(CONTIGUOUS, queue=1))
+    with pytest.raises(ConfigError):
+        engine.run([Request([1], GREEDY), last])
+    assert engine.waiting == engine.running == 0
+    assert {event.finish_reason for event in engine.step()} == {"cancelled"}
+    assert whole(engine)
 
 
 @pytest.mark.parametrize(
