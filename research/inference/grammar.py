@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ MOST_NESTED = 64  # levels of objects and lists in a schema
 _LIMITS = dict(initial_lexer_fuel=200_000, step_lexer_fuel=100_000, max_lexer_states=50_000)
 # The compiler is recursive: a chain of as many definitions as fit overflows a usual stack.
 _STACK = 256 << 20
+_stack_size = threading.Lock()  # it is that of all threads that start
 # Without a bound on white space between its parts, a model may generate nothing else.
 _JSON_OPTIONS = dict(lenient=False, whitespace_pattern=r"[\x20\x0A\x0D\x09]{0,16}")
 
@@ -239,16 +241,22 @@ def _import() -> Any:
 
 
 def _with_large_stack(compute: Callable[[], T]) -> T:
-    """``compute()`` in a thread of its own."""
-    results: list[T] = []
-    before = threading.stack_size(_STACK)
-    try:
-        thread = threading.Thread(target=lambda: results.append(compute()))
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    return results[0]
+    """``compute()`` in a thread of its own; raises what it raises."""
+    future: Future[T] = Future()
+
+    def run():
+        try:
+            future.set_result(compute())
+        except BaseException as error:
+            future.set_exception(error)
+
+    with _stack_size:
+        before = threading.stack_size(_STACK)
+        try:
+            threading.Thread(target=run).start()
+        finally:
+            threading.stack_size(before)
+    return future.result()
 
 
 def _to_json(schema: Mapping[str, Any]) -> str:

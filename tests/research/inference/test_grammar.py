@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import threading
+import time
 
 import jsonschema
 import numpy as np
@@ -288,6 +290,29 @@ def test_refuses_in_one_line_that_names_the_field(kind, text, message):
 def test_a_chain_of_definitions_does_not_overflow_the_stack():
     """2,500 levels of recursion: the process would end."""
     compile_grammar(Grammar.json_schema(chain(45)), BYTES, V)
+
+
+def test_two_compilations_at_once_leave_the_size_of_stacks_as_it_was(monkeypatch):
+    set_size, before = threading.stack_size, threading.stack_size()
+
+    def slowly(size):
+        old = set_size(size)
+        time.sleep(0.02)  # for the other thread to come between
+        return old
+
+    monkeypatch.setattr(threading, "stack_size", slowly)
+    threads = [threading.Thread(target=grammars._with_large_stack, args=(dict,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert set_size() == before
+
+
+def test_a_fault_of_a_compilation_is_raised_as_it_is():
+    with pytest.raises(ZeroDivisionError):
+        grammars._with_large_stack(lambda: 1 // 0)
 
 
 def test_what_takes_too_much_work_later_is_an_error_of_that_text():
