@@ -163,6 +163,7 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             self.error = _first_line(self._matcher.get_error())
+            _compiled.cache_clear()  # copies share a lexer: those to come would find its limit too
 
 
 def compile_grammar(grammar: Grammar, tokenizer: GrammarTokenizer, vocab_size: int) -> Matcher:

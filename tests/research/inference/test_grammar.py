@@ -323,6 +323,8 @@ def test_what_takes_too_much_work_later_is_an_error_of_that_text():
     assert matcher.error == "lexer error: too many expressions constructed"
     assert np.flatnonzero(matcher.mask()).tolist() == [END] and not matcher.accept(END)
     assert np.flatnonzero(matcher.masks([97])[0]).tolist() == [END] and not matcher.is_done
+    other = compile_grammar(pattern, BYTES, V)  # copies share what was computed, but not this one
+    assert other.accept(97) and other.accept(98) and other.error is None
 
 
 def test_refuses_a_tokenizer_without_an_end_or_whose_pieces_are_unknown():
