@@ -394,12 +394,13 @@ class Engine:
         if sequence.ngrams is not None:
             sequence.ngrams.extend([token])
         self.stats.generated += 1
-        text, reason = "", None
-        if token in sampling.stop_tokens:
+        text, reason, matcher = "", None, sequence.matcher
+        if matcher is not None and matcher.error:
+            reason = "error"  # met by drafts
+        elif token in sampling.stop_tokens:
             reason = "stop"
         else:
-            if sequence.matcher is not None:
-                matcher = sequence.matcher
+            if matcher is not None:
                 matcher.accept(token)
                 reason = "error" if matcher.error else "stop" if matcher.is_done else None
             if sequence.stream is not None:

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jsonschema
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -93,6 +95,16 @@ def test_a_grammar_that_exceeds_its_limits_ends_its_row_only():
     failed, other = engine.run([request(grammar=hard, sampling=biased), free])
     assert failed.finish_reason == "error" and 1 < len(failed.tokens) < 200
     assert other.tokens == engine.run([free])[0].tokens
+
+
+def test_an_end_for_want_of_a_mask_is_an_error(monkeypatch):
+    """After drafts that a step did not keep met a limit, only an end may follow."""
+    mask = np.arange(vocabulary_size(DATA)) == BYTES.eos
+    lost = SimpleNamespace(mask=lambda: mask, accept=lambda _: False, error="limit", is_done=False)
+    engine = make()
+    monkeypatch.setattr(engine, "_matcher", lambda _: lost)
+    [result] = engine.run([request()])
+    assert result.tokens == [BYTES.eos] and result.finish_reason == "error"
 
 
 def test_a_grammar_that_cannot_be_compiled_is_refused():
