@@ -97,11 +97,22 @@ class Prefixes:
         self._kept[key] = Prefix(key, list(pages), snapshot, size, parent=parent)
 
     def make_room(self, count: int) -> bool:
-        """Drop prefixes that no sequence uses until ``count`` pages are free; False if too few."""
+        """Drop prefixes that no sequence uses until ``count`` pages are free.
+
+        False if there are too few; then none is dropped in vain.
+        """
         pages = self._pages
         assert pages is not None
+
+        def is_unused(prefix: Prefix) -> bool:
+            return all(pages.holders(page) == 1 for page in prefix.pages)
+
+        if pages.free < count:
+            unused = sum(len(p.pages) for p in self._kept.values() if is_unused(p))
+            if pages.free + unused < count:
+                return False
         while pages.free < count:
-            if not self._drop(lambda prefix: all(pages.holders(p) == 1 for p in prefix.pages)):
+            if not self._drop(is_unused):
                 return False
         return True
 

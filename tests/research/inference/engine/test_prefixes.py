@@ -55,6 +55,7 @@ def test_pages_in_use_are_not_dropped():
     prefixes = kept_in(pages)
     used = [prefix.pages[0] for prefix in prefixes.longest([b"0", b"1", b"2"])]
     pages.share(used)
+    assert not prefixes.make_room(2) and len(prefixes) == 4  # nothing is dropped in vain
     assert prefixes.make_room(1) and not prefixes.make_room(2)
     assert len(prefixes) == 3
     pages.release(used)
