@@ -151,7 +151,7 @@ class Service:
         items = self._items(job, begin)
         if call.fields.stream:
             return _Stream(
-                self._chunks(answer, items, call), lambda: self._end(job), self._latest(begin)
+                self._chunks(answer, items, call, job), lambda: self._end(job), self._latest(begin)
             )
         try:
             whole = await _while_connected(request, _all(items))
@@ -206,7 +206,7 @@ class Service:
             yield item
 
     async def _chunks(
-        self, answer: Answer, items: Items, call: parsing.Call
+        self, answer: Answer, items: Items, call: parsing.Call, job: Job
     ) -> AsyncIterator[bytes]:
         """Server-sent events. An error is the last one: the status of the answer has been sent."""
         try:
@@ -214,6 +214,7 @@ class Service:
                 for choice in answer.parts(item):
                     yield _event(answer.chunk([choice]))
         except ServerError as error:
+            self._worker.cancel(job)
             yield _event(error.content())
             return
         if call.fields.include_usage:

@@ -451,6 +451,7 @@ def test_an_answer_that_takes_too_long_ends(tokenizer, stream):
             assert raised.value.status_code == 503
         assert len(engine.requests) == 1  # the client did not try again
         wait_until(lambda: not engine.samples)
+        assert "\nablate_disconnects_total 0\n" in httpx.get(f"{server.address}/metrics").text
 
 
 def test_a_client_that_does_not_read_is_left(tokenizer, monkeypatch):
