@@ -75,7 +75,7 @@ def _describe(
     """The programs of an engine with abstract arguments, and their stamp."""
     weights = _shaped(mesh, unstacked, model)
     # of the other fields, none changes a program
-    sizes = dataclasses.replace(config, queue=None, snapshots=0)
+    sizes = dataclasses.replace(config, queue=None, snapshots=EngineConfig.snapshots)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     stamp = make_stamp(weights, {"model": weights.config, "engine": sizes}, devices)
     return _programs(weights, config, mesh), stamp

@@ -36,6 +36,8 @@ class EngineConfig:
         check(fits, "chunk", self.chunk, f"must be at most max_length={self.max_length}")
         check(self.queue is None or self.queue > 0, "queue", self.queue, "must be > 0 or None")
         check(self.snapshots >= 0, "snapshots", self.snapshots, "must be ≥ 0")
+        read = self.prefix or self.snapshots == EngineConfig.snapshots
+        check(read, "snapshots", self.snapshots, "changes nothing: requires prefix=True")
         if self.cache.kind == "paged":
             divides = self.chunk % self.cache.page == 0
             check(divides, "cache.page", self.cache.page, f"must divide chunk={self.chunk}")

@@ -390,6 +390,7 @@ def test_a_run_with_a_request_that_is_refused_leaves_none_behind(last):
         ("attention", dict(slots=0), "slots=0: must be > 0"),
         ("attention", dict(cache=CacheConfig("paged", page=3)), "cache.page=3: must divide"),
         ("attention", dict(prefix=True), "prefix=True: requires cache.kind='paged'"),
+        ("attention", dict(snapshots=5), "snapshots=5: changes nothing: requires prefix=True"),
         ("learned", dict(max_length=33), "max_length=33: must be at most the model's 32"),
         ("mamba", dict(cache=CacheConfig("paged", page=2)), "cache.kind='paged'"),
     ],
