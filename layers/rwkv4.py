@@ -85,9 +85,9 @@ class Rwkv4(nnx.Module):
     ) -> Rwkv4State:
         """The empty state; ``max_length`` does not change its size."""
         del max_length, cache
-        zeros = jnp.zeros((batch, self.channels), jnp.float32)
-        tail = Tail.empty(batch, 1, self.width, self.dtype)
-        sums = (zeros, zeros, jnp.full_like(zeros, EMPTY))
+        tail, shape = Tail.empty(batch, 1, self.width, self.dtype), (batch, self.channels)
+        # an array each: a program that takes over the state takes over no array twice
+        sums = (jnp.full(shape, value, jnp.float32) for value in (0, 0, EMPTY))
         return Rwkv4State(tail, *(reshard(a, "batch", "channels") for a in sums))
 
     def __call__(self, x_btd: jax.Array, context: Context) -> tuple[jax.Array, Context]:

@@ -110,8 +110,8 @@ def test_without_transformers_ours_is_timed_alone(monkeypatch):
 def test_models_that_are_not_alike_are_not_compared(monkeypatch):
     wide = dict(models.MODELS["llama"].fields, intermediate_size=24)
     other = models.MODELS["llama"]._replace(fields=wide)
-    ours = models._ours
-    monkeypatch.setattr(models, "_ours", lambda model, directory: ours(other, None))
+    ours = models.our_model
+    monkeypatch.setattr(models, "our_model", lambda model, directory: ours(other, None))
     with pytest.raises(
         models.ConfigError, match="llama: [0-9]+ parameters of ours, [0-9]+ of theirs"
     ):
