@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.flash_attention import gpu_hopper
 from pallas_kernels.flash_attention.ranges import Visit, all_see, extremes, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, sees_a_key
 from pallas_kernels.mask import Mask, sees
 from pallas_kernels.triton_kernels import LAST, PLAIN, dot, named
 
@@ -113,8 +113,7 @@ def _forward_kernel(spec: Spec, key: int, has, *refs):
         jnp.zeros(q.shape, jnp.float32),
     )
     top, total, y = visits(visit, body, start, cleared=bool(initial))
-    # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
-    sees_any = top > MASKED / 2
+    sees_any = sees_a_key(top)
     keep = jnp.where(sees_any, 1.0, 0.0)
     if has[1]:
         new_top = jnp.maximum(top, sinks[h])

@@ -40,6 +40,15 @@ class Spec:
         )
 
 
+def sees_a_key(top) -> jax.Array:
+    """Whether the greatest score ``top`` of a query is one of a key that it sees.
+
+    A query without such a key has summed masked scores, exp(MASKED − MASKED) = 1. NaN is a score:
+    the result shows it.
+    """
+    return jnp.logical_not(top <= MASKED / 2)
+
+
 def biased(spec: Spec, scores, distance, slopes) -> jax.Array:
     """Scores with scale, ALiBi (``slopes`` broadcast with ``distance``, or None) and soft-cap."""
     scores = scores * spec.scale

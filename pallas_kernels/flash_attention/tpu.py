@@ -27,7 +27,7 @@ from pallas_kernels.flash_attention.ranges import (
     first_and_last,
     may_see,
 )
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, sees_a_key
 from pallas_kernels.mask import Mask, sees
 
 LANES = 128
@@ -204,8 +204,7 @@ def _forward_kernel(spec: Spec, shape: Shape, has: tuple[bool, bool], *refs):
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         top, total = top_ref[...], total_ref[...]
-        # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
-        sees_any = top > MASKED / 2
+        sees_any = sees_a_key(top)
         keep = jnp.where(sees_any, 1.0, 0.0)
         if has[1]:
             new_top = jnp.maximum(top, sinks[h])

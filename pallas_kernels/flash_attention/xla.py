@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.ranges import Extremes, Visit, all_see, extremes, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, biased_gradient, sees_a_key
 from pallas_kernels.mask import Mask, sees
 
 # The most numbers in a block of scores, over all heads and the rows that are computed at a time.
@@ -202,8 +202,7 @@ def forward(
             )
             masked, unmasked = (functools.partial(body, masked=m) for m in (True, False))
             top, total, y = visit.loop(masked, unmasked, start)
-            # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
-            sees_any = top > MASKED / 2
+            sees_any = sees_a_key(top)
             if sinks is not None:
                 new_top = jnp.maximum(top, sinks)
                 shrink = jnp.where(sees_any, jnp.exp(top - new_top), 0)

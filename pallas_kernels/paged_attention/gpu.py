@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.flash_attention.ranges import extremes, first_and_last, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, sees_a_key
 from pallas_kernels.mask import Mask, sees
 from pallas_kernels.paged_attention.pages import Pages, parts, unpacked
 from pallas_kernels.paged_attention.rows import Rows
@@ -255,7 +255,7 @@ def forward(
     best = top.max(3, keepdims=True)
     if sinks_h is not None:
         best = jnp.maximum(best, sinks[None, :, None, None])
-    weight = jnp.where(top > MASKED / 2, jnp.exp(top - best), 0)
+    weight = jnp.where(sees_a_key(top), jnp.exp(top - best), 0)
     total = (total * weight).sum(3)
     if sinks_h is not None:
         total += jnp.exp(sinks[None, :, None] - best[:, :, :, 0])

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention.ranges import all_see, extremes, first_and_last, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, sees_a_key
 from pallas_kernels.flash_attention.tpu import LANES, LAST, PLAIN, column, dot
 from pallas_kernels.mask import Mask, sees
 from pallas_kernels.paged_attention.pages import Pages, gathered, parts, unpacked
@@ -247,8 +247,7 @@ def _kernel(spec: Spec, shape: Shape, has: tuple[bool, bool, bool, tuple[bool, .
 
     def result(head, _):
         top, total = top_ref[head], total_ref[head]
-        # a row without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
-        sees_any = top > MASKED / 2
+        sees_any = sees_a_key(top)
         keep = jnp.where(sees_any, 1.0, 0.0)
         if has_sinks:
             new_top = jnp.maximum(top, sinks[head])

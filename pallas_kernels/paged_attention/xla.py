@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.ranges import extremes, first_and_last, may_see
-from pallas_kernels.flash_attention.spec import MASKED, Spec, biased
+from pallas_kernels.flash_attention.spec import MASKED, Spec, biased, sees_a_key
 from pallas_kernels.mask import Mask, sees
 from pallas_kernels.paged_attention.pages import Pages, gathered, parts, unpacked
 from pallas_kernels.stored import Stored
@@ -93,8 +93,7 @@ def forward(
         jnp.zeros((*row, width), dtype),
     )
     top, total, y = jax.lax.fori_loop(first, last + 1, group, start)
-    # a query without a visible key has summed masked scores: exp(MASKED − MASKED) = 1
-    sees_any = top > MASKED / 2
+    sees_any = sees_a_key(top)
     if sinks is not None:
         new_top = jnp.maximum(top, sinks)
         shrink = jnp.where(sees_any, jnp.exp(top - new_top), 0)

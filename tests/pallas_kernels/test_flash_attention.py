@@ -212,6 +212,15 @@ def test_extreme_logits(implementation):
     np.testing.assert_allclose(got[0][1], want[0][1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu", "gpu"])
+def test_nan_is_not_hidden(implementation):
+    """A query of NaN has a result of NaN; the others do not."""
+    q, k, v = (jnp.ones((1, 16, 2, 8)) for _ in range(3))
+    with interpreted(implementation):
+        y = attend(q.at[0, 3, 1].set(jnp.nan), k, v, implementation=implementation)
+    assert jnp.isnan(y[0, 3, 1]).all() and jnp.isnan(y).sum() == 8
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_any_shape(data):

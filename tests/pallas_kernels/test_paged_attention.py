@@ -232,6 +232,16 @@ def test_stored_pages(case, dtype):
         np.testing.assert_allclose(got, equation(given), atol=2e-6, err_msg=implementation)
 
 
+@pytest.mark.parametrize("implementation", SMALL)
+def test_nan_is_not_hidden(implementation):
+    given = inputs(CASES["decode"])
+    q = given.q_bthc.copy()
+    q[1, 0, 2] = np.nan
+    given = dataclasses.replace(given, q_bthc=q)
+    nan = np.isnan(run(given, implementation, blocks=SMALL[implementation]))
+    assert nan[1, 0, 2].all() and nan.sum() == nan[1, 0, 2].size
+
+
 def test_many_queries_of_stored_pages(monkeypatch):
     """On a CPU many queries and few have different products."""
     given = inputs(CASES["mixed"], "int4")
