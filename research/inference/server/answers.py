@@ -50,6 +50,16 @@ class Answer:
     def _count(self, event: Event) -> None:
         self._new += event.token is not None and self._call.new_tokens
 
+    def _parts_of_choices(
+        self, items: Sequence[Event | PromptLogprobs], count: int
+    ) -> list[list[dict[str, Any]]]:
+        """The parts of each of ``count`` choices, in order."""
+        of_choices: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+        for item in items:
+            for part in self.parts(item):
+                of_choices[part["index"]].append(part)
+        return of_choices
+
     def _whole(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
             **self._named,
@@ -106,10 +116,8 @@ class CompletionAnswer(Answer):
             yield self._choice(index, text, logprobs, reason)
 
     def whole(self, items: Sequence[Event | PromptLogprobs]) -> dict[str, Any]:
-        parts = [part for item in items for part in self.parts(item)]
         choices = []
-        for index in range(len(self._offset)):
-            own = [part for part in parts if part["index"] == index]
+        for index, own in enumerate(self._parts_of_choices(items, len(self._offset))):
             logprobs = None
             if self._call.logprobs is not None:
                 names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -196,10 +204,8 @@ class ChatAnswer(Answer):
             }
 
     def whole(self, items: Sequence[Event | PromptLogprobs]) -> dict[str, Any]:
-        parts = [part for item in items for part in self.parts(item)]
         choices = []
-        for index in range(self._call.fields.samples):
-            own = [part for part in parts if part["index"] == index]
+        for index, own in enumerate(self._parts_of_choices(items, self._call.fields.samples)):
             deltas = [part["delta"] for part in own]
             content = "".join(delta.get("content") or "" for delta in deltas)
             calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
