@@ -21,13 +21,13 @@ def number(kind, option: str, text: str):
         raise ConfigError(f"{option}={text!r}: must be {name}") from None
 
 
-def model_folder(run: Path) -> Path:
-    """The folder with a model: ``run``, or the only such folder below it.
+def model_folder(run: Path, option: str = "run") -> Path:
+    """The folder with a model: ``run``, or the only such folder below it; ``option`` gave it.
 
     Raises:
       ConfigError: there is no such folder, or there are several; the message names them.
     """
-    check(run.is_dir(), "run", str(run), "is not a folder")
+    check(run.is_dir(), option, str(run), "is not a folder")
     if (run / "config.json").is_file():
         return run
     depths = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
@@ -37,9 +37,9 @@ def model_folder(run: Path) -> Path:
         for path in run.glob(f"{depth}/config.json")
         if (path.parent / "checkpoints").is_dir()
     )
-    check(len(folders) > 0, "run", str(run), "holds no trained model")
+    check(len(folders) > 0, option, str(run), "holds no trained model")
     names = ", ".join(str(path.relative_to(run)) for path in folders)
-    check(len(folders) == 1, "run", str(run), f"holds several models; add one of {names}")
+    check(len(folders) == 1, option, str(run), f"holds several models; add one of {names}")
     print(f"ablate: {folders[0]}", file=sys.stderr)
     return folders[0]
 
@@ -123,7 +123,8 @@ def draft_options(options) -> tuple[Path | None, tuple[int, int] | None]:
       ConfigError: both are given, or one is not valid.
     """
     if options.ngram is None:
-        return None if options.draft is None else model_folder(Path(options.draft)), None
+        given = options.draft
+        return None if given is None else model_folder(Path(given), "draft"), None
     check(options.draft is None, "ngram", options.ngram, "cannot be given with draft")
     least, _, most = options.ngram.partition(":")
     valid = least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)

@@ -57,7 +57,7 @@ def _serve(options) -> int:
     missing = [name for name in _REQUIRED if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        raise ConfigError(f"`ablate serve` requires {names}: pip install 'ablate[serve]'")
+        raise ConfigError(f"`ablate serve` requires {names}: pip install -e '.[serve]'")
     port = number(int, "port", options.port)
     queue = number(int, "queue", options.queue)
     timeout = number(float, "timeout", options.timeout)
