@@ -23,23 +23,23 @@ import dataclasses
 import numpy as np
 
 from layers.config import check as require
-from layers.config import from_mapping
 from layers.state import CacheConfig
 from research.ablation import Arm, Claim, Unit, difference, mean
 from research.ablation.serving import (
+    engine_config,
     greedy,
     greedy_requests,
     parted,
     random_decoder,
     random_prompt,
     serving_model,
+    unit_trace,
+    warm_engine,
 )
-from research.inference.engine import Engine, EngineConfig
+from research.inference.engine import EngineConfig
 from research.inference.observe import observe
 from research.inference.trace import (
-    Lengths,
     blocks,
-    draw_trace,
     powers_of_two,
     preallocated,
     simulate,
@@ -168,8 +168,8 @@ CLAIMS = (
 
 
 def check(unit: Unit):
-    config, engine = unit.config, _engine_config(unit)
-    longest = max(work.prompt + work.new for work in _trace(unit))
+    config, engine = unit.config, engine_config(unit)
+    longest = max(work.prompt + work.new for work in unit_trace(unit))
     length = _shared_length(unit) + config.shared.new
     for least in (longest, length):
         fits = least <= engine.max_length
@@ -180,9 +180,9 @@ def run(unit: Unit):
     model = random_decoder(unit)
     if unit.arm == "shared":
         return _sharing(unit, model)
-    trace, config = _trace(unit), _engine_config(unit)
+    trace, config = unit_trace(unit), engine_config(unit)
     requests = greedy_requests(trace, unit.seed)
-    engine = _warm(model, config)
+    engine = warm_engine(model, config)
     found = observe(engine, requests, measure=lambda one: one.occupancy)
     held, allocated = np.sum([step.measured for step in found.steps], axis=0)
     metrics = {
@@ -195,7 +195,7 @@ def run(unit: Unit):
         return metrics | _simulated(unit, trace) | {"batch_cost": _batch_cost(unit, model)}
     whole = dataclasses.replace(config, slots=unit.config.tokens // config.max_length)
     whole = dataclasses.replace(whole, cache=CacheConfig(dtype=config.cache.dtype))
-    other = observe(_warm(model, whole), requests)
+    other = observe(warm_engine(model, whole), requests)
     differ, untied = parted(found, other)
     return metrics | {
         "speedup": other.seconds / found.seconds,
@@ -206,13 +206,15 @@ def run(unit: Unit):
 
 def _sharing(unit, model):
     """Prompts that share their first chunks but one: with and without sharing of prefixes."""
-    shared, config = unit.config.shared, _engine_config(unit)
+    shared, config = unit.config.shared, engine_config(unit)
     length, chunk = _shared_length(unit), config.chunk
     beginning = random_prompt(length - chunk, (unit.seed, 0))
     prompts = [beginning + random_prompt(chunk, (unit.seed, 1 + i)) for i in range(shared.requests)]
     requests = [greedy(prompt, shared.new) for prompt in prompts]
     at = [0] + [shared.chunks] * (shared.requests - 1)  # when the first prompt is computed
-    engines = [_warm(model, each) for each in (config, dataclasses.replace(config, prefix=False))]
+    engines = [
+        warm_engine(model, each) for each in (config, dataclasses.replace(config, prefix=False))
+    ]
     found = [observe(engine, requests, at=at) for engine in engines]
     differ, untied = parted(*found)
     with_prefix, without = (engine.stats.prefilled for engine in engines)
@@ -244,7 +246,7 @@ def _batch_cost(unit, model):
     new = unit.config.new.most
     seconds = []
     for rows in (1, unit.config.rows):
-        engine = _warm(model, _engine_config(unit, slots=rows))
+        engine = warm_engine(model, engine_config(unit, slots=rows))
         some = [greedy(prompt, new) for prompt in prompts[:rows]]
         seconds.append(observe(engine, some).seconds_of_steps(rows))
     return seconds[1] / seconds[0]
@@ -252,18 +254,3 @@ def _batch_cost(unit, model):
 
 def _shared_length(unit):
     return unit.config.shared.chunks * unit.config.engine.chunk
-
-
-def _trace(unit):
-    lengths = [from_mapping(Lengths, unit.config[name], name) for name in ("prompt", "new")]
-    return draw_trace(unit.config.requests, *lengths, seed=unit.seed)
-
-
-def _engine_config(unit, **changes):
-    return from_mapping(EngineConfig, {**unit.config.engine, **changes}, "engine")
-
-
-def _warm(model, config):
-    engine = Engine(model, config)
-    engine.warm_up()
-    return engine

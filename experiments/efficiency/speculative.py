@@ -36,7 +36,7 @@ from research.ablation.language_model import (
     train_unit,
 )
 from research.ablation.measure import pass_cost
-from research.ablation.serving import greedy, parted
+from research.ablation.serving import greedy, parted, warm_engine
 from research.data import DataConfig, make_dataset
 from research.inference import SamplingConfig
 from research.inference.acceptance import (
@@ -46,7 +46,7 @@ from research.inference.acceptance import (
     total_variation,
     total_variation_by_chance,
 )
-from research.inference.engine import Engine, EngineConfig, Request, Speculative
+from research.inference.engine import EngineConfig, Request, Speculative
 from research.inference.observe import Observation, observe
 
 PAPER = (
@@ -334,6 +334,4 @@ def _warm(unit, model, speculative=None, slots=None):
     config = unit.config
     length = 9 * config.prompt // 4 + config.new
     sizes = EngineConfig(slots=slots or config.slots, max_length=length, chunk=config.prompt)
-    engine = Engine(model, sizes, speculative=speculative)
-    engine.warm_up()
-    return engine
+    return warm_engine(model, sizes, speculative=speculative)

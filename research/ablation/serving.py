@@ -18,9 +18,9 @@ from layers.decoder import Decoder, DecoderConfig
 from layers.mlp import MlpConfig
 from research.ablation.experiment import SCALES, Unit
 from research.inference import SamplingConfig
-from research.inference.engine import Request
+from research.inference.engine import Engine, EngineConfig, Request
 from research.inference.observe import Observation
-from research.inference.trace import Work
+from research.inference.trace import Lengths, Work, draw_trace
 
 VOCABULARY = 256
 TIE = 1e-4  # nats between two tokens of which either may be the likeliest, by rounding
@@ -73,6 +73,24 @@ def greedy(prompt: Sequence[int], new: int) -> Request:
 def greedy_requests(trace: Sequence[Work], seed: int) -> list[Request]:
     """A request for each of ``trace``, with random prompts."""
     return [greedy(random_prompt(work.prompt, (seed, i)), work.new) for i, work in enumerate(trace)]
+
+
+def unit_trace(unit: Unit) -> list[Work]:
+    """The requests of a unit: ``prompt`` and ``new`` of its configuration are their `Lengths`."""
+    lengths = [from_mapping(Lengths, unit.config[name], name) for name in ("prompt", "new")]
+    return draw_trace(unit.config.requests, *lengths, seed=unit.seed)
+
+
+def engine_config(unit: Unit, **changes: Any) -> EngineConfig:
+    """``engine`` of a unit's configuration with ``changes``."""
+    return from_mapping(EngineConfig, {**unit.config.engine, **changes}, "engine")
+
+
+def warm_engine(model: Decoder, config: EngineConfig, **options: Any) -> Engine:
+    """An `Engine` whose programs are compiled."""
+    engine = Engine(model, config, **options)
+    engine.warm_up()
+    return engine
 
 
 def parted(one: Observation, other: Observation) -> tuple[int, int]:
