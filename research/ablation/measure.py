@@ -12,7 +12,7 @@ from flax import nnx
 
 from layers.config import check, from_mapping
 from layers.decoder import Decoder, DecoderConfig
-from layers.stack import unstacked
+from layers.outputs_first import for_decoding
 from layers.state import CONTIGUOUS, CacheConfig
 from pallas_kernels.stored import Stored
 from research.ablation.experiment import Unit
@@ -128,7 +128,7 @@ def _decoding(
     """A function of the next ``count`` tokens of ``batch`` rows after ``length`` cached tokens."""
     chunk = _chunk(length)
     # through the host: a model that is sharded over a mesh would decode on all of it
-    model = unstacked(jax.tree.map(jnp.asarray, jax.device_get(model)))
+    model = for_decoding(jax.tree.map(jnp.asarray, jax.device_get(model)))
     # one call more than the rounds: the one that compiles
     state = model.init_state(batch, length + (rounds + 1) * count)
     for position in range(0, length, chunk):

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from layers.decoder import Decoder
+from layers.outputs_first import for_decoding
 from research.benchmark import measure, step
 from research.benchmark.models import (
     PACKAGES,
@@ -142,6 +143,7 @@ def _trace(
     random = np.random.default_rng(1)
     prompts = [random.integers(0, VOCAB, work.prompt).tolist() for work in works]
     requests = [Request(p, _greedy(w.new)) for p, w in zip(prompts, works, strict=True)]
+    model = for_decoding(model)  # not in each call of `generate`
     engine = _engine(model, size.batch, PROMPT + new.most, chunk=PROMPT)
 
     def static() -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from layers.config import check
 from layers.decoder import Decoder, State
-from layers.stack import unstacked
+from layers.outputs_first import for_decoding
 from research.inference.sampling import SamplingConfig, SamplingRows, sample
 
 SMALLEST_BUCKET = 16
@@ -60,7 +60,7 @@ def generate(
         raised before anything is compiled.
     """
     limit = _check(model, prompts, sampling, max_length)
-    model = unstacked(model)  # else each token would copy the weights of its layers
+    model = for_decoding(model)  # else each token would copy the weights of its layers
     chunk = STREAMED_TOKENS if stream else max(sampling.max_new_tokens, 1)
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens_bt in _chunks(model, prompts, sampling, limit, chunk):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from layers.decoder import Decoder
-from layers.stack import unstacked
+from layers.outputs_first import for_decoding
 from research.inference.compiled import Compiler, Program, load, make_stamp, save
 from research.inference.engine.config import EngineConfig
 from research.inference.engine.programs import Chunk, Programs, new_memory, program_names
@@ -73,7 +73,7 @@ def _describe(
     model: Decoder, config: EngineConfig, mesh: Mesh | None
 ) -> tuple[dict[str, Program], dict[str, Any]]:
     """The programs of an engine with abstract arguments, and their stamp."""
-    weights = _shaped(mesh, unstacked, model)
+    weights = _shaped(mesh, for_decoding, model)
     # of the other fields, none changes a program
     sizes = dataclasses.replace(config, queue=None, snapshots=EngineConfig.snapshots)
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.config import check
 from layers.decoder import Decoder
-from layers.stack import unstacked
+from layers.outputs_first import for_decoding
 from research.inference.engine.config import EngineConfig
 from research.inference.engine.programs import (
     Chunk,
@@ -61,11 +61,11 @@ class Runner:
         self._vocab = model.config.vocab_size
         draft = None if speculative is None else speculative.draft
         self._has_draft = draft is not None
-        self._programs = programs = Programs(
-            unstacked(model), compiled, None if draft is None else unstacked(draft)
-        )
         self.waited = 0.0
         with self.on_mesh():
+            self._programs = programs = Programs(
+                for_decoding(model), compiled, None if draft is None else for_decoding(draft)
+            )
             new = jax.jit(lambda leaves: new_memory(programs.models(leaves), config))
             self._memory = new(programs.leaves)
             inputs = () if speculative is None else (speculative.tokens + 1,)

@@ -104,7 +104,9 @@ def test_programs_of_another_engine_are_refused_by_name(folder, model, config, m
 def test_weights_of_another_shape_or_dtype_are_refused_by_name(folder):
     weights = jax.eval_shape(lambda: Decoder(MODEL, rngs=nnx.Rngs(0)))
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), weights)
-    with pytest.raises(ConfigError, match=r"^source.weights.blocks/0/mixer/\w+/\w+='bfloat16\["):
+    with pytest.raises(
+        ConfigError, match=r"^source.weights.blocks/0/mixer/\w+/\w+/array='bfloat16\["
+    ):
         load_programs(folder, half, CONFIG)
 
 
