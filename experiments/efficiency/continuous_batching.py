@@ -32,18 +32,22 @@ from flax import nnx
 from layers.config import check as require
 from layers.config import from_mapping
 from layers.decoder import Decoder
+from layers.outputs_first import for_decoding
 from research.ablation import Arm, Claim, Unit, mean
 from research.ablation.serving import (
+    engine_config,
     greedy,
     greedy_requests,
     random_decoder,
     random_prompt,
     serving_model,
+    unit_trace,
+    warm_engine,
 )
 from research.inference import SamplingConfig, generate
-from research.inference.engine import Engine, EngineConfig
+from research.inference.engine import EngineConfig
 from research.inference.observe import observe
-from research.inference.trace import Lengths, draw_trace, simulate
+from research.inference.trace import simulate
 
 PAPER = (
     "Yu 2022, Orca: A Distributed Serving System for Transformer-Based Generative Models, OSDI; "
@@ -151,8 +155,8 @@ CLAIMS = (
 
 
 def check(unit: Unit):
-    config, engine = unit.config, _engine_config(unit)
-    longest = max((work.prompt + work.new for work in _trace(unit)), default=0)
+    config, engine = unit.config, engine_config(unit)
+    longest = max((work.prompt + work.new for work in unit_trace(unit)), default=0)
     fits = longest <= engine.max_length
     require(fits, "engine.max_length", engine.max_length, f"must be at least {longest}")
     count = min(config.alone, config.requests)
@@ -161,13 +165,14 @@ def check(unit: Unit):
 
 def run(unit: Unit):
     model = random_decoder(unit)
+    model = for_decoding(model)  # not in each call of `generate`
     return _batching(unit, model) if unit.arm == "continuous" else _chunks(unit, model)
 
 
 def _batching(unit, model):
-    trace, slots = _trace(unit), unit.config.engine.slots
+    trace, slots = unit_trace(unit), unit.config.engine.slots
     requests = greedy_requests(trace, unit.seed)
-    engine = _warm(model, _engine_config(unit))
+    engine = warm_engine(model, engine_config(unit))
     found = observe(engine, requests)
     groups = [requests[i : i + slots] for i in range(0, len(requests), slots)]
     for group in groups:
@@ -182,7 +187,7 @@ def _batching(unit, model):
         (one.tokens[0, 0], one.logprobs[0, 0]) != (found.tokens[i, 0], found.logprobs[i, 0])
         for i, one in enumerate(alone)
     )
-    of_one = observe(_warm(model, _engine_config(unit, slots=1)), requests[:1])
+    of_one = observe(warm_engine(model, engine_config(unit, slots=1)), requests[:1])
     steps = found.decoding_steps
     return {
         "steps": steps,
@@ -202,7 +207,7 @@ def _chunks(unit, model):
     length = long.prompt + long.new
     sizes = (unit.config.engine.chunk, long.prompt)
     by_size = {
-        chunk: _warm(model, _engine_config(unit, max_length=length, chunk=chunk))
+        chunk: warm_engine(model, engine_config(unit, max_length=length, chunk=chunk))
         for chunk in set(sizes)
     }
     engines = [by_size[chunk] for chunk in sizes]
@@ -226,21 +231,6 @@ def _chunks(unit, model):
     }
 
 
-def _trace(unit):
-    lengths = [from_mapping(Lengths, unit.config[name], name) for name in ("prompt", "new")]
-    return draw_trace(unit.config.requests, *lengths, seed=unit.seed)
-
-
-def _engine_config(unit, **changes):
-    return from_mapping(EngineConfig, {**unit.config.engine, **changes}, "engine")
-
-
-def _warm(model, config):
-    engine = Engine(model, config)
-    engine.warm_up()
-    return engine
-
-
 def _static(model, prompts, new):
     return generate(model, prompts, SamplingConfig(max_new_tokens=new, temperature=0.0))
 
@@ -248,7 +238,7 @@ def _static(model, prompts, new):
 @functools.cache
 def _compile_static(model, rows, new):
     """Run `_static` once in this process for these shapes; it is compiled by then."""
-    decoder = jax.jit(lambda: Decoder(model, rngs=nnx.Rngs(0)))()
+    decoder = for_decoding(jax.jit(lambda: Decoder(model, rngs=nnx.Rngs(0)))())
     _static(decoder, [random_prompt(64, (i,)) for i in range(rows)], new)
 
 
