@@ -1,7 +1,6 @@
 """Paged attention against float64 NumPy, contiguous attention, and the operation in JAX's tree."""
 
 import dataclasses
-import functools
 import importlib
 import re
 
@@ -12,16 +11,10 @@ import pytest
 
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.mask import Mask
-from pallas_kernels.paged_attention import paged_attention, update_pages, xla
+from pallas_kernels.paged_attention import paged_attention, xla
 from pallas_kernels.stored import DTYPES, Stored
 from tests.pallas_kernels.conftest import (
-    GENERATIONS,
-    compile_for_gpu,
-    compile_for_tpu,
     interpreted,
-    lower_for_gpu,
-    topology_mesh,
-    triton_kernels,
 )
 
 SLOPES = np.array([0.5, 0.25, 0.1, 0.0], np.float32)
@@ -346,93 +339,6 @@ def test_what_a_kernel_does_not_support_is_named():
     assert "pages of float16" in refused("tpu", Case(), "float16")
     assert "dtype float16 of queries" in refused("tpu", Case(), q_dtype=jnp.float16)
     assert "288 channels per head: at most 256" in refused("gpu", Case(channels=288))
-    keys, values, positions, segments = pool("float32", page=7)
-    new, at = jnp.ones((1, 1, 2, 6)), jnp.zeros((1, 1), jnp.int32)
-    arguments = (keys, values, positions, segments, new, new, at, at, at, at[0])
-    with pytest.raises(ValueError, match="update_pages does not support pages of 7 slots"):
-        update_pages(*arguments, implementation="tpu")
-
-
-def pool(dtype, kv_heads=2, page=4, channels=6, pages=9):
-    """An empty pool without a token; every vector is something that must not be seen."""
-    whole = Stored.empty((pages, kv_heads, page, channels), dtype)
-
-    def poison(a):
-        return jnp.full_like(a, jnp.nan if jnp.issubdtype(a.dtype, jnp.floating) else 77)
-
-    keys, values = (jax.tree.map(poison, whole) for _ in range(2))
-    return keys, values, *(jnp.full((pages, page), value, jnp.int32) for value in (-1, 0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_update_writes_each_token_into_its_slot(dtype):
-    """Two calls, the second with padding between tokens, against a loop over tokens."""
-    rng = np.random.default_rng(0)
-    keys, values, positions, segments = pool(dtype)
-    table = jnp.asarray([[3, 8, -1], [5, 0, 7], [2, -1, -1]], jnp.int32)
-    written = jnp.zeros(3, jnp.int32)
-    want = [np.asarray(a).copy() for a in jax.tree.leaves((keys, values, positions, segments))]
-    count = [0, 0, 0]
-    for at in (
-        [[0, 1, 2, 3, 4], [7, 8, 9, -1, -1], [-1] * 5],
-        [[-1, 5, -1, 6, -1], [10, -1, 11, 12, -1], [0, 1, 2, 3, 4]],  # the last has no page
-    ):
-        at = np.asarray(at, np.int32)
-        k, v = (jnp.asarray(rng.normal(size=(*at.shape, 2, 6)), jnp.float32) for _ in range(2))
-        new = (Stored.of(k, dtype), Stored.of(v, dtype), at, at + 50)
-        for row, i in np.ndindex(*at.shape):
-            page = table[row, count[row] // 4]
-            if at[row, i] >= 0:
-                for old, one in zip(want, jax.tree.leaves(new), strict=True):
-                    if page >= 0:
-                        old[page, ..., count[row] % 4, *[slice(None)] * (one.ndim - 3)] = (
-                            np.asarray(one)[row, i]
-                        )
-                count[row] += 1
-        *arrays, written = update_pages(
-            keys, values, positions, segments, k, v, at, jnp.asarray(at + 50), table, written
-        )
-        keys, values, positions, segments = arrays
-        for got, expected in zip(jax.tree.leaves(arrays), want, strict=True):
-            np.testing.assert_array_equal(np.asarray(got).view(np.uint8), expected.view(np.uint8))
-    assert written.tolist() == count
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [d if d in ("bfloat16", "int4") else pytest.param(d, marks=pytest.mark.slow) for d in TILE],
-)
-def test_the_tpu_update_writes_the_same_bytes(dtype):
-    """Rows that begin inside a tile, padding between tokens, and a row without pages."""
-    rng, page = np.random.default_rng(0), 2 * TILE[dtype]
-    keys, values, positions, segments = pool(dtype, page=page)
-    table = jnp.asarray([[3, 8, -1], [5, 0, 7], [-1, -1, -1]], jnp.int32)
-    at = jnp.asarray(np.where(rng.random((3, 19)) < 0.3, -1, 5), jnp.int32)
-    new = jnp.asarray(rng.normal(size=(3, 19, 2, 6)), jnp.float32)
-    written = jnp.asarray([page - 3, 0, 5], jnp.int32)
-    want, got = [], []
-    for implementation, results in (("xla", want), ("tpu", got)):
-        with interpreted(implementation, races=implementation == "tpu"):
-            results += update_pages(
-                keys, values, positions, segments, new, new, at, at, table, written,
-                implementation=implementation,
-            )  # fmt: skip
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-
-
-def test_update_is_in_place():
-    """The compiled program of donated pages has no copy of the pool."""
-    keys, values, positions, segments = pool("float32", pages=1000, channels=64)
-    table, written = jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32)
-    new, at = jnp.ones((2, 1, 2, 64)), jnp.zeros((2, 1), jnp.int32)
-
-    def update(pages, new, at, table, written):
-        return update_pages(*pages, new, new, at, at, table, written)
-
-    arguments = ((keys, values, positions, segments), new, at, table, written)
-    compiled = jax.jit(update, donate_argnums=0).lower(*arguments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < keys.codes.nbytes / 10
 
 
 @pytest.mark.parametrize(
@@ -496,124 +402,3 @@ def test_gradients_are_those_of_contiguous_attention():
     for a, b in zip(got, want, strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The shapes of a call to compile; without segments and ``until`` if not ``packed``."""
-
-    dtype: str = "bfloat16"
-    q_dtype: str = "bfloat16"
-    b: int = 8
-    t: int = 1
-    heads: tuple[int, int] = (32, 8)
-    channels: int = 128
-    page: int = 32
-    packed: bool = False
-    latent: int | None = None
-    options: dict = dataclasses.field(default_factory=dict)
-
-    def arguments(self, pages=64, n=40):
-        ints, (h, k) = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), self.heads
-        shape = (pages, k, self.page, self.channels)
-        stored = jax.eval_shape(lambda: Stored.empty(shape, self.dtype))
-        of_pool = ints((pages, self.page))
-        new = ints((self.b, self.t))
-        return (
-            jax.ShapeDtypeStruct((self.b, self.t, h, self.channels), self.q_dtype),
-            (
-                stored,
-                stored if self.latent is None else None,
-                of_pool,
-                of_pool if self.packed else None,
-                ints((self.b, n)),
-                ints((self.b,)),
-            ),
-            (new, *(new if self.packed else None for _ in range(2))),
-        )
-
-    def attend(self, q, pages, of_queries, implementation=None):
-        at, inside, until = of_queries
-        options = dict(self.options, value_channels=self.latent, implementation=implementation)
-        mask = Mask(
-            q_positions_bt=at,
-            q_segments_bt=inside,
-            until_bt=until,
-            window=options.pop("window", None),
-        )
-        return paged_attention(q, *pages, mask, **options)
-
-    def update(self, q, pages, of_queries):
-        """New tokens, which are among the queries."""
-        keys, values, positions, segments, table, written = pages
-        at, inside, _ = of_queries
-        new = q[:, :, : keys.codes.shape[1]]
-        v = None if values is None else new
-        return update_pages(keys, values, positions, segments, new, v, at, inside, table, written)
-
-
-CALLS = {
-    "decode": Call(page=16),
-    "chunk": Call(b=1, t=256),
-    "int8": Call("int8"),
-    "int4": Call("int4", heads=(4, 2), channels=64, t=5),
-    "e4m3": Call("float8_e4m3fn"),
-    "float32, everything": Call(
-        "float32", "float32", 2, 5, (4, 4), 64, 8, packed=True,
-        options=dict(window=50, soft_cap=3.0, scale=0.5, alibi_slopes_h=SLOPES, sinks_h=SINKS),
-    ),
-    "int8 for float32": Call("int8", "float32", 2, 5, (4, 2), 80, packed=True),
-    "latent": Call(heads=(128, 1), channels=576, latent=512),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ["int4", "e4m3", "latent"])
-def test_lowers_for_a_gpu(case):
-    """Chosen by the platform; what no kernel supports takes another way."""
-    text = lower_for_gpu(CALLS[case].attend, *CALLS[case].arguments())
-    kernels = triton_kernels(text)
-    assert kernels == ([] if case == "latent" else ["paged_attention"])
-    assert kernels or "stablehlo.while" in text
-
-
-def check_compiles(call: Call, generation: str):
-    """Both operations, chosen by the platform."""
-    mesh = topology_mesh(generation, (1,), ("data",))
-    text = compile_for_tpu(call.attend, mesh, *call.arguments()).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 1 and "paged_attention" in text
-    text = compile_for_tpu(call.update, mesh, *call.arguments()).as_text()
-    count = 1 if call.latent else 2
-    assert text.count('custom_call_target="tpu_custom_call"') == count and "update_pages" in text
-
-
-QUICK = ("decode", "int4", "float32, everything")
-
-
-@pytest.mark.tpu_compile
-@pytest.mark.parametrize(
-    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CALLS]
-)
-def test_compiles_for_tpus(case):
-    check_compiles(CALLS[case], "v5e")
-
-
-@pytest.mark.tpu_compile
-@pytest.mark.parametrize("generation", GENERATIONS[1:])
-def test_compiles_for_other_tpus(generation):
-    check_compiles(CALLS["chunk"], generation)
-
-
-@pytest.mark.gpu_compile
-@pytest.mark.parametrize("case", [case for case in CALLS if case != "latent"])
-def test_compiles_for_a_gpu(case):
-    text = compile_for_gpu(CALLS[case].attend, *CALLS[case].arguments()).as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_on_a_gpu(case, dtype, gpu):
-    given = inputs(CASES[case], dtype)
-    for blocks in (None, SMALL["gpu"]):
-        np.testing.assert_allclose(run(given, "gpu", blocks=blocks), equation(given), atol=2e-5)
