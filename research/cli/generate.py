@@ -66,6 +66,7 @@ def _generate(options) -> int:
 
     from research.inference import SamplingConfig, load_prompt_tokenizer
     from research.inference.engine import Engine, EngineConfig, Request
+    from research.inference.engine.request import NAN
 
     sampling = SamplingConfig(max_new_tokens=count, **fields)
     tokenizer = load_prompt_tokenizer(folder, options.special_tokens)
@@ -89,6 +90,7 @@ def _generate(options) -> int:
     engine.add(request)
     unprinted = [options.prompt]  # until the first token: an invalid request prints nothing
     for event in engine.stream():
+        check(event.finish_reason != "nan", "run", str(options.run), NAN)
         print(*unprinted, event.text, sep="", end="", flush=True)
         unprinted.clear()
     print()

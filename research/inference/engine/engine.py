@@ -12,7 +12,7 @@ the same steps as before, as drafts that are accepted.
 """
 
 import collections
-import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,41 +31,9 @@ from research.inference.engine.request import Event, QueueFull, Request, Result,
 from research.inference.engine.runner import Choice, Runner, likeliest
 from research.inference.engine.sequence import Sequence
 from research.inference.engine.speculation import Speculative
+from research.inference.engine.stats import Stats
 from research.inference.grammar import compile_grammar
 from research.inference.text import TextStream
-
-
-@dataclasses.dataclass
-class Stats:
-    """Counts since the engine was made, and the seconds of its steps.
-
-    ``prefilled``: prompt tokens that were computed; ``shared``: that were not, for their prefix was
-    kept. ``generated``: new tokens. ``replayed``: tokens computed again after a preemption.
-    ``passes``: how often the model computed a sample's next tokens: ``generated`` without
-    speculation. ``proposed_at[i]``, ``accepted_at[i]``: how many drafts were the ``i``-th of their
-    pass, and how many of these became tokens.
-    """
-
-    steps: int = 0
-    prefilled: int = 0
-    shared: int = 0
-    generated: int = 0
-    replayed: int = 0
-    preemptions: int = 0
-    passes: int = 0
-    proposed_at: list[int] = dataclasses.field(default_factory=list)
-    accepted_at: list[int] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def proposed(self) -> int:
-        """The number of drafts."""
-        return sum(self.proposed_at)
-
-    @property
-    def accepted(self) -> int:
-        """The number of drafts that were emitted."""
-        return sum(self.accepted_at)
 
 
 class Engine:
@@ -376,6 +344,9 @@ class Engine:
     def _take(self, sequence: Sequence, choices: list[Choice]) -> None:
         """Add new tokens to ``sequence``, and end it if one of them is its last."""
         for i, choice in enumerate(choices):
+            if math.isnan(choice.logprob):
+                self._end(sequence, "nan")
+                return
             if i < len(choices) - 1:
                 self.stats.accepted_at[i] += 1
             text, reason = self._append(sequence, choice.token)

@@ -12,7 +12,8 @@ from research.inference.sampling import SamplingConfig
 from research.inference.text import TextStream
 
 MOST_SAMPLES = 16
-FINISHED = ("stop", "length", "cancelled", "error")
+NAN = "the model's log-probabilities are NaN"  # of an end by "nan"; "error" is a grammar's
+FINISHED = ("stop", "length", "cancelled", "error", "nan")
 
 
 class QueueFull(ConfigError):

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from layers.config import ConfigError
 from research.inference.engine import Event, QueueFull
+from research.inference.engine.request import NAN
 from research.inference.server import requests as parsing
 from research.inference.server.answers import Answer, ChatAnswer, CompletionAnswer
 from research.inference.server.config import ServerConfig
@@ -200,6 +201,8 @@ class Service:
                 if item.finish_reason == "error":
                     message = "response_format: its grammar takes too much time or memory"
                     raise ServerError(400, message, param="response_format")
+                if item.finish_reason == "nan":
+                    raise ServerError(500, NAN)
                 if first:
                     self._metrics.first_token.add(time.monotonic() - begin)
                 first = False

@@ -146,6 +146,19 @@ def answers(results):
     return [[(s.tokens, s.logprobs) for s in result.samples] for result in results]
 
 
+def test_a_request_without_probabilities_ends_by_nan():
+    """A token's embedding is NaN: a request that has it fails, another does not."""
+    want = engine_of("attention", CONTIGUOUS).run([Request([1, 2], GREEDY)])[0]
+    absent = min(set(range(3, V)) - set(want.tokens))
+    model = jax.tree.map(lambda a: a, make("attention"))
+    table = model.embedding.table
+    model.embedding.table = table.replace(table.get_value().at[absent, 0].set(np.nan))
+    engine = Engine(model, CONTIGUOUS)
+    good, bad = engine.run([Request([1, 2], GREEDY), Request([1, absent, 2], GREEDY)])
+    assert (bad.finish_reason, bad.tokens) == ("nan", [])
+    assert answers([good]) == answers([want]) and whole(engine)
+
+
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_a_request_has_bit_for_bit_the_tokens_that_it_has_alone(name, config):
     """Whatever its slot and its neighbours."""

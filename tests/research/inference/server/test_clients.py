@@ -289,20 +289,28 @@ def test_draining_finishes_what_runs_and_refuses_what_comes(tokenizer):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_sample_that_cannot_go_on_is_an_error(tokenizer, monkeypatch, stream):
-    """As where the masks of its grammar take too much time."""
+@pytest.mark.parametrize(
+    ("reason", "kind", "message"),
+    [
+        ("error", openai.BadRequestError, "grammar takes too much time or memory"),
+        ("nan", openai.InternalServerError, "the model's log-probabilities are NaN"),
+    ],
+)
+def test_a_sample_that_cannot_go_on_is_an_error(
+    tokenizer, monkeypatch, stream, reason, kind, message
+):
 
     def step(self):
         self.stats.steps += 1
         failed, self.samples = self.samples, []
-        return [Event(s.id, s.index, None, "", 0.0, [], "error") for s in failed]
+        return [Event(s.id, s.index, None, "", 0.0, [], reason) for s in failed]
 
     monkeypatch.setattr(FakeEngine, "step", step)
     with serving(FakeEngine(tokenizer.plain, reply(tokenizer)), tokenizer) as server:
-        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none")
-        kind = openai.APIError if stream else openai.BadRequestError
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+        kind = openai.APIError if stream else kind
         for _ in range(2):
-            with pytest.raises(kind, match="grammar takes too much time or memory"):
+            with pytest.raises(kind, match=message):
                 list(client.completions.create(model="small", prompt="x", stream=stream))
 
 
