@@ -96,7 +96,7 @@ def check_the_hopper_kernel():
 def test_the_hopper_kernel_goes_before_and_does_not_race(run_script):
     """In a process of its own: a wait in vain, there as on a chip, has no end."""
     run_script(
-        "from tests.pallas_kernels.test_flash_attention import check_the_hopper_kernel\n"
+        "from tests.pallas_kernels.test_flash_attention_devices import check_the_hopper_kernel\n"
         "check_the_hopper_kernel()",
         devices=1,
         timeout=120,

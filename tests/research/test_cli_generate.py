@@ -128,7 +128,7 @@ def test_several_models_are_named_and_one_is_taken(run, capsys):
         (["--ngram=3"], "ngram='3': must be A:B, numbers of tokens with 1 ≤ A ≤ B"),
         (["--ngram=3:2"], "ngram='3:2': must be A:B"),
         (["--ngram=1:2", "--draft=x"], "ngram='1:2': cannot be given with draft"),
-        (["--draft=nowhere"], "run='nowhere': is not a folder"),
+        (["--draft=nowhere"], "draft='nowhere': is not a folder"),
         (["--prompt=\udcff"], "prompt='\\udcff': cannot be encoded"),
     ],
 )

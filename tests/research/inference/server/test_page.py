@@ -12,7 +12,7 @@ import pytest
 
 from research.inference.server.page import PAGE, POLICY
 from tests.research.inference.server.fake import FakeEngine, serving
-from tests.research.inference.server.test_faults import wait_until
+from tests.research.inference.server.test_clients import wait_until
 
 ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
 DRIVER, BROWSER = shutil.which("chromedriver"), shutil.which("chromium")
