@@ -230,9 +230,9 @@ class PagedCache(LayerState):
 
     def _sharding(self) -> "PagedCache":
         """The logical axes of each array."""
-        pools: Any = (jax.tree.map(_axes, a) for a in (self.keys, self.values))
+        keys, values = (jax.tree.map(_axes, a) for a in (self.keys, self.values))
         row: Any = (None, None)
-        return PagedCache(*pools, row, row, row, row[:1])
+        return PagedCache(keys, values, row, row, row, row[:1])
 
 
 def _axes(array: jax.Array) -> tuple[str | None, ...]:
