@@ -52,7 +52,7 @@ CHANGED = (
     ("machine", "jax"), ("machine", "jaxlib"), ("source", "code"), ("source", "platform"),
     ("source", "devices"), ("machine", "device"), ("machine", "ids"), ("machine", "topology"),
     ("source", "model", "width"), ("source", "model", "norm_eps"), ("source", "engine", "slots"),
-    ("source", "engine", "cache", "dtype"), ("source", "weights", "embedding/table"),
+    ("source", "engine", "cache", "dtype"), ("source", "weights", "final_norm/scale"),
 )  # fmt: skip
 
 

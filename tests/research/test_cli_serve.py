@@ -101,7 +101,7 @@ def test_the_tokens_are_those_of_transformers_and_sigterm_lets_answers_finish(mo
         (["--pages=-1"], "pages=-1: must be > 0"),
         (["--kv-dtype=int7"], "dtype='int7': must be one of"),
         (["--max-length=100000000000"], "of state must fit into"),
-        (["--draft=nowhere"], "run='nowhere': is not a folder"),
+        (["--draft=nowhere"], "draft='nowhere': is not a folder"),
         (["--ngram=5:2"], "ngram="),
         (["--ngram=1:2", "--engine=x"], "engine='x': does not support drafts"),
         (["--engine=nowhere"], "nowhere"),
@@ -141,5 +141,5 @@ def test_a_missing_extra_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr("research.cli.serve.find_spec", lambda name: name != "uvicorn" or None)
     assert main(["serve", str(model)]) == 2
     assert capsys.readouterr().err == (
-        "ablate: `ablate serve` requires uvicorn: pip install 'ablate[serve]'\n"
+        "ablate: `ablate serve` requires uvicorn: pip install -e '.[serve]'\n"
     )

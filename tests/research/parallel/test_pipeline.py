@@ -123,7 +123,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("which", CASES)
+@pytest.mark.parametrize("which", ["attention", pytest.param("others", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_of_one_device(run_script, which):
     assert run_script(GRADIENTS.replace("CASES", CASES[which])).endswith("passed\n")
 
